@@ -1,0 +1,71 @@
+"""Where a model keeps its parts: the same answers for the toy transformer and for transformers'.
+
+What the probe measures and the interventions cut is found here, by structure rather than by the
+name of the architecture.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sinkbook.errors import SinkbookError
+from sinkbook.transformer import Transformer
+
+# Names under which transformers' layers keep their MLP, or its last linear map.
+_MLPS = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe", "fc2")
+# Names of W_O in transformers' attention modules; `wo` is the toy's.
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "linear_out")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model. A part that the layer does not have is `None`."""
+
+    block: nn.Module  # what the residual state passes through
+    attention: nn.Module | None
+    output: nn.Module | None  # W_O, from the heads' outputs to the residual stream
+    mlp: nn.Module | None
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """The layers of a toy or of a transformers causal LM, first to last.
+
+    Raises `SinkbookError` for a model that has no list of layers with attention in them.
+    """
+    return [_layer(block) for block in blocks(model)]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that the residual state passes through one after the other."""
+    if isinstance(model, Transformer):
+        return list(model.layers)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = [m for m in lists if len(m) == depth and any(_attention(block) for block in m)]
+    if not found:
+        raise SinkbookError(
+            f"{type(model).__name__} has no list of {depth} layers with attention in them. "
+            "sinkbook reads decoder-only language models."
+        )
+    return list(found[0])
+
+
+def _layer(block: nn.Module) -> Layer:
+    attention = _attention(block)
+    output = _named_child(attention, _OUTPUTS) if attention is not None else None
+    return Layer(block, attention, output, _named_child(block, _MLPS))
+
+
+def _attention(block: nn.Module) -> nn.Module | None:
+    for name, module in block.named_modules():
+        if name and _named_child(module, _OUTPUTS) is not None and "mlp" not in name:
+            return module
+    return None
+
+
+def _named_child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    for name in names:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.Module):
+            return child
+    return None

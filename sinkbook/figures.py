@@ -1,0 +1,243 @@
+"""One function per figure type: each takes data and an axes, draws one thing, returns the axes.
+
+Without an axes a figure is made. Colours go by role through the whole book, attention is always
+drawn from 0 to 1 on one map, and bands are the range over seeds or texts unless a label says
+otherwise. The colours are Okabe and Ito's, which the colour-blind can tell apart.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Float, Shaped
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+plt.style.use("sinkbook.sinkbook")
+
+SINK, DRAIN, PEAK, OTHER = "#0072B2", "#D55E00", "#009E73", "#777777"
+TRIGGER, BACKCOPY, BIGRAM = "#CC79A7", "#CC79A7", "#E69F00"
+
+
+def _axes(ax: Axes | None, **size) -> Axes:
+    return ax if ax is not None else plt.subplots(**size)[1]
+
+
+def attention_map(
+    weights: Float[np.ndarray, "query key"],
+    labels: list[str],
+    ax: Axes | None = None,
+    *,
+    title: str = "",
+    highlight: Bool[np.ndarray, " query"] | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """One head's attention on one text: rows are queries, columns are keys, darker is more.
+
+    `highlight` marks tokens, usually the triggers, by colour.
+    """
+    ax = _axes(ax, figsize=(5, 4.6))
+    hidden = np.triu(np.ones_like(weights, dtype=bool), k=1)
+    image = ax.imshow(np.ma.masked_array(weights, hidden), vmin=0, vmax=1)
+    positions = np.arange(len(labels))
+    ax.set_xticks(positions, labels, fontfamily="monospace")
+    ax.set_yticks(positions, labels, fontfamily="monospace")
+    ax.set(xlabel="key", ylabel="query", title=title)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    if highlight is not None:
+        for ticks in (ax.get_xticklabels(), ax.get_yticklabels()):
+            for tick in np.array(ticks, dtype=object)[np.asarray(highlight)]:
+                tick.set(color=TRIGGER, fontweight="bold")
+    if colorbar:
+        ax.figure.colorbar(image, ax=ax, label="attention", shrink=0.8)
+    return ax
+
+
+def head_map(
+    values: Float[xr.DataArray, "layer head"],
+    ax: Axes | None = None,
+    *,
+    label: str = "attention on the first token",
+    title: str = "",
+) -> Axes:
+    """A number between 0 and 1 for every head: one column a layer, one row a head."""
+    layers, heads = values.sizes["layer"], values.sizes["head"]
+    ax = _axes(ax, figsize=(7, 1.2 + 0.18 * heads))
+    image = ax.imshow(
+        values.transpose("head", "layer"), vmin=0, vmax=1, aspect="auto", origin="lower"
+    )
+    ax.set(xlabel="layer", ylabel="head", title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(min(heads, 9), integer=True))
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return ax
+
+
+def by_layer(
+    series: dict[str, tuple[Float[np.ndarray, "text layer"], str]],
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    title: str = "",
+    log: bool = True,
+) -> Axes:
+    """Curves over layers: for each label, values for every text and a colour.
+
+    The line is the median over texts, the band runs from the smallest to the largest text.
+    """
+    ax = _axes(ax)
+    for label, (values, colour) in series.items():
+        values = np.asarray(values)
+        layers = np.arange(values.shape[1])
+        ax.fill_between(layers, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+        ax.plot(layers, np.median(values, axis=0), color=colour, label=label)
+    ax.set(xlabel="layer", ylabel=ylabel, title=title, yscale="log" if log else "linear")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend()
+    return ax
+
+
+def token_bars(
+    values: Float[np.ndarray, "seed position"],
+    labels: list[str],
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    title: str = "",
+    colours: list[str] | None = None,
+) -> Axes:
+    """One bar a token: the mean over seeds, a dot for every seed."""
+    values = np.atleast_2d(values)
+    ax = _axes(ax)
+    positions = np.arange(len(labels))
+    ax.bar(positions, values.mean(0), color=colours or OTHER, alpha=0.75, width=0.7)
+    for seed in values:
+        ax.plot(positions, seed, ".", color="black", ms=4, alpha=0.7)
+    ax.set_xticks(positions, labels, fontfamily="monospace")
+    ax.set(ylabel=ylabel, title=title)
+    ax.tick_params(axis="x", length=0)
+    return ax
+
+
+def grouped_bars(
+    groups: dict[str, dict[str, Float[np.ndarray, " seed"]]],
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    colours: dict[str, str],
+    reference: tuple[float, str] | None = None,
+    title: str = "",
+) -> Axes:
+    """Bars side by side: for each group the values of every seed of each series.
+
+    `reference` is a height and its label, drawn as a dashed line.
+    """
+    ax = _axes(ax)
+    width = 0.8 / len(colours)
+    for i, (series, colour) in enumerate(colours.items()):
+        places = np.arange(len(groups)) + (i - (len(colours) - 1) / 2) * width
+        means = [np.mean(group[series]) for group in groups.values()]
+        bars = ax.bar(places, means, width * 0.92, color=colour, label=series, alpha=0.8)
+        ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
+        for place, group in zip(places, groups.values(), strict=True):
+            ax.plot(np.full(len(group[series]), place), group[series], ".", color="black", ms=4)
+    if reference is not None:
+        height, label = reference
+        ax.axhline(height, color=OTHER, ls="--", lw=1.2, label=label)
+    ax.set_xticks(np.arange(len(groups)), groups)
+    ax.set(ylabel=ylabel, title=title)
+    ax.margins(y=0.15)
+    ax.tick_params(axis="x", length=0)
+    ax.legend()
+    return ax
+
+
+def over_training(
+    series: dict[str, tuple[Float[xr.DataArray, "seed step"], str]],
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    title: str = "",
+    logx: bool = True,
+) -> Axes:
+    """Curves over training steps: the mean over seeds, the band from the lowest to the highest."""
+    ax = _axes(ax)
+    for label, (values, colour) in series.items():
+        values = values.transpose("seed", "step")
+        band = values.min("seed"), values.max("seed")
+        ax.fill_between(values.step, *band, color=colour, alpha=0.2, lw=0)
+        ax.plot(values.step, values.mean("seed"), color=colour, label=label)
+    if logx:
+        ax.set_xscale("symlog", linthresh=10, linscale=0.3)
+    ax.set(xlabel="training step", ylabel=ylabel, title=title)
+    ax.set_xlim(0, None)
+    if len(series) > 1:
+        ax.legend()
+    return ax
+
+
+def transition_map(
+    probabilities: Float[np.ndarray, "token next"],
+    labels: list[str],
+    ax: Axes | None = None,
+    *,
+    title: str = "",
+) -> Axes:
+    """The bigram rows: how probable each next token (column) is after each token (row)."""
+    ax = _axes(ax, figsize=(6, 5.2))
+    image = ax.imshow(np.sqrt(probabilities), vmin=0, vmax=1)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(np.arange(len(labels)), labels, fontfamily="monospace", fontsize=5)
+    ax.tick_params(length=0, pad=1)
+    ax.set(xlabel="next token", ylabel="token", title=title)
+    bar = ax.figure.colorbar(image, ax=ax, label="probability of the next token", shrink=0.8)
+    shown = np.array([0, 0.05, 0.2, 0.5, 1])
+    bar.set_ticks(np.sqrt(shown), labels=[f"{p:g}" for p in shown])
+    return ax
+
+
+def token_strip(
+    rows: list[list[str]],
+    colours: list[list[str]],
+    ax: Axes | None = None,
+    *,
+    key: dict[str, str],
+    title: str = "",
+) -> Axes:
+    """Texts as rows of tokens on coloured tiles; `key` says what each colour means."""
+    longest = max(len(row) for row in rows)
+    ax = _axes(ax, figsize=(7, 0.55 + 0.42 * len(rows)))
+    for y, (row, tiles) in enumerate(zip(rows, colours, strict=True)):
+        for x, (symbol, colour) in enumerate(zip(row, tiles, strict=True)):
+            tile = plt.Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=colour, alpha=0.35, lw=0)
+            ax.add_patch(tile)
+            size = 8 if len(symbol) < 2 else 5.5
+            ax.text(x, y, symbol, ha="center", va="center", family="monospace", fontsize=size)
+    ax.set(xlim=(-0.6, longest - 0.4), ylim=(len(rows) - 0.4, -0.6), title=title)
+    ax.axis("off")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c, alpha=0.35, lw=0) for c in key.values()]
+    ax.legend(handles, key, ncols=len(key), loc="upper left", bbox_to_anchor=(0, 0), fontsize=9)
+    return ax
+
+
+def norm_boxes(
+    groups: dict[str, tuple[Shaped[np.ndarray, "..."], str]],
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    title: str = "",
+) -> Axes:
+    """Box plots side by side, whiskers from the 1st to the 99th percentile, by label."""
+    ax = _axes(ax)
+    values = [np.ravel(v)[np.isfinite(np.ravel(v))] for v, _ in groups.values()]
+    boxes = ax.boxplot(
+        values, whis=(1, 99), showfliers=False, patch_artist=True, widths=0.6, tick_labels=groups
+    )
+    for box, median, (_, colour) in zip(
+        boxes["boxes"], boxes["medians"], groups.values(), strict=True
+    ):
+        box.set(facecolor=colour, alpha=0.6, edgecolor=colour)
+        median.set(color="black")
+    ax.set(ylabel=ylabel, title=title)
+    ax.tick_params(axis="x", length=0)
+    return ax

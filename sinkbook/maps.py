@@ -1,0 +1,57 @@
+"""Whole attention maps, for pictures of short texts. Measuring does not need them (`probe.py`)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sinkbook.anatomy import layers
+from sinkbook.attention import scores_and_mask
+from sinkbook.errors import SinkbookError
+
+LONGEST = 1024
+
+
+@torch.no_grad()
+def attention_weights(
+    model: nn.Module, input_ids: Int[Tensor, "batch position"], *, layer: int
+) -> Float[Tensor, "batch head query key"]:
+    """The attention weights of one layer, all queries against all keys.
+
+    `model` is a toy transformer or a causal LM of transformers; `layer` counts from 0.
+    Raises `SinkbookError` for a layer that is not there, and for texts of more than 1,024 tokens,
+    whose maps nobody can look at: `sinkbook.measure` has what they show.
+    """
+    found = layers(model)
+    if not 0 <= layer < len(found) or found[layer].attention is None:
+        raise SinkbookError(f"there is no attention in layer {layer}; 0 to {len(found) - 1} exist.")
+    if input_ids.shape[1] > LONGEST:
+        raise SinkbookError(
+            f"a map of {input_ids.shape[1]} tokens cannot be looked at. Give at most {LONGEST}, or "
+            "use sinkbook.measure."
+        )
+    if hasattr(model, "set_attn_implementation"):
+        before = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            output = model(input_ids, output_attentions=True, use_cache=False)
+        finally:
+            model.set_attn_implementation(before)
+        return output.attentions[layer]
+    attention = found[layer].attention
+    original, kept = attention.attention_function, []
+
+    def keeping(module, query, key, value, attention_mask, scaling, **keywords):
+        output, weights = original(
+            module, query, key, value, attention_mask, scaling=scaling, **keywords
+        )
+        if weights is None:
+            weights = scores_and_mask(query, key, attention_mask, scaling).softmax(dim=-1)
+        kept.append(weights)
+        return output, weights
+
+    attention.attention_function = keeping
+    try:
+        model(input_ids)
+    finally:
+        attention.attention_function = original
+    return kept[0]

@@ -1,0 +1,278 @@
+"""Training the toy transformers: `train(config)` is a value, computed once and kept in the store.
+
+Batches are a function of (seed, step), so a config determines its run; a killed run goes on from
+its last checkpoint and ends with the same weights, bit by bit, as an unbroken one.
+"""
+
+import io
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sinkbook import page, store
+from sinkbook.optimizers import OPTIMIZERS
+from sinkbook.phenomena import measure_toy
+from sinkbook.progress import progress
+from sinkbook.runs import Run, TrainingConfig, is_finished, seeds_of, stored, together
+from sinkbook.tasks import task
+from sinkbook.transformer import Transformer
+
+__all__ = ["Run", "TrainingConfig", "seeds_of", "together", "train", "train_all"]
+
+
+def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: float = 30.0) -> Run:
+    """The run of a config: read from the store, or else trained, resumed, and kept there.
+
+    `device` is "auto" (CUDA where there is one), "cpu" or a CUDA device. A kill loses at most
+    `checkpoint_seconds`. A damaged stored run is reported, set aside and trained again; a second
+    process that asks for the same run waits for the first.
+    Raises `SinkbookError` when the store cannot be written.
+    """
+    return train_all([config], device=device, checkpoint_seconds=checkpoint_seconds)[0]
+
+
+def train_all(
+    configs: list[TrainingConfig],
+    *,
+    way: str = "auto",
+    device: str = "auto",
+    checkpoint_seconds: float = 30.0,
+) -> list[Run]:
+    """The runs of several configs, in their order; those not in the store are trained.
+
+    `way` is how: "batched" trains runs that differ in their seed alone as one program (vmap),
+    "processes" one run per CPU core with one thread each, "sequence" one after the other. "auto"
+    takes batches on a GPU, and on CPUs processes if there is more than one run and core: there
+    the sizes of the toys are too large for batching to pay. Every way gives the same results
+    within floating-point error.
+    """
+    device = _device(device)
+    missing = [c for c in dict.fromkeys(configs) if not is_finished(c)]
+    if way == "auto":
+        several = len(missing) > 1 and (os.cpu_count() or 1) > 1
+        way = "batched" if device.type == "cuda" else "processes" if several else "sequence"
+    if way == "processes" and missing:
+        _train_in_processes(missing, checkpoint_seconds)
+    elif way == "batched":
+        groups: dict[TrainingConfig, list[TrainingConfig]] = {}
+        for config in missing:
+            # Muon orthogonalises matrices, and stacked runs are none.
+            alike = config if config.optimizer == "muon" else replace(config, seed=0)
+            groups.setdefault(alike, []).append(config)
+        for group in groups.values():
+            _train_together(group, device, checkpoint_seconds)
+    else:
+        for config in missing:
+            _train_together([config], device, checkpoint_seconds)
+    return [stored(config) for config in configs]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _train_in_processes(configs: list[TrainingConfig], checkpoint_seconds: float) -> None:
+    # Not forked from here: a process that has used torch's threads can hang in its fork. The
+    # server imports torch once, for this call and for later ones.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["sinkbook.training"])
+    settings = {name: value for name, value in os.environ.items() if name.startswith("SINKBOOK_")}
+    workers = min(len(configs), os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(workers, context, initializer=_set_up, initargs=(settings,))
+    with pool, progress("training runs", len(configs)) as show:
+        futures = [pool.submit(_train_one, config, checkpoint_seconds) for config in configs]
+        for done, future in enumerate(as_completed(futures), start=1):
+            future.result()
+            show(done)
+
+
+def _set_up(settings: dict[str, str]) -> None:
+    os.environ.update(settings)
+    torch.set_num_threads(1)
+
+
+def _train_one(config: TrainingConfig, checkpoint_seconds: float) -> None:
+    _train_together([config], torch.device("cpu"), checkpoint_seconds)
+
+
+def _train_together(
+    configs: list[TrainingConfig], device: torch.device, checkpoint_seconds: float
+) -> None:
+    """Train runs that differ in their seed alone as one program, and keep each in the store."""
+    with ExitStack() as locks:
+        for config in sorted(configs, key=lambda c: c.key):
+            locks.enter_context(store.locked(config.folder))
+        by_step: dict[int, list[_Unfinished]] = {}
+        for config in configs:
+            if (unfinished := _resume(config, device)) is not None:
+                by_step.setdefault(unfinished.step, []).append(unfinished)
+        for runs in by_step.values():
+            _Program(runs, device).run(checkpoint_seconds)
+
+
+@dataclass
+class _Unfinished:
+    """One run on its way: its step, its named weights and optimizer state, its measurements."""
+
+    config: TrainingConfig
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    measurements: list[xr.Dataset]
+    seconds: float
+
+
+def _resume(config: TrainingConfig, device: torch.device) -> _Unfinished | None:
+    """Where a run goes on: its last checkpoint, or the start; None if it is finished."""
+    folder = config.folder
+    try:
+        if store.load_run(folder) is not None:
+            return None
+        tensors, step = store.load_checkpoint(folder)
+    except store.DamagedError as damage:
+        store.set_aside(folder, str(damage))
+        tensors, step = {}, 0
+    if not tensors:
+        torch.manual_seed(config.seed)
+        weights = Transformer(config.model).to(device).state_dict()
+        return _Unfinished(config, 0, weights, {}, [], 0.0)
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "other": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor.to(device) if part != "other" else tensor
+    other = parts["other"]
+    netcdf = io.BytesIO(other["measurements"].numpy().tobytes())
+    measured = xr.load_dataset(netcdf, engine="h5netcdf")
+    measurements = [measured.isel(step=[i]) for i in range(measured.sizes["step"])]
+    seconds = other["seconds"].item()
+    return _Unfinished(config, step, parts["weights"], parts["optimizer"], measurements, seconds)
+
+
+class _Program:
+    """Several runs at the same step, trained together: their weights are stacked if there are
+    more than one, and one optimizer steps them all, which is the same as stepping each."""
+
+    def __init__(self, runs: list[_Unfinished], device: torch.device):
+        self.runs, self.device, self.config = runs, device, runs[0].config
+        self.stacked = len(runs) > 1
+        self.task = task(self.config.task)
+        self.tokens = self.config.evaluation_tokens.to(device)
+        self.model = Transformer(self.config.model).to(device)
+        self.weights = {
+            name: self._join([run.weights[name] for run in runs]).requires_grad_()
+            for name in runs[0].weights
+        }
+        if not self.stacked:
+            self.model.load_state_dict(self.weights)
+            self.weights = dict(self.model.named_parameters())
+        self.optimizer = OPTIMIZERS[self.config.optimizer](self.weights.values(), self.config)
+        for name, key in [n.rsplit("/", 1) for n in runs[0].optimizer]:
+            tensors = [run.optimizer[f"{name}/{key}"] for run in runs]
+            # The step count is one scalar for a whole tensor, stacked or not.
+            joined = tensors[0].clone() if tensors[0].ndim == 0 else self._join(tensors)
+            self.optimizer.state[self.weights[name]][key] = joined
+
+    def run(self, checkpoint_seconds: float) -> None:
+        """Train from the runs' step to the end, measuring and checkpointing on the way."""
+        step, steps, measured = self.runs[0].step, self.config.steps, self.config.measured_steps
+        description = f"training {len(self.runs)} runs" if self.stacked else "training"
+        before = self.runs[0].seconds
+        start = saved = time.monotonic()
+        with progress(description, steps, step) as show:
+            while True:
+                if step in measured and not self._is_measured(step):
+                    self._measure(step)
+                if step == steps:
+                    break
+                self._step(step)
+                step += 1
+                now = time.monotonic()
+                if now - saved >= checkpoint_seconds and step < steps:
+                    self._keep(step, before + now - start)
+                    saved = now
+                if step % 10 == 0:
+                    show(step)
+        self._finish(before + time.monotonic() - start)
+
+    def _step(self, step: int) -> None:
+        texts = [
+            self.task.batch_at(self.config.batch_size, run.config.seed, step, self.device)
+            for run in self.runs
+        ]
+        if self.stacked:
+            # The fused CPU kernel has no batching rule: vmap would call it run by run.
+            with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+                loss = torch.vmap(self._loss_of)(self.weights, torch.stack(texts)).sum()
+        else:
+            loss = _loss(self.model(texts[0][:, :-1]), texts[0])
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def _loss_of(self, weights: dict[str, Tensor], texts: Tensor) -> Tensor:
+        logits = torch.func.functional_call(self.model, weights, (texts[:, :-1],))
+        return _loss(logits, texts)
+
+    def _is_measured(self, step: int) -> bool:
+        return any(step in m.step for m in self.runs[0].measurements[-1:])
+
+    def _measure(self, step: int) -> None:
+        for i, run in enumerate(self.runs):
+            if self.stacked:
+                self.model.load_state_dict(self._weights_of(i))
+            measured = measure_toy(self.model, self.task, self.tokens)
+            run.measurements.append(measured.expand_dims(step=[step]))
+
+    def _keep(self, step: int, seconds: float) -> None:
+        for i, run in enumerate(self.runs):
+            netcdf = bytes(xr.concat(run.measurements, "step").to_netcdf(engine="h5netcdf"))
+            tensors = {f"weights/{n}": t for n, t in self._weights_of(i).items()}
+            tensors |= {f"optimizer/{n}": t for n, t in self._optimizer_of(i).items()}
+            tensors["other/measurements"] = torch.frombuffer(bytearray(netcdf), dtype=torch.uint8)
+            tensors["other/seconds"] = torch.tensor(seconds)
+            store.save_checkpoint(run.config.folder, tensors, step)
+
+    def _finish(self, seconds: float) -> None:
+        for i, run in enumerate(self.runs):
+            facts = {
+                "config": asdict(run.config),
+                # Runs trained as one program share its time.
+                "seconds": seconds / len(self.runs),
+                "device": page.device(),
+                "versions": page.versions(),
+                "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            measurements = xr.concat(run.measurements, "step")
+            store.save_run(run.config.folder, self._weights_of(i), measurements, facts)
+
+    def _join(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors) if self.stacked else tensors[0].clone()
+
+    def _part(self, tensor: Tensor, run: int) -> Tensor:
+        return tensor.detach()[run] if self.stacked else tensor.detach()
+
+    def _weights_of(self, run: int) -> dict[str, Tensor]:
+        return {name: self._part(tensor, run) for name, tensor in self.weights.items()}
+
+    def _optimizer_of(self, run: int) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": value if value.ndim == 0 else self._part(value, run)
+            for name, weight in self.weights.items()
+            for key, value in self.optimizer.state[weight].items()
+        }
+
+
+def _loss(logits: Tensor, texts: Tensor) -> Tensor:
+    """Mean next-token cross-entropy over all positions, nats: what the paper trains on."""
+    return F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())

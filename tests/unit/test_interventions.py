@@ -1,0 +1,141 @@
+"""Interventions do what they say, to toys and to transformers' models, and leave no trace."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from sinkbook.anatomy import layers
+from sinkbook.errors import SinkbookError
+from sinkbook.interventions import replace, zero
+from sinkbook.transformer import Transformer, TransformerConfig
+
+TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def toy():
+    return Transformer(TransformerConfig(vocab_size=50, length=16, width=16, layers=3, heads=4))
+
+
+def llama():
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=4)
+    )
+
+
+@pytest.fixture(params=[toy, llama, gpt2], ids=["toy", "llama", "gpt2"])
+def model(request):
+    torch.manual_seed(0)
+    return request.param().eval().requires_grad_(False)
+
+
+def logits(model):
+    output = model(TOKENS)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def residuals(model):
+    """Residual states: before the first layer and after every layer."""
+    states, found = [], layers(model)
+    first = lambda output: output[0] if isinstance(output, tuple) else output  # noqa: E731
+    hooks = [
+        found[0].block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])),
+        *(
+            layer.block.register_forward_hook(lambda *a: states.append(first(a[2])))
+            for layer in found
+        ),
+    ]
+    model(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+def test_without_attention_and_mlp_a_layer_passes_its_input_on(model):
+    with zero(model, "attention", layer=1), zero(model, "mlp", layer=1):
+        states = residuals(model)
+    torch.testing.assert_close(states[1], states[2])
+    assert not torch.allclose(states[0], states[1])
+
+
+def test_zeroing_every_head_is_zeroing_the_attention(model):
+    with zero(model, "head", layer=1, head=range(4)):
+        by_heads = residuals(model)[2]
+    with zero(model, "attention", layer=1):
+        at_once = residuals(model)[2]
+    # GPT-2's W_O has a bias, which is no head's.
+    bias = getattr(layers(model)[1].output, "bias", None)
+    if bias is None or not bias.any():
+        torch.testing.assert_close(by_heads, at_once)
+
+
+def test_a_head_at_one_position_leaves_earlier_positions_alone(model):
+    plain = residuals(model)[3]
+    with zero(model, "head", layer=1, head=2, position=4):
+        cut = residuals(model)[3]
+    torch.testing.assert_close(plain[:, :4], cut[:, :4])
+    assert (plain[:, 4] - cut[:, 4]).abs().max() > 1e-5
+
+
+def test_negative_positions_count_from_the_end(model):
+    with zero(model, "mlp", layer=0, position=-1):
+        last = logits(model)
+    with zero(model, "mlp", layer=0, position=8):
+        torch.testing.assert_close(last, logits(model))
+
+
+def test_a_replaced_residual_is_what_the_next_layer_sees(model):
+    state = torch.full((16,), 0.5)
+    with replace(model, "residual", state, layer=0, position=[0, 3]):
+        after = residuals(model)[1]
+    assert torch.equal(after[:, [0, 3]], state.expand(2, 2, 16))
+    with replace(model, "residual", residuals(model)[1], layer=0):
+        patched = logits(model)
+    torch.testing.assert_close(patched, logits(model))
+
+
+def test_several_layers_are_cut_at_once(model):
+    with zero(model, "mlp", layer=[0, 2]):
+        together = logits(model)
+    with zero(model, "mlp", layer=0), zero(model, "mlp", layer=2):
+        torch.testing.assert_close(together, logits(model))
+
+
+def test_the_model_is_as_before_even_after_an_exception(model):
+    before = logits(model)
+    with pytest.raises(RuntimeError, match="midway"), zero(model, "mlp", layer=1):
+        assert not torch.allclose(logits(model), before)
+        raise RuntimeError("midway")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("part", "where", "said"),
+    [
+        ("mpl", {"layer": 0}, "no part named 'mpl'"),
+        ("mlp", {"layer": 3}, "layer 3 is not there; 0 to 2 are"),
+        ("head", {"layer": 0, "head": 4}, "head 4 is not there; 0 to 3 are"),
+        ("head", {"layer": 0}, "heads go with"),
+        ("mlp", {"layer": 0, "head": 1}, "heads go with"),
+    ],
+)
+def test_what_is_not_there_cannot_be_cut(model, part, where, said):
+    with pytest.raises(SinkbookError, match=said), zero(model, part, **where):
+        pass
+
+
+def test_an_absent_part_cannot_be_cut():
+    model = Transformer(TransformerConfig(width=16, layers=2, without_mlp=(1,)))
+    with pytest.raises(SinkbookError, match="layer 1 has no mlp"), zero(model, "mlp", layer=1):
+        pass

@@ -1,0 +1,292 @@
+"""Trainings are values: the same config is the same run, whatever happens on the way."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from contextlib import redirect_stdout
+from dataclasses import replace
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from sinkbook import store, training
+from sinkbook.errors import SinkbookError
+from sinkbook.tasks import TaskConfig
+from sinkbook.training import TrainingConfig, seeds_of, train, train_all
+from sinkbook.transformer import TransformerConfig
+
+TASK = TaskConfig(length=16)
+TINY = TrainingConfig(
+    task=TASK,
+    model=TransformerConfig(vocab_size=67, length=16, width=16),
+    learning_rate=3e-3,
+    batch_size=8,
+    steps=30,
+    measurements=4,
+    evaluation_size=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def run_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The run of TINY, trained without interruption in a store of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SINKBOOK_RUNS", str(tmp_path_factory.mktemp("unbroken")))
+        yield train(TINY)
+
+
+def assert_same_run(run, expected):
+    for name, weight in expected.model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], weight), name
+    xr.testing.assert_identical(run.measurements, expected.measurements)
+
+
+def stop_at(monkeypatch, step):
+    """Make the training fail before it takes a step, as if it were interrupted there."""
+    take_step = training._Program._step
+
+    def interrupted(self, now):
+        if now == step:
+            raise KeyboardInterrupt
+        take_step(self, now)
+
+    monkeypatch.setattr(training._Program, "_step", interrupted)
+
+
+def test_training_lowers_both_risks(unbroken):
+    first, last = unbroken.measurements.isel(step=0), unbroken.measurements.isel(step=-1)
+    assert last.bigram_risk < first.bigram_risk - 0.1
+    assert last.backcopy_risk < first.backcopy_risk - 0.1
+
+
+def test_measurements_are_taken_at_the_announced_steps(unbroken):
+    assert tuple(unbroken.measurements.step.values) == TINY.measured_steps
+    assert TINY.measured_steps[0] == 0
+    assert TINY.measured_steps[-1] == TINY.steps
+
+
+def test_a_finished_run_is_read_and_not_trained_again(unbroken, monkeypatch):
+    run = train(TINY)
+    monkeypatch.setattr(training._Program, "run", None)
+    assert_same_run(train(TINY), run)
+    assert_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 43},
+        {"learning_rate": 1e-3},
+        {"optimizer": "sgd"},
+        {"model": replace(TINY.model, attention="relu")},
+    ],
+    ids=str,
+)
+def test_a_changed_config_is_another_run(change):
+    assert replace(TINY, **change).key != TINY.key
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(unbroken, monkeypatch):
+    for step in (1, 11, 29):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                train(TINY, checkpoint_seconds=0.0)
+        _, kept = store.load_checkpoint(store.runs_folder() / TINY.key)
+        assert kept == step
+    assert_same_run(train(TINY), unbroken)
+
+
+def test_sgd_resumes_with_its_momentum(monkeypatch):
+    config = replace(TINY, optimizer="sgd", learning_rate=0.1)
+    whole = train(config)
+    shutil.rmtree(store.runs_folder())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, checkpoint_seconds=0.0)
+    assert_same_run(train(config), whole)
+
+
+def _train_in_child(config, runs, output, checkpoint_seconds):
+    os.environ["SINKBOOK_RUNS"] = str(runs)
+    torch.set_num_threads(1)
+    with open(output, "w") as file, redirect_stdout(file):
+        train(config, checkpoint_seconds=checkpoint_seconds)
+
+
+def _child(*arguments):
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["sinkbook.training"])
+    child = context.Process(target=_train_in_child, args=arguments)
+    child.start()
+    return child
+
+
+def test_twenty_kills_at_random_moments_change_nothing(run_store):
+    config = replace(TINY, steps=1_000)
+    delays = random.Random(0)
+    kills = 0
+    while kills < 20:
+        child = _child(config, run_store, os.devnull, 0.0)
+        child.join(delays.uniform(0.1, 0.6))
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join()
+        if (run_store / config.key / "run.json").exists():
+            break
+    assert kills >= 5, "the training finished before it was killed often enough"
+    broken = train(config)
+    shutil.rmtree(run_store)
+    torch.set_num_threads(1)
+    assert_same_run(broken, train(config))
+
+
+def test_two_processes_that_ask_for_one_run_train_it_once(run_store, tmp_path):
+    config = replace(TINY, steps=600)
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    children = [_child(config, run_store, output, 30.0) for output in outputs]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    said = sorted(output.read_text() for output in outputs)
+    assert said[0] == "", "both waited"
+    assert "being trained by another process" in said[1], "both trained"
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _replace_by_a_foreign_file(path):
+    path.write_text("not one of ours")
+
+
+def _delete(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "measurements.nc", "run.json"])
+@pytest.mark.parametrize("fault", [_truncate, _flip_a_byte, _replace_by_a_foreign_file, _delete])
+def test_a_damaged_run_is_reported_set_aside_and_trained_again(
+    name, fault, unbroken, run_store, capsys
+):
+    train(TINY)
+    fault(run_store / TINY.key / name)
+    assert_same_run(train(TINY), unbroken)
+    forgotten = name == "run.json" and fault is _delete
+    if not forgotten:
+        assert "is damaged" in capsys.readouterr().out
+        assert list((run_store / TINY.key).glob("damaged-*/*"))
+
+
+@pytest.mark.parametrize("fault", [_truncate, _flip_a_byte, _replace_by_a_foreign_file])
+def test_a_damaged_checkpoint_is_reported_and_training_starts_over(
+    fault, unbroken, run_store, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, checkpoint_seconds=0.0)
+    fault(run_store / TINY.key / "checkpoint.safetensors")
+    assert_same_run(train(TINY), unbroken)
+    assert "is damaged (checkpoint.safetensors" in capsys.readouterr().out
+
+
+def test_another_runs_files_under_this_runs_name_are_not_believed(unbroken, run_store, capsys):
+    other = replace(TINY, seed=7)
+    train(other)
+    shutil.copytree(run_store / other.key, run_store / TINY.key)
+    assert_same_run(train(TINY), unbroken)
+    assert "not this run's record" in capsys.readouterr().out
+
+
+def test_a_record_with_an_edited_number_is_not_believed(unbroken, run_store, capsys):
+    train(TINY)
+    path = run_store / TINY.key / "run.json"
+    record = json.loads(path.read_text())
+    record["facts"]["seconds"] = 0.001
+    path.write_text(json.dumps(record))
+    assert_same_run(train(TINY), unbroken)
+    assert "checksum differs" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(run_store, monkeypatch, unbroken):
+    save_file = store.save_file
+    writes = []
+
+    def fills_up(tensors, path, *args):
+        writes.append(path)
+        save_file(tensors, path, *args)
+        if len(writes) > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_file", fills_up)
+        with pytest.raises(SinkbookError, match="No space left on device.*SINKBOOK_RUNS"):
+            train(TINY, checkpoint_seconds=0.0)
+    _, step = store.load_checkpoint(run_store / TINY.key)
+    assert step == 5
+    assert_same_run(train(TINY), unbroken)
+
+
+@pytest.mark.parametrize("way", ["batched", "processes", "sequence"])
+def test_every_way_of_training_many_seeds_gives_the_same_runs(way, unbroken):
+    # Thirty steps: beyond that, Adam carries rounding errors far.
+    configs = seeds_of(TINY, 3)
+    alone = [train(config) for config in configs]
+    shutil.rmtree(store.runs_folder())
+    for run, expected in zip(train_all(configs, way=way), alone, strict=True):
+        assert run.config == expected.config
+        for name, weight in expected.model.state_dict().items():
+            torch.testing.assert_close(run.model.state_dict()[name], weight, atol=2e-4, rtol=1e-3)
+        for name in ("backcopy_risk", "sink_attention", "value_norm"):
+            np.testing.assert_allclose(
+                run.measurements[name], expected.measurements[name], rtol=1e-3
+            )
+
+
+def test_seeds_trained_as_one_program_resume_together(monkeypatch):
+    configs = seeds_of(TINY, 2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            train_all(configs, way="batched", checkpoint_seconds=0.0)
+    broken = train_all(configs, way="batched")
+    shutil.rmtree(store.runs_folder())
+    for run, expected in zip(broken, train_all(configs, way="batched"), strict=True):
+        assert_same_run(run, expected)
+
+
+def test_a_model_that_does_not_fit_the_task_is_refused():
+    with pytest.raises(SinkbookError, match="Give the model the task's"):
+        replace(TINY, model=replace(TINY.model, vocab_size=66))
+    with pytest.raises(SinkbookError, match="Known: adamw"):
+        replace(TINY, optimizer="adam")
+
+
+def test_facts_tell_versions_device_and_time(unbroken):
+    assert unbroken.facts["versions"]["torch"] == torch.__version__
+    assert unbroken.facts["config"]["seed"] == TINY.seed
+    assert 0 < unbroken.seconds < 60
+    assert time.strptime(unbroken.facts["date"], "%Y-%m-%dT%H:%M:%S%z")
