@@ -137,10 +137,12 @@ def grouped_bars(
     for i, (series, colour) in enumerate(colours.items()):
         places = np.arange(len(groups)) + (i - (len(colours) - 1) / 2) * width
         means = [np.mean(group[series]) for group in groups.values()]
-        bars = ax.bar(places, means, width * 0.92, color=colour, label=series, alpha=0.8)
-        ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=9)
-        for place, group in zip(places, groups.values(), strict=True):
-            ax.plot(np.full(len(group[series]), place), group[series], ".", color="black", ms=4)
+        ax.bar(places, means, width * 0.92, color=colour, label=series, alpha=0.8)
+        for place, mean, group in zip(places, means, groups.values(), strict=True):
+            seeds = group[series]
+            ax.plot(np.full(len(seeds), place), seeds, ".", color="black", ms=4)
+            above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
+            ax.annotate(f"{mean:.2f}", (place, max(seeds)), fontsize=9, **above)
     if reference is not None:
         height, label = reference
         ax.axhline(height, color=OTHER, ls="--", lw=1.2, label=label)
@@ -240,4 +242,153 @@ def norm_boxes(
         median.set(color="black")
     ax.set(ylabel=ylabel, title=title)
     ax.tick_params(axis="x", length=0)
+    return ax
+
+
+def fan(
+    x: Float[np.ndarray, " point"],
+    lines: Float[np.ndarray, "point line"],
+    ax: Axes | None = None,
+    *,
+    reference: Float[np.ndarray, "point line"] | None = None,
+    labels: tuple[str, str] = ("", ""),
+    colour: str = SINK,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Axes:
+    """Many thin lines over a logarithmic axis; `reference` lays dashed ones over them.
+
+    `labels` names the lines and the reference.
+    """
+    ax = _axes(ax)
+    drawn = ax.plot(x, lines, color=colour, lw=0.9, alpha=0.6)
+    if reference is not None:
+        expected = ax.plot(x, reference, color="black", lw=0.7, ls=(0, (4, 4)), alpha=0.7)
+        ax.legend([drawn[0], expected[0]], labels)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
+    return ax
+
+
+def curves(
+    series: dict[str, tuple[Shaped[np.ndarray, " point"], Shaped[np.ndarray, " point"], str]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log: str = "x",
+    legend: bool = True,
+) -> Axes:
+    """A line for each label, given as x, y and a colour. A colour that ends in "--" is dashed.
+
+    `log` names the logarithmic axes: "x", "y", "xy" or none.
+    """
+    ax = _axes(ax)
+    for label, (x, y, colour) in series.items():
+        style = "--" if colour.endswith("--") else "-"
+        ax.plot(x, y, style, color=colour.removesuffix("--"), label=label)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
+    if legend:
+        ax.legend()
+    return ax
+
+
+def head_scatter(
+    x: Float[xr.DataArray, "layer head"],
+    y: Float[xr.DataArray, "layer head"],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    diagonal: bool = False,
+) -> Axes:
+    """One dot a head, darker for later layers; `diagonal` marks where both are equal."""
+    ax = _axes(ax, figsize=(5.2, 4.2))
+    if diagonal:
+        ax.plot([0, 1], [0, 1], color=OTHER, lw=1, ls="--")
+    layer = xr.broadcast(x.layer, x)[0].transpose(*x.dims)
+    dots = ax.scatter(np.ravel(x), np.ravel(y), c=np.ravel(layer), cmap="viridis_r", s=14)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.figure.colorbar(dots, ax=ax, label="layer")
+    return ax
+
+
+def quantile_band(
+    values: Float[xr.DataArray, "seed step token"],
+    ax: Axes,
+    *,
+    colour: str,
+    quantiles: tuple[float, float] = (0.1, 0.9),
+) -> Axes:
+    """A light band between two quantiles over tokens, all seeds together."""
+    low, high = values.quantile(quantiles, dim=("seed", "token"))
+    ax.fill_between(values.step, low, high, color=colour, alpha=0.12, lw=0)
+    return ax
+
+
+def event_strip(
+    events: dict[str, Float[xr.DataArray, " seed"]],
+    ax: Axes | None = None,
+    *,
+    reference: dict[str, float],
+    xlabel: str,
+) -> Axes:
+    """When things happened: one row an event, one dot a seed, a cross for the reference."""
+    ax = _axes(ax, figsize=(7, 0.8 + 0.35 * len(events)))
+    for row, (name, steps) in enumerate(events.items()):
+        ax.plot(steps, np.full(steps.shape, row), "o", color=SINK, alpha=0.6, ms=6)
+        if name in reference:
+            ax.plot(reference[name], row, "x", color="black", ms=7, mew=2)
+    ax.set_yticks(range(len(events)), events)
+    ax.set(xlabel=xlabel, xscale="log", ylim=(len(events) - 0.5, -0.5))
+    ax.grid(axis="y", alpha=0.3)
+    return ax
+
+
+def trajectories(
+    x: Float[xr.DataArray, "seed step"],
+    y: Float[xr.DataArray, "seed step"],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> Axes:
+    """Two quantities against each other along training, one line a seed."""
+    ax = _axes(ax, figsize=(5.4, 3.8))
+    for across, up in zip(x.transpose("seed", "step"), y.transpose("seed", "step"), strict=True):
+        ax.plot(across, up, ".-", lw=0.8, ms=6, label=f"seed {int(across.seed)}")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=8)
+    return ax
+
+
+def log_fits(
+    values: Float[xr.DataArray, "seed step"], fits: list, ax: Axes | None = None, *, ylabel: str
+) -> Axes:
+    """Curves of every seed on a logarithmic step axis, each with its fitted line."""
+    ax = _axes(ax)
+    for i, (seed, fit) in enumerate(zip(values.transpose("seed", "step"), fits, strict=True)):
+        ax.plot(seed.step, seed, ".", color=f"C{i}", ms=5)
+        ax.plot(seed.step, fit.intercept + fit.slope * np.log(seed.step), color=f"C{i}", lw=1.2)
+    ax.set(xlabel="training step", ylabel=ylabel, xscale="log")
+    return ax
+
+
+def against(
+    ours: Float[xr.DataArray, " step"],
+    theirs: Float[xr.DataArray, " step"],
+    ax: Axes | None = None,
+    *,
+    ylabel: str,
+    colour: str,
+) -> Axes:
+    """A curve of ours as a line, the paper's as dots."""
+    ax = _axes(ax)
+    ax.plot(ours.step, ours, color=colour, label="ours")
+    ax.plot(theirs.step, theirs, "o", color="black", ms=4.5, mfc="white", label="paper")
+    ax.set(xlabel="training step", ylabel=ylabel)
+    ax.legend()
     return ax

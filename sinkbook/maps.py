@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from sinkbook.anatomy import layers
 from sinkbook.attention import scores_and_mask
 from sinkbook.errors import SinkbookError
+from sinkbook.transformer import SelfAttention, Transformer
 
 LONGEST = 1024
 
@@ -37,16 +38,27 @@ def attention_weights(
         finally:
             model.set_attn_implementation(before)
         return output.attentions[layer]
-    attention = found[layer].attention
+    scores, weights = _listen(model, input_ids, found[layer].attention)
+    return scores.softmax(dim=-1) if weights is None else weights
+
+
+@torch.no_grad()
+def attention_logits(
+    model: Transformer, input_ids: Int[Tensor, "batch position"], *, layer: int
+) -> Float[Tensor, "batch head query key"]:
+    """The attention logits `S` of one layer of a toy transformer; `-inf` where a key is hidden."""
+    return _listen(model, input_ids, model.layers[layer].attention)[0]
+
+
+def _listen(model: Transformer, input_ids: Tensor, attention: SelfAttention):
+    """The logits of one attention while the model runs, and its weights if it makes them."""
     original, kept = attention.attention_function, []
 
     def keeping(module, query, key, value, attention_mask, scaling, **keywords):
         output, weights = original(
             module, query, key, value, attention_mask, scaling=scaling, **keywords
         )
-        if weights is None:
-            weights = scores_and_mask(query, key, attention_mask, scaling).softmax(dim=-1)
-        kept.append(weights)
+        kept.append((scores_and_mask(query, key, attention_mask, scaling), weights))
         return output, weights
 
     attention.attention_function = keeping
