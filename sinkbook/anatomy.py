@@ -15,6 +15,8 @@ from sinkbook.transformer import Transformer
 _MLPS = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe", "fc2")
 # Names of W_O in transformers' attention modules; `wo` is the toy's.
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "linear_out")
+# Names of W_V; GPT-2's `c_attn` holds W_Q, W_K and W_V one after the other.
+_VALUES = ("v_proj", "wv", "c_attn")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Layer:
 
     block: nn.Module  # what the residual state passes through
     attention: nn.Module | None
+    value: nn.Module | None  # W_V, alone or as the last third of a projection
     output: nn.Module | None  # W_O, from the heads' outputs to the residual stream
     mlp: nn.Module | None
 
@@ -52,8 +55,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def _layer(block: nn.Module) -> Layer:
     attention = _attention(block)
-    output = _named_child(attention, _OUTPUTS) if attention is not None else None
-    return Layer(block, attention, output, _named_child(block, _MLPS))
+    value = output = None
+    if attention is not None:
+        value, output = (_named_child(attention, names) for names in (_VALUES, _OUTPUTS))
+    return Layer(block, attention, value, output, _named_child(block, _MLPS))
 
 
 def _attention(block: nn.Module) -> nn.Module | None:

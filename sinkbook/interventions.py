@@ -9,6 +9,8 @@ exception. Interventions nest, and each sees what the ones before it have change
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -16,8 +18,16 @@ from torch import Tensor, nn
 
 from sinkbook.anatomy import Layer, layers
 from sinkbook.errors import SinkbookError
+from sinkbook.transformer import SelfAttention
 
-PARTS = ("attention", "head", "mlp", "residual")
+PARTS = ("attention", "head", "value", "mlp", "residual")
+
+
+class _Heads(NamedTuple):
+    """Heads side by side in the last dimension, from a fraction `start` of it on."""
+
+    count: int
+    start: float = 0.0
 
 
 @contextmanager
@@ -36,6 +46,8 @@ def replace(
 
     - "attention": what the layer's attention adds, (batch, position, width);
     - "head": the outputs of `head` before W_O, (batch, position, head, head width);
+    - "value": the value states of `head`, a key-value head where heads share them, or of all,
+      (batch, position, head, head width);
     - "mlp": what the layer's MLP adds, (batch, position, width);
     - "residual": the residual state after the layer, (batch, position, width).
 
@@ -44,15 +56,33 @@ def replace(
     """
     if part not in PARTS:
         raise SinkbookError(f"no part named {part!r} to replace. Known: {', '.join(PARTS)}.")
-    if (head is None) != (part != "head"):
-        raise SinkbookError(f"part {part!r} got head={head}; heads go with the part 'head'.")
+    if (head is None and part == "head") or (head is not None and part not in ("head", "value")):
+        raise SinkbookError(
+            f"part {part!r} got head={head}; the part 'head' needs one, 'value' takes one."
+        )
     found = layers(model)
-    where = slice(None) if position is None else _indices(position)
     with ExitStack() as hooks:
         for index in _indices(layer):
             if not 0 <= index < len(found):
                 raise SinkbookError(f"layer {index} is not there; 0 to {len(found) - 1} are.")
-            hooks.enter_context(_hook(model, found[index], part, with_, head, where, index))
+            module = _module(found[index], part)
+            if module is None:
+                raise SinkbookError(f"layer {index} has no {part} of its own to replace.")
+            heads = _heads(model, found[index], part)
+            hook = partial(_write_over, with_=with_, heads=heads, head=head, position=position)
+            if part == "head":
+                handle = module.register_forward_pre_hook(
+                    lambda _, inputs, hook=hook: (hook(inputs[0]), *inputs[1:])
+                )
+            else:
+                handle = module.register_forward_hook(
+                    lambda _, __, output, hook=hook: (
+                        (hook(output[0]), *output[1:])
+                        if isinstance(output, tuple)
+                        else hook(output)
+                    )
+                )
+            hooks.callback(handle.remove)
         yield
 
 
@@ -65,45 +95,50 @@ def _indices(one_or_many: int | Iterable[int]) -> list[int]:
     return [one_or_many] if isinstance(one_or_many, int) else list(one_or_many)
 
 
-@contextmanager
-def _hook(model, layer: Layer, part: str, with_, head, where, index: int):
-    modules = {
+def _module(layer: Layer, part: str) -> nn.Module | None:
+    """The module that writes a part, or for a head the one that reads it."""
+    return {
         "attention": layer.attention,
         "head": layer.output,
+        "value": layer.value,
         "mlp": layer.mlp,
         "residual": layer.block,
-    }
-    module = modules[part]
-    if module is None:
-        raise SinkbookError(f"layer {index} has no {part} to replace.")
-    if part == "head":
-        heads = _heads(model, layer)
-        chosen = _indices(head)
-        if not all(0 <= h < heads for h in chosen):
-            raise SinkbookError(f"head {head} is not there; 0 to {heads - 1} are.")
-
-        def replace_heads(_module, inputs):
-            states = inputs[0].unflatten(-1, (heads, -1)).clone()
-            rows = torch.arange(states.shape[1])[where]
-            states[:, rows[:, None], chosen] = torch.as_tensor(with_).to(states)
-            return (states.flatten(-2), *inputs[1:])
-
-        handle = module.register_forward_pre_hook(replace_heads)
-    else:
-
-        def replace_output(_module, _inputs, output):
-            states = (output[0] if isinstance(output, tuple) else output).clone()
-            states[:, where] = torch.as_tensor(with_).to(states)
-            return (states, *output[1:]) if isinstance(output, tuple) else states
-
-        handle = module.register_forward_hook(replace_output)
-    try:
-        yield
-    finally:
-        handle.remove()
+    }[part]
 
 
-def _heads(model: nn.Module, layer: Layer) -> int:
-    if hasattr(layer.attention, "heads"):
-        return layer.attention.heads
-    return model.config.get_text_config().num_attention_heads
+def _heads(model: nn.Module, layer: Layer, part: str) -> _Heads | None:
+    """How a part divides into heads; None for parts that are not divided."""
+    if part not in ("head", "value"):
+        return None
+    if isinstance(layer.attention, SelfAttention):
+        return _Heads(layer.attention.heads)
+    config = model.config.get_text_config()
+    count = config.num_attention_heads
+    if part == "value":
+        count = getattr(config, "num_key_value_heads", None) or count
+    fused = part == "value" and type(layer.value).__name__ == "Conv1D"
+    return _Heads(count, start=2 / 3 if fused else 0)
+
+
+def _write_over(
+    states: Float[Tensor, "batch position states"],
+    *,
+    with_: float | Tensor,
+    heads: _Heads | None,
+    head: int | Iterable[int] | None,
+    position: int | Iterable[int] | None,
+) -> Float[Tensor, "batch position states"]:
+    """A copy of a part's states in which those of some heads and positions are replaced."""
+    states = states.clone()
+    rows = torch.arange(states.shape[1])
+    rows = rows if position is None else rows[_indices(position)]
+    new = torch.as_tensor(with_).to(states)
+    if heads is None:
+        states[:, rows] = new
+        return states
+    chosen = list(range(heads.count)) if head is None else _indices(head)
+    if not all(0 <= h < heads.count for h in chosen):
+        raise SinkbookError(f"head {head} is not there; 0 to {heads.count - 1} are.")
+    own = states[..., round(heads.start * states.shape[-1]) :].unflatten(-1, (heads.count, -1))
+    own[:, rows[:, None], chosen] = new
+    return states

@@ -1,5 +1,6 @@
 """Interventions do what they say, to toys and to transformers' models, and leave no trace."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -7,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from sinkbook.anatomy import layers
 from sinkbook.errors import SinkbookError
 from sinkbook.interventions import replace, zero
+from sinkbook.probe import measure
 from sinkbook.transformer import Transformer, TransformerConfig
 
 TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -105,6 +107,33 @@ def test_a_replaced_residual_is_what_the_next_layer_sees(model):
     torch.testing.assert_close(patched, logits(model))
 
 
+def test_without_values_a_layer_attends_for_nothing(model):
+    with zero(model, "value", layer=1):
+        silent = residuals(model)[2]
+    with zero(model, "head", layer=1, head=range(4)):
+        torch.testing.assert_close(silent, residuals(model)[2])
+
+
+def test_the_value_of_one_token_is_cut_for_all_who_look_at_it(model):
+    before = measure(model, TOKENS, ("value_norm", "sink_attention"))
+    with zero(model, "value", layer=1, position=0):
+        after = measure(model, TOKENS, ("value_norm", "sink_attention"))
+    drained = after.value_norm.isel(layer=1)
+    assert drained.isel(position=0).max() == 0
+    assert drained.isel(position=slice(1, None)).min() > 0
+    same = after.sink_attention.isel(layer=1) - before.sink_attention.isel(layer=1)
+    assert abs(same).max() < 1e-6
+
+
+def test_one_value_head_is_cut_for_its_own_group(model):
+    with zero(model, "value", layer=1, head=1):
+        norms = measure(model, TOKENS, ("value_norm",)).value_norm.isel(layer=1)
+    silent = (norms == 0).all(("batch", "position"))
+    # Llama's two key-value heads serve two heads each.
+    expected = [2, 3] if hasattr(model.config, "num_key_value_heads") else [1]
+    assert np.flatnonzero(silent).tolist() == expected
+
+
 def test_several_layers_are_cut_at_once(model):
     with zero(model, "mlp", layer=[0, 2]):
         together = logits(model)
@@ -126,13 +155,13 @@ def test_the_model_is_as_before_even_after_an_exception(model):
         ("mpl", {"layer": 0}, "no part named 'mpl'"),
         ("mlp", {"layer": 3}, "layer 3 is not there; 0 to 2 are"),
         ("head", {"layer": 0, "head": 4}, "head 4 is not there; 0 to 3 are"),
-        ("head", {"layer": 0}, "heads go with"),
-        ("mlp", {"layer": 0, "head": 1}, "heads go with"),
+        ("head", {"layer": 0}, "'head' needs one"),
+        ("mlp", {"layer": 0, "head": 1}, "'value' takes one"),
     ],
 )
 def test_what_is_not_there_cannot_be_cut(model, part, where, said):
     with pytest.raises(SinkbookError, match=said), zero(model, part, **where):
-        pass
+        logits(model)
 
 
 def test_an_absent_part_cannot_be_cut():
