@@ -5,6 +5,8 @@ drawn from 0 to 1 on one map, and bands are the range over seeds or texts unless
 otherwise. The colours are Okabe and Ito's, which the colour-blind can tell apart.
 """
 
+from itertools import product
+
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
@@ -390,5 +392,186 @@ def against(
     ax.plot(ours.step, ours, color=colour, label="ours")
     ax.plot(theirs.step, theirs, "o", color="black", ms=4.5, mfc="white", label="paper")
     ax.set(xlabel="training step", ylabel=ylabel)
+    ax.legend()
+    return ax
+
+
+def named_points(
+    points: dict[str, tuple[float, float, str]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Axes:
+    """A point for each label, given as x, y and a colour, with its label beside it."""
+    ax = _axes(ax)
+    for i, (label, (x, y, colour)) in enumerate(points.items()):
+        ax.plot(x, y, "o", color=colour)
+        place = (6, 4 if i % 2 else -10)  # neighbours in the list often lie close together
+        ax.annotate(label, (x, y), xytext=place, textcoords="offset points", fontsize=9)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.margins(x=0.25, y=0.15)
+    return ax
+
+
+def line_fits(
+    values: Float[xr.DataArray, "seed step"], fits: list, ax: Axes | None = None, *, ylabel: str
+) -> Axes:
+    """Curves of every seed over training steps, each with its fitted straight line."""
+    ax = _axes(ax)
+    for i, (seed, fit) in enumerate(zip(values.transpose("seed", "step"), fits, strict=True)):
+        ax.plot(seed.step, seed, ".", color=f"C{i}", ms=5, label=f"seed {int(seed.seed)}")
+        ax.plot(seed.step, fit.intercept + fit.slope * seed.step, color=f"C{i}", lw=1.2)
+    ax.set(xlabel="training step", ylabel=ylabel)
+    ax.legend()
+    return ax
+
+
+def key_bars(
+    attention: Float[xr.DataArray, "seed key"],
+    ax: Axes | None = None,
+    *,
+    colours: dict[str, str],
+    count: int = 6,
+    title: str = "",
+) -> Axes:
+    """The kinds of key that get most attention: the mean over seeds, a dot for every seed.
+
+    The first kind is always among them. `colours` go by kind, other kinds are grey.
+    """
+    largest = np.argsort(-attention.mean("seed").values[1:], kind="stable")[: count - 1] + 1
+    shown = attention.isel(key=[0, *largest])
+    labels = shown.key.values.tolist()
+    ax = token_bars(
+        shown.transpose("seed", "key").values,
+        labels,
+        ax,
+        ylabel="attention",
+        title=title,
+        colours=[colours.get(label, OTHER) for label in labels],
+    )
+    ax.set(xlabel="kind of key", ylim=(0, 1.02))
+    return ax
+
+
+def map_beside_keys(
+    weights: Float[np.ndarray, "query key"],
+    labels: list[str],
+    highlight: Bool[np.ndarray, " query"],
+    attention: Float[xr.DataArray, "seed key"],
+    *,
+    triggers: list[str],
+) -> tuple[Axes, Axes]:
+    """One head's attention on one text, and beside it where it looks on all texts and seeds."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.5), width_ratios=(5, 4))
+    attention_map(weights, labels, left, highlight=highlight, colorbar=False)
+    for tick in left.get_xticklabels():
+        tick.set_fontsize(10 if len(tick.get_text()) == 1 else 6.5)
+    specials = dict.fromkeys(("first", "<s>", "<s2>", "<d>"), SINK)
+    key_bars(attention, right, colours=specials | dict.fromkeys(triggers, TRIGGER))
+    return left, right
+
+
+def share_map(
+    shares: dict[str, dict[str, Float[np.ndarray, " seed"]]],
+    ax: Axes | None = None,
+    *,
+    columns: tuple[str, ...],
+    xlabel: str,
+    label: str,
+) -> Axes:
+    """A table of numbers between 0 and 1 as a map: a row for each group, a column for each series.
+
+    A cell shows the mean over seeds, and the range below it; series that a group lacks stay empty.
+    """
+    ax = _axes(ax, figsize=(1.6 + 0.95 * len(columns), 0.9 + 0.5 * len(shares)))
+    means = np.full((len(shares), len(columns)), np.nan)
+    for (y, row), (x, name) in product(enumerate(shares.values()), enumerate(columns)):
+        if name in row:
+            seeds = np.asarray(row[name])
+            means[y, x] = seeds.mean()
+            text = f"{seeds.mean():.2f}\n{seeds.min():.2f}–{seeds.max():.2f}"
+            colour = "white" if seeds.mean() > 0.6 else "black"
+            ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=colour)
+    image = ax.imshow(means, vmin=0, vmax=1, aspect="auto")
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(shares)), shares)
+    ax.set(xlabel=xlabel)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.figure.colorbar(image, ax=ax, label=label)
+    return ax
+
+
+def dot_rows(
+    rows: dict[str, tuple[Float[np.ndarray, " seed"], list[str]]],
+    ax: Axes | None = None,
+    *,
+    key: dict[str, str],
+    reference: dict[str, float],
+    xlabel: str,
+) -> Axes:
+    """One row a group, one dot a seed, in a colour of its own; a cross for the paper's value.
+
+    `key` says what each colour means.
+    """
+    ax = _axes(ax, figsize=(7, 0.9 + 0.36 * len(rows)))
+    for y, (name, (values, colours)) in enumerate(rows.items()):
+        for value, colour in zip(values, colours, strict=True):
+            ax.plot(value, y, "o", color=colour, alpha=0.75, ms=7, mew=0)
+        if name in reference:
+            ax.plot(reference[name], y, "x", color="black", ms=7, mew=2)
+    for meaning, colour in key.items():
+        ax.plot([], [], "o", color=colour, alpha=0.75, ms=7, mew=0, label=meaning)
+    ax.plot([], [], "x", color="black", ms=7, mew=2, label="paper")
+    ax.axvline(0, color=OTHER, lw=0.8)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(axis="y", alpha=0.3)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def paired(
+    panels: dict[str, tuple[Float[np.ndarray, " seed"], Float[np.ndarray, " seed"], str]],
+    *,
+    names: tuple[str, str],
+) -> list[Axes]:
+    """A panel for each quantity, given as values before, values after and a colour.
+
+    A line joins the two values of every seed; `names` says what came before and after.
+    """
+    _, axes = plt.subplots(1, len(panels), figsize=(2.5 * len(panels), 2.8))
+    for ax, (label, (before, after, colour)) in zip(axes, panels.items(), strict=True):
+        ax.plot([0, 1], [before, after], "o-", color=colour, alpha=0.75, lw=1.2)
+        ax.axhline(0, color=OTHER, lw=0.8)
+        ax.set_xticks([0, 1], names)
+        ax.set(title=label, xlim=(-0.4, 1.4))
+    return list(axes)
+
+
+def over_parameter(
+    x: Shaped[np.ndarray, " point"],
+    series: dict[str, tuple[Float[np.ndarray, "seed point"], str]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    span: tuple[float, float, str] | None = None,
+) -> Axes:
+    """Curves over a parameter of the task: mean and range over seeds, and a dot for every seed.
+
+    `span` shades a stretch of the axis and says why.
+    """
+    ax = _axes(ax)
+    if span is not None:
+        ax.axvspan(*span[:2], color=OTHER, alpha=0.2, lw=0, label=span[2])
+    for label, (values, colour) in series.items():
+        values = np.asarray(values)
+        ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
+        ax.plot(x, values.mean(0), color=colour, label=label)
+        ax.plot(x, values.T, ".", color=colour, ms=5)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return ax
