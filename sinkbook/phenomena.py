@@ -1,14 +1,17 @@
 """The three extreme-token phenomena and the two risks of a toy model, in one dataset."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkbook.interventions import zero
+from sinkbook.maps import attention_weights
 from sinkbook.probe import measure
 from sinkbook.runs import Run
 from sinkbook.tasks import Risks, Task
@@ -78,6 +81,140 @@ def excess_risks(
         "backcopy": np.array([risks.backcopy_excess.item() for risks in found]),
         "bigram": np.array([risks.bigram_excess.item() for risks in found]),
     }
+
+
+def measure_without(
+    runs: list[Run], *parts: str, layer: int = 0, position: int | None = None
+) -> xr.Dataset:
+    """`measure_toy` of every run on its evaluation texts, along `seed`, with parts of a layer cut.
+
+    The `parts`, "attention" or "mlp", write zeros at one position or at all of them; without any
+    part the models are measured as they are (Figure 7b of arXiv 2410.13835). One variable more is
+    `sink_logit`: the mean of `sink_logit_by_token` over the characters that are no triggers.
+    """
+    found = []
+    for run in runs:
+        characters = torch.arange(run.task.config.characters)
+        ordinary = characters[~run.task.at_triggers(characters)].numpy()
+        with ExitStack() as cuts:
+            for part in parts:
+                cuts.enter_context(zero(run.model, part, layer=layer, position=position))
+            measured = measure_toy(run.model, run.task, run.evaluation_tokens)
+        sink_logit = measured.sink_logit_by_token.isel(token=ordinary).mean("token")
+        found.append(measured.assign(sink_logit=sink_logit))
+    return xr.concat(found, dim=_seeds(runs))
+
+
+def attention_by_key(runs: list[Run], *, layer: int | Int[np.ndarray, " seed"] = 0) -> xr.Dataset:
+    """Where one layer's head looks from tokens that are not triggers, by the kind of key.
+
+    A kind is a token, by its label. Position 0 is a kind of its own, the first one: `<s>`, or
+    "first" in a task without it. Queries are those after the start tokens. `layer` is the same for
+    all runs, or one for each. Over (seed, key):
+
+    - `attention`: mean attention on all keys of the kind together; the kinds add up to 1.
+    - `attention_where_visible`: the same over the queries that see such a key, themselves included.
+    - `value_norm`: mean norm of the kind's value states.
+    """
+    found = []
+    for run, layer_of_run in zip(runs, np.broadcast_to(layer, len(runs)).tolist(), strict=True):
+        made, tokens = run.task, run.evaluation_tokens
+        kinds = tokens.clone()
+        kinds[:, 0] = made.vocab_size
+        kinds = F.one_hot(kinds, made.vocab_size + 1).float()
+        queries = ~made.at_triggers(tokens)
+        queries[:, : max(made.config.starts, 1)] = False
+        on_kinds = attention_weights(run.model, tokens, layer=layer_of_run)[:, 0] @ kinds
+        sums, seen = on_kinds[queries].sum(0), (kinds.cumsum(1)[queries] > 0).sum(0)
+        values = measure(run.model, tokens, ("value_norm",)).value_norm.values[:, layer_of_run, 0]
+        values = torch.from_numpy(values).float()
+        norms = torch.einsum("bt,btk->k", values, kinds) / kinds.sum((0, 1))
+        labels = [*made.labels(torch.arange(made.vocab_size)), "first"]
+        if made.start is not None:
+            labels[made.start], labels[-1] = "never", "<s>"
+        dataset = xr.Dataset(
+            {
+                "attention": ("key", (sums / queries.sum()).numpy()),
+                "attention_where_visible": ("key", (sums / seen).numpy()),
+                "value_norm": ("key", norms.numpy()),
+            },
+            coords={"key": labels},
+        )
+        kept = [labels[-1], *(label for label in labels[:-1] if label != "never")]
+        found.append(dataset.sel(key=kept))
+    return xr.concat(found, dim=_seeds(runs))
+
+
+def attention_by_role(
+    runs: list[Run], *, layer: int | Int[np.ndarray, " seed"] = 0
+) -> dict[str, Float[np.ndarray, " seed"]]:
+    """The same, by what the keys are for: position 0, `<s2>`, `<d>`, triggers, line break, others.
+
+    Roles that the task does not have are left out; the others add up to 1.
+    """
+    attention, made = attention_by_key(runs, layer=layer).attention, runs[0].task
+    roles = {"position 0": attention.key.values[:1].tolist()}
+    if made.config.starts == 2:
+        roles["<s2>"] = ["<s2>"]
+    if made.config.delimiter_probability:
+        roles["<d>"] = ["<d>"]
+    if made.triggers:
+        roles["triggers"] = made.labels(torch.tensor(made.triggers))
+    roles["line break"] = ["⏎"]
+    shares = {role: attention.sel(key=keys).sum("key").values for role, keys in roles.items()}
+    return shares | {"others": 1 - sum(shares.values())}
+
+
+class ExampleMap(NamedTuple):
+    """The beginning of one text, and how a head attends while it reads it."""
+
+    weights: Float[np.ndarray, "query key"]
+    labels: list[str]
+    triggers: Bool[np.ndarray, " query"]
+
+
+def example_map(run: Run, *, text: int = 0, layer: int = 0, length: int = 14) -> ExampleMap:
+    """How one layer's head attends on the first tokens of one evaluation text."""
+    tokens = run.evaluation_tokens[text : text + 1, :length]
+    weights = attention_weights(run.model, tokens, layer=layer)[0, 0]
+    triggers = run.task.at_triggers(tokens[0])
+    return ExampleMap(weights.numpy(), run.task.labels(tokens[0]), triggers.numpy())
+
+
+@torch.no_grad()
+def dormant_characters(runs: list[Run], cutoff: float = 0.89) -> Float[np.ndarray, " seed"]:
+    """The share of the characters that are not triggers on which the first head is dormant.
+
+    Each is read at the end of `<s>` and all such characters in their order; the head is dormant if
+    it gives `<s>` more than `cutoff` there. Test and cutoff are those of the paper's code.
+    """
+    shares = []
+    for run in runs:
+        made = run.task
+        characters = torch.arange(made.config.characters)
+        characters = characters[~made.at_triggers(characters)]
+        prompt = torch.cat([torch.tensor([made.start]), characters])
+        prompts = torch.cat([prompt.expand(len(characters), -1), characters[:, None]], dim=1)
+        on_start = attention_weights(run.model, prompts, layer=0)[:, 0, -1, 0]
+        shares.append((on_start > cutoff).float().mean().item())
+    return np.array(shares)
+
+
+def copying_layers(runs: list[Run]) -> Int[np.ndarray, " seed"]:
+    """The layer of each run that copies: the one without whose attention backcopy suffers most."""
+    found = []
+    for run in runs:
+        config = run.config.model
+        layers = [n for n in range(config.layers) if n not in config.without_attention]
+        cost = [
+            excess_risks([run], without="attention", layer=layer)["backcopy"][0] for layer in layers
+        ]
+        found.append(layers[int(np.argmax(cost))])
+    return np.array(found)
+
+
+def _seeds(runs: list[Run]) -> xr.Variable:
+    return xr.Variable("seed", [run.config.seed for run in runs])
 
 
 def _named(risks: Risks) -> dict[str, Tensor]:

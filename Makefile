@@ -1,0 +1,35 @@
+# make book    run every chapter and render the book; prints the path of its first page
+# make test    check everything: package, models, chapters, pages, tooling
+# make bench   time the probe and the training against plain references: build/bench.json
+# make clean   remove what was built; .venv, node_modules and the download cache stay
+#
+# PROFILE=paper runs the paper's own sizes (one GPU); JOBS is how many chapters run at once.
+
+PROFILE ?= quick
+JOBS    ?= 2
+PYTHON  ?= python3
+
+bin := .venv/bin
+# Several processes share the cores, so each computes on one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: book test bench clean
+
+book: .venv/installed
+	$(bin)/sinkbook build --profile $(PROFILE) --jobs $(JOBS)
+
+test: .venv/installed
+	$(bin)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
+bench: .venv/installed
+	$(bin)/python -m benchmarks
+
+clean:
+	rm -rf build
+
+# torch comes first and alone, so that a CPU build that pip finds is kept by all that follows.
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(bin)/python || $(PYTHON) -m venv .venv
+	$(bin)/pip install --quiet --constraint constraints.txt torch
+	$(bin)/pip install --quiet --constraint constraints.txt --editable '.[book,test]'
+	touch $@

@@ -1,0 +1,132 @@
+"""What drawing batches, training and measuring cost, each beside a plain reference."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.timing import alternate, row
+from sinkbook import experiments
+from sinkbook.optimizers import OPTIMIZERS
+from sinkbook.runs import TrainingConfig
+from sinkbook.tasks import Task, task
+from sinkbook.training import seeds_of, train, train_all
+from sinkbook.transformer import Transformer
+
+
+def ratios() -> list[dict]:
+    """Batches against a loop, steps against matrix products, many seeds, and measuring."""
+    torch.set_num_threads(1)
+    quick = experiments.one_layer("quick")[0]
+    # The paper's width and length; a smaller batch, which makes drawing it dearer per text.
+    paper = replace(experiments.one_layer("paper")[0], batch_size=64)
+    return [
+        _batches_against_a_loop(task(paper.task)),
+        _share_of_batches(paper),
+        _step_against_products(paper, "at the paper's width", 0.9),
+        _step_against_products(quick, "at the quick size", 0.6),
+        _measuring(quick),
+        _many_seeds(quick),
+    ]
+
+
+def _batches_against_a_loop(made: Task) -> dict:
+    """The loop draws each token by `Generator.choice`, as the paper's official code does."""
+    generator = np.random.default_rng(0)
+    rows, triggers = made.transition.numpy(), set(made.triggers)
+
+    def loop() -> None:
+        text = [made.start]
+        text.append(generator.choice(made.vocab_size, p=rows[made.start]))
+        while len(text) <= made.config.length:
+            last = text[-1]
+            text.append(
+                text[-2] if last in triggers else generator.choice(made.vocab_size, p=rows[last])
+            )
+
+    seconds = alternate({"loop": loop, "batch": lambda: made.batch_at(512, 0, 0)}, 7)
+    per_text = [s / 512 for s in seconds["batch"]]
+    name = "one text by a loop over tokens / one of a batch of 512"
+    return row(name, seconds["loop"], per_text, 100, at_least=True)
+
+
+def _step(config: TrainingConfig) -> Callable[[], None]:
+    """One training step on a batch that is drawn beforehand."""
+    torch.manual_seed(0)
+    model = Transformer(config.model)
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config)
+    texts = task(config.task).batch_at(config.batch_size, 0, 0)
+
+    def step() -> None:
+        loss = F.cross_entropy(model(texts[:, :-1]).flatten(0, 1), texts[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _share_of_batches(config: TrainingConfig) -> dict:
+    made = task(config.task)
+    passes = {"draw": lambda: made.batch_at(config.batch_size, 0, 0), "step": _step(config)}
+    seconds = alternate(passes, 5)
+    name = f"drawing a batch of {config.batch_size} / training step at the paper's width"
+    return row(name, seconds["draw"], seconds["step"], 0.03)
+
+
+def _step_against_products(config: TrainingConfig, where: str, bound: float) -> dict:
+    """Floating-point operations a second of a step, over those of one large matrix product."""
+    step = _step(config)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    size = 1024
+    left, right = torch.randn(2, size, size)
+    repeats = max(1, round(counter.get_total_flops() / (2 * size**3)))
+
+    def products() -> None:
+        for _ in range(repeats):
+            left @ right
+
+    seconds = alternate({"step": step, "products": products}, 7)
+    step_rate = [counter.get_total_flops() / s for s in seconds["step"]]
+    product_rate = [repeats * 2 * size**3 / s for s in seconds["products"]]
+    name = f"operations a second, training step {where} / matrix product"
+    return row(name, step_rate, product_rate, bound, at_least=True)
+
+
+def _in_an_empty_store(run: Callable) -> float:
+    before = os.environ.get("SINKBOOK_RUNS")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SINKBOOK_RUNS"] = folder
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+    os.environ.pop("SINKBOOK_RUNS")
+    if before is not None:
+        os.environ["SINKBOOK_RUNS"] = before
+    return seconds
+
+
+def _measuring(config: TrainingConfig) -> dict:
+    """A whole training with its measurements against one that is measured at both ends only."""
+    unmeasured = replace(config, measurements=1)
+    seconds = {"measured": [], "unmeasured": []}
+    for _ in range(2):
+        seconds["measured"].append(_in_an_empty_store(lambda: train(config)))
+        seconds["unmeasured"].append(_in_an_empty_store(lambda: train(unmeasured)))
+    name = "training with measurements / without"
+    return row(name, seconds["measured"], seconds["unmeasured"], 1.15)
+
+
+def _many_seeds(config: TrainingConfig) -> dict:
+    configs = seeds_of(replace(config, steps=500), 8)
+    together = _in_an_empty_store(lambda: train_all(configs))
+    in_a_row = _in_an_empty_store(lambda: train_all(configs, way="sequence"))
+    name = "8 seeds by the chosen way / one after the other"
+    return row(name, [together], [in_a_row], 0.6)

@@ -1,0 +1,196 @@
+"""The command line: `sinkbook build`, `run`, `probe`, `fetch`, `claims` and `record`.
+
+Each command imports what it needs when it runs, so that `sinkbook --help` answers at once.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sinkbook.errors import SinkbookError
+
+app = typer.Typer(
+    help="Attention sinks, value drains and residual peaks: a book that runs, and a probe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+INTERRUPTED = 130  # the status that typer ends with after Ctrl-C
+
+Profile = Annotated[str, typer.Option(help="quick: minutes on two CPU cores. paper: for one GPU.")]
+Seed = Annotated[int, typer.Option(help="The seed that every chapter starts from.")]
+Jobs = Annotated[int, typer.Option(min=1, help="How many chapters run at once.")]
+Output = Annotated[
+    Path | None, typer.Option(help="The build folder.", show_default="build, in the repository")
+]
+
+
+@app.command()
+def build(
+    profile: Profile = "quick",
+    seed: Seed = 0,
+    jobs: Jobs = 1,
+    output: Output = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run every chapter, also those that have not changed.")
+    ] = False,
+) -> None:
+    """Run every chapter that has changed and render the book; prints the path of its first page."""
+    from sinkbook import book
+
+    place = book.workplace(profile, output)
+    started = time.monotonic()
+    index, executions = book.build(place=place, seed=seed, jobs=jobs, fresh=fresh)
+    kept = sum(execution.from_cache for execution in executions)
+    print(
+        f"Rendered in {time.monotonic() - started:.0f} s; {len(executions) - kept} chapters were "
+        f"run, {kept} taken from the cache (--fresh runs them too)."
+    )
+    print(index)
+
+
+@app.command()
+def run(
+    chapters: Annotated[list[str], typer.Argument(help="Names or numbers: 03, 03_active_dormant.")],
+    profile: Profile = "quick",
+    seed: Seed = 0,
+    jobs: Jobs = 1,
+    output: Output = None,
+) -> None:
+    """Run chapters and keep the executed copies, without rendering; prints their paths."""
+    from sinkbook import book
+
+    place = book.workplace(profile, output)
+    for execution in book.run_chapters(chapters, place=place, seed=seed, jobs=jobs):
+        print(execution.path)
+
+
+@app.command()
+def fetch(
+    name: Annotated[
+        str | None, typer.Argument(help="One download; without: all by default.")
+    ] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="Show what there is and stop.")] = False,
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="Accept the terms that a download is under.")
+    ] = False,
+) -> None:
+    """Download texts and weights into the cache folder, checked against their pinned hashes."""
+    from sinkbook import corpora
+
+    if list_them:
+        _print_sources()
+        return
+    free = [source.name for source in corpora.SOURCES.values() if not source.terms]
+    for wanted in [name] if name else free:
+        print(f"{wanted:14} ", end="", flush=True)
+        print(corpora.fetch(wanted, accept_license=accept_license))
+
+
+def _print_sources() -> None:
+    from sinkbook.corpora import SOURCES
+
+    for source in SOURCES.values():
+        print(f"{source.name:14} {source.megabytes:4} MB  {source.about}")
+        print(f"{'':23}{source.licence}; from {source.origin}")
+        if source.terms:
+            print(f"{'':23}only with --accept-license: {source.terms}")
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="A short name, a folder, a .gguf file, a hub id.")],
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text file, cut into windows.")
+    ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Texts of this domain.", show_default="prose-en"),
+    ] = None,
+    texts: Annotated[int, typer.Option(min=1, help="How many; at most, of a text file.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each, the first included.")] = 256,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write report, data and figures there.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the report in DIR.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of a model on the hub.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a model's own code run.")
+    ] = False,
+) -> None:
+    """Measure sinks, drains and peaks of a causal language model; prints a table and a verdict."""
+    if text is not None and domain is not None:
+        raise typer.BadParameter("give --text or --domain, not both.")
+
+    from rich.console import Console
+
+    from sinkbook import report
+
+    if out is not None:
+        report.check_folder(out, force=force)
+    result = report.probe(
+        model,
+        text=text,
+        domain=domain or "prose-en",
+        texts=texts,
+        length=length,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    Console().print(report.terminal(result))
+    if out is None:
+        print("No files were written. With --out DIR: a page, the data as NetCDF and CSV, figures.")
+    else:
+        report.write(result, out, force=force)
+        print(out / "report.html")
+
+
+@app.command()
+def claims(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+) -> None:
+    """Show what the book claims, what was last measured, and whether it holds."""
+    from sinkbook import claims as book_claims
+
+    if as_json:
+        print(json.dumps([verdict.row() for verdict in book_claims.verdicts()], indent=2))
+    else:
+        print(book_claims.ledger())
+
+
+@app.command()
+def record(
+    name: Annotated[str | None, typer.Argument(help="Which one; without: list them.")] = None,
+) -> None:
+    """Train a run that is too long for a page and keep its measurements in book/records."""
+    from sinkbook import records
+
+    if name is None:
+        for known in records.RECORDS:
+            print(f"{known}: {'made' if records.path_of(known).exists() else 'not made yet'}")
+    else:
+        print(records.make(name))
+
+
+def main() -> None:
+    """Entry point: an expected failure is one message on stderr and exit status 1."""
+    try:
+        app()
+    except SinkbookError as error:
+        print(f"sinkbook: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("sinkbook: interrupted. What had finished is kept.", file=sys.stderr)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""Attention read without its matrix: what one layer's heads attend to, in memory linear in T.
+
+The fused attention kernels return, beside the head outputs, each query's log-sum-exp over its
+keys. With `lse_n` in hand every single weight costs one dot product,
+
+    A[n, j] = exp(scaling * q_n . k_j - lse_n),
+
+so that the attention on one sink token costs O(T). Three more identities do the rest.
+
+- The mean logit over the visible keys is the query times a running mean of the keys.
+- Let the keys ask and the queries answer: with `q'_j = (scaling * k_j, 1)` and
+  `k'_n = (q_n, -lse_n)` the logits `q'_j . k'_n` are `log A[n, j]`. One fused call on them, run
+  backwards in time to keep it causal, returns `log sum_n A[n, j]`: the attention that every key
+  receives. With the `k'` as its values it also returns `sum_n A[n, j] log A[n, j]`, whose sum
+  over the keys is the entropy.
+- A learned sink only adds its logit to the log-sum-exp.
+
+Where a kernel cannot be asked (soft caps, biases, masks that are no spans, kernels other than
+softmax) the weights are formed for a few queries at a time and read off in the same terms.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Heads = Float[Tensor, "batch head position width"]
+KeyHeads = Float[Tensor, "batch key_head position width"]
+Values = Float[Tensor, "batch key_head position value_width"]
+Outputs = Float[Tensor, "batch head position value_width"]
+PerQuery = Float[Tensor, "batch head position"]
+
+NEVER = -1e9  # a logit so low that its weight is exactly zero, and its sums stay finite
+ROWS = 512  # queries that are masked in one call
+ENTRIES = 2**23  # weights that exist at one time where they must be formed (32 MiB in float32)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is asked of every layer: which sink, over which queries, which variables."""
+
+    sink: Int[Tensor, " batch"]
+    counted: Bool[Tensor, "batch position"]  # queries that enter the means
+    real: Bool[Tensor, "batch position"]  # tokens that are no padding
+    variables: frozenset[str]
+
+    def to(self, device: torch.device) -> "Scope":
+        return Scope(
+            self.sink.to(device), self.counted.to(device), self.real.to(device), self.variables
+        )
+
+    def after_sink(self) -> Bool[Tensor, "batch position"]:
+        positions = torch.arange(self.counted.shape[1], device=self.sink.device)
+        return self.counted & (positions > self.sink[:, None])
+
+    def asks_for(self, *variables: str) -> bool:
+        return not self.variables.isdisjoint(variables)
+
+
+class Spans(NamedTuple):
+    """The keys that each query sees when they are neighbours: `first` to `last`, both included.
+
+    Causal attention, padding, sliding windows, chunks and packed documents all have this form.
+    """
+
+    first: Int[Tensor, "batch position"]
+    last: Int[Tensor, "batch position"]
+    causal: bool  # from key 0 to the query itself, for every query that counts
+
+
+def causal_spans(real: Bool[Tensor, "batch position"]) -> Spans:
+    """Every key up to the query itself."""
+    last = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+    return Spans(torch.zeros_like(last), last, causal=True)
+
+
+def find_spans(
+    visible: Bool[Tensor, "batch 1 query key"], real: Bool[Tensor, "batch query"]
+) -> Spans | None:
+    """The spans that a mask amounts to; `None` if some query's visible keys have a gap.
+
+    A query that sees nothing, as left padding does, is given itself: its output is of no use
+    but must be finite.
+    """
+    own = torch.arange(visible.shape[-1], device=visible.device).expand(real.shape)
+    first, count, runs = [], [], []
+    for rows in visible[:, 0].split(ROWS, dim=1):
+        starts = (rows[..., 1:] & ~rows[..., :-1]).sum(-1) + rows[..., 0]
+        first.append(rows.to(torch.uint8).argmax(-1))
+        count.append(rows.sum(-1))
+        runs.append(starts)
+    first, count, runs = (torch.cat(parts, dim=1) for parts in (first, count, runs))
+    if (runs > 1).any():
+        return None
+    first = torch.where(count > 0, first, own)
+    last = torch.where(count > 0, first + count - 1, own)
+    causal = bool((~real | ((first == 0) & (last == own))).all())
+    return Spans(first, last, causal)
+
+
+def pairs(
+    visible: Spans | Bool[Tensor, "batch head_or_1 position key"], queries: Int[Tensor, " query"]
+) -> Bool[Tensor, "batch head_or_1 query key"]:
+    """The keys that some of the queries see, one by one."""
+    if not isinstance(visible, Spans):
+        return visible[:, :, queries]
+    keys = torch.arange(visible.first.shape[1], device=queries.device)
+    first, last = (ends[:, queries, None] for ends in (visible.first, visible.last))
+    return ((first <= keys) & (keys <= last))[:, None]
+
+
+def can_be_fused(query: Tensor) -> bool:
+    """Whether this device and dtype have a fused kernel that returns the log-sum-exp."""
+    return query.device.type == "cpu" or (query.is_cuda and query.dtype != torch.float64)
+
+
+def _fused(
+    query: Float[Tensor, "batch head query width"],
+    key: Float[Tensor, "batch key_head key width"],
+    value: Float[Tensor, "batch key_head key value_width"],
+    bias: Float[Tensor, "batch 1 query key"] | None,
+    scaling: float,
+) -> tuple[Float[Tensor, "batch head query value_width"], Float[Tensor, "batch head query"]]:
+    """One call of the fused kernel: causal without a `bias`, masked by it otherwise.
+
+    The CPU kernel takes grouped heads as they are; those of CUDA want them repeated. All want
+    one width for keys and values, which latent attention does not have: the narrower is padded.
+    """
+    value_width = value.shape[-1]
+    width = max(query.shape[-1], value_width)
+    on_cpu = query.device.type == "cpu"
+    width = width if on_cpu else -(-width // 8) * 8
+    query, key, value = (
+        F.pad(states, (0, width - states.shape[-1])) if states.shape[-1] < width else states
+        for states in (query, key, value)
+    )
+    kernels = torch.ops.aten
+    if on_cpu:
+        output, lse = kernels._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, bias is None, attn_mask=bias, scale=scaling
+        )
+    else:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        if bias is None and query.dtype != torch.float32 and width <= 256:
+            output, lse = kernels._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, True, scale=scaling
+            )[:2]
+        else:
+            if bias is not None:  # the kernel wants rows that begin at multiples of 16 entries
+                keys = bias.shape[-1]
+                bias = F.pad(bias, (0, -keys % 16))[..., :keys]
+                bias = bias.expand(-1, query.shape[1], -1, -1)
+            output, lse = kernels._scaled_dot_product_efficient_attention(
+                query, key, value, bias, True, 0.0, bias is None, scale=scaling
+            )[:2]
+        lse = lse[..., : query.shape[2]]  # the kernel may round T up
+    return output[..., :value_width], lse
+
+
+def attend(
+    query: Heads, key: KeyHeads, value: Values, scaling: float, spans: Spans
+) -> tuple[Outputs, PerQuery]:
+    """Head outputs and the log-sum-exp of each query, `ROWS` queries at a time if masked."""
+    if spans.causal:
+        return _fused(query, key, value, None, scaling)
+    outputs, sums = [], []
+    for rows in torch.arange(query.shape[2], device=query.device).split(ROWS):
+        first, last = spans.first[:, rows], spans.last[:, rows]
+        keys = torch.arange(int(first.min()), int(last.max()) + 1, device=query.device)
+        hidden = (keys < first[..., None]) | (keys > last[..., None])
+        bias = query.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        window = slice(int(keys[0]), int(keys[-1]) + 1)
+        output, lse = _fused(
+            query[:, :, rows], key[:, :, window], value[:, :, window], bias[:, None], scaling
+        )
+        outputs.append(output)
+        sums.append(lse)
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
+
+
+def read_fused(
+    query: Heads,
+    key: KeyHeads,
+    value: Values,
+    scaling: float,
+    spans: Spans,
+    scope: Scope,
+    learned_sink: Float[Tensor, " head"] | None = None,
+) -> tuple[Outputs, dict[str, Tensor]]:
+    """Head outputs and the variables of `scope`, by log-sum-exp.
+
+    Variables of a query are (batch, head, position), NaN where the query does not count;
+    those of a head (batch, head); `key_importance` is (batch, head, position).
+    """
+    output, lse = attend(query, key, value, scaling, spans)
+    row_sum = torch.ones_like(lse)
+    if learned_sink is not None:
+        alone = lse
+        lse = torch.logaddexp(lse, learned_sink.to(lse.dtype)[:, None].expand_as(lse))
+        row_sum = (alone - lse).exp()
+        output = output * row_sum[..., None].to(output.dtype)
+
+    query, key = query.to(lse.dtype), key.to(lse.dtype)
+    reading = _read_sink(query, key, scaling, lse, spans, scope)
+    if scope.asks_for("attention_row_sum"):
+        reading["attention_row_sum"] = _blank(row_sum, scope.counted[:, None]).nanmean(-1)
+    if scope.asks_for("key_importance", "attention_entropy"):
+        received, entropy = _read_keys(query, key, scaling, lse, spans, scope)
+        reading["key_importance"] = received / _times_seen(spans, scope)[:, None]
+        reading["attention_entropy"] = entropy / scope.counted.sum(-1, keepdim=True)
+    return output, reading
+
+
+def _read_sink(
+    query: Heads, key: KeyHeads, scaling: float, lse: PerQuery, spans: Spans, scope: Scope
+) -> dict[str, Tensor]:
+    """Attention on the sink and its logit against the mean of the other visible keys."""
+    batch, _, _, width = query.shape
+    index = scope.sink[:, None, None, None].expand(batch, key.shape[1], 1, width)
+    sink_key = key.gather(2, index)
+    grouped = query.unflatten(1, (key.shape[1], -1))  # (batch, key head, group, query, width)
+    sees = (spans.first <= scope.sink[:, None]) & (scope.sink[:, None] <= spans.last)
+    asked = scope.after_sink() & sees
+
+    reading = {}
+    if scope.asks_for("sink_attention", "sink_attention_by_query"):
+        logit = scaling * (grouped @ sink_key[:, :, None].mT).flatten(1, 2).squeeze(-1)
+        weight = (logit - lse).clamp(max=0.0).exp()
+        reading["sink_attention_by_query"] = _blank(weight, asked[:, None])
+    if scope.asks_for("sink_logit", "sink_logit_by_query"):
+        # In double precision, since a window's sum is the difference of two long ones.
+        total = key.cumsum(2, dtype=torch.float64)
+        if not spans.causal:
+            running = F.pad(total, (0, 0, 1, 0))
+            total = _at(running, spans.last + 1) - _at(running, spans.first)
+        others = spans.last - spans.first + 1 - sees.long()
+        total = total - sink_key * sees[:, None, :, None]
+        mean = total / others.clamp(min=1)[:, None, :, None]
+        contrast = (sink_key - mean).to(query.dtype)
+        logit = scaling * (grouped * contrast[:, :, None]).sum(-1).flatten(1, 2)
+        reading["sink_logit_by_query"] = _blank(logit, (asked & (others > 0))[:, None])
+    return reading
+
+
+def _read_keys(
+    query: Heads, key: KeyHeads, scaling: float, lse: PerQuery, spans: Spans, scope: Scope
+) -> tuple[PerQuery, Float[Tensor, "batch head"]]:
+    """The sum over counted queries of each key's attention, and of each head's row entropies."""
+    _, heads, length, _ = query.shape
+    dropped = ~scope.counted[:, None, :, None]
+    ones = key.new_ones(*key.shape[:-1], 1)
+    asking = torch.cat([scaling * key, ones], dim=-1)
+    asking = asking.repeat_interleave(heads // key.shape[1], dim=1)
+    answering = torch.cat(
+        [query.masked_fill(dropped, 0.0), -lse[..., None].masked_fill(dropped, -NEVER)], dim=-1
+    )
+    if spans.causal:  # backwards in time, the queries that see a key come before it
+        asking, answering = asking.flip(2), answering.flip(2)
+        output, log_received = _fused(asking, answering, answering, None, 1.0)
+    else:
+        outputs, sums = [], []
+        for keys in torch.arange(length, device=key.device).split(ROWS):
+            seen = (spans.first[:, None] <= keys[:, None]) & (keys[:, None] <= spans.last[:, None])
+            queries = seen.any(1).any(0).nonzero()[:, 0]
+            window = slice(int(queries[0]), int(queries[-1]) + 1) if len(queries) else slice(0, 1)
+            bias = key.new_zeros(seen.shape).masked_fill_(~seen, NEVER)[:, None, :, window]
+            output, log_sum = _fused(
+                asking[:, :, keys], answering[:, :, window], answering[:, :, window], bias, 1.0
+            )
+            outputs.append(output)
+            sums.append(log_sum)
+        output, log_received = torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
+    received = log_received.exp()
+    entropy = -(received * (asking * output).sum(-1)).sum(-1)
+    return (received.flip(2) if spans.causal else received), entropy
+
+
+def _times_seen(spans: Spans, scope: Scope) -> Float[Tensor, "batch position"]:
+    """How many counted queries see each key."""
+    counted = scope.counted.float()
+    steps = F.pad(torch.zeros_like(counted), (0, 1))
+    steps.scatter_add_(1, spans.first, counted).scatter_add_(1, spans.last + 1, -counted)
+    return steps.cumsum(1)[:, :-1].round()
+
+
+class Rows(NamedTuple):
+    """Weights that have been formed, for some of the queries."""
+
+    positions: Int[Tensor, " query"]
+    logits: Float[Tensor, "batch head query key"]
+    visible: Bool[Tensor, "batch head_or_1 query key"]
+    weights: Float[Tensor, "batch head query key"]
+
+
+def softmax_rows(
+    query: Heads,
+    key: KeyHeads,
+    scaling: float,
+    visible: Spans | Bool[Tensor, "batch head_or_1 query key"],
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    learned_sink: Float[Tensor, " head"] | None = None,
+) -> Iterator[Rows]:
+    """Softmax attention formed outright, so few queries at a time that memory stays linear."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, length, _ = query.shape
+    key = key.to(exact).repeat_interleave(heads // key.shape[1], dim=1)
+    step = max(1, ENTRIES // (batch * heads * length))
+    for positions in torch.arange(length, device=query.device).split(step):
+        logits = scaling * query[:, :, positions].to(exact) @ key.mT
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if bias is not None:
+            logits = logits + bias[:, :, positions].to(exact)
+        seen = pairs(visible, positions)
+        masked = logits.masked_fill(~seen, NEVER)
+        if learned_sink is not None:
+            extra = learned_sink.to(exact)[:, None, None].expand(*masked.shape[:-1], 1)
+            weights = torch.cat([masked, extra], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = masked.softmax(-1)
+        yield Rows(positions, logits, seen, weights)
+
+
+def read_formed(
+    rows: Iterable[Rows], value: Values, scope: Scope
+) -> tuple[Outputs, dict[str, Tensor]]:
+    """Head outputs and variables from `softmax_rows`, as `read_fused` gives them."""
+    outputs = []
+
+    def with_outputs() -> Iterator[Rows]:
+        for part in rows:
+            repeats = part.weights.shape[1] // value.shape[1]
+            states = value.to(part.weights.dtype).repeat_interleave(repeats, dim=1)
+            outputs.append((part.weights @ states).to(value.dtype))
+            yield part
+
+    reading = read_rows(with_outputs(), scope)
+    return torch.cat(outputs, dim=2), reading
+
+
+def formed_rows(
+    logits: Float[Tensor, "batch head query key"],
+    visible: Spans | Bool[Tensor, "batch head_or_1 query key"],
+    weights: Float[Tensor, "batch head query key"],
+) -> Iterator[Rows]:
+    """Weights that a model has formed itself, handed on in the same small parts."""
+    batch, heads, length, _ = weights.shape
+    exact = torch.promote_types(weights.dtype, torch.float32)
+    step = max(1, ENTRIES // (batch * heads * length))
+    for positions in torch.arange(length, device=weights.device).split(step):
+        yield Rows(
+            positions,
+            logits[:, :, positions].to(exact),
+            pairs(visible, positions),
+            weights[:, :, positions].to(exact),
+        )
+
+
+def read_rows(parts: Iterable[Rows], scope: Scope, normalised: bool = True) -> dict[str, Tensor]:
+    """The variables of `scope` from formed weights, in the shapes of `read_fused`.
+
+    Rows that a kernel does not normalise have no entropy of their own: that of their shares
+    `A / sum A` is taken, and rows that attend to nothing are left out.
+    """
+    sink_attention, sink_logit, row_sums, entropies = [], [], [], []
+    received = seen = 0.0
+    for positions, logits, visible, weights in parts:
+        counted = scope.counted[:, None, positions]
+        index = scope.sink[:, None, None, None]
+        at_sink = index.expand(-1, weights.shape[1], len(positions), 1)
+        sees = visible.gather(3, at_sink[:, : visible.shape[1]]).squeeze(-1)
+        asked = scope.after_sink()[:, None, positions] & sees
+        sink_attention.append(_blank(weights.gather(3, at_sink).squeeze(-1), asked))
+
+        others = visible.scatter(3, at_sink[:, : visible.shape[1]], False)
+        count = others.sum(-1)
+        mean = logits.masked_fill(~others, 0.0).sum(-1) / count.clamp(min=1)
+        contrast = logits.gather(3, at_sink).squeeze(-1) - mean
+        sink_logit.append(_blank(contrast, asked & (count > 0)))
+
+        weights = weights.masked_fill(~visible, 0.0)
+        row_sum = weights.sum(-1)
+        row_sums.append(_blank(row_sum, counted))
+        shares = weights if normalised else weights / row_sum[..., None]
+        entropies.append(_blank(torch.special.entr(shares).sum(-1), counted & (row_sum > 0)))
+        received = received + (weights * counted[..., None]).sum(2)
+        seen = seen + (visible & counted[..., None]).sum(2)
+    return {
+        "sink_attention_by_query": torch.cat(sink_attention, dim=2),
+        "sink_logit_by_query": torch.cat(sink_logit, dim=2),
+        "attention_row_sum": torch.cat(row_sums, dim=2).nanmean(-1),
+        "attention_entropy": torch.cat(entropies, dim=2).nanmean(-1),
+        "key_importance": received / seen,
+    }
+
+
+def _at(running: Tensor, index: Int[Tensor, "batch position"]) -> Tensor:
+    """Rows of (batch, head, row, width) picked by a row number for each position."""
+    index = index[:, None, :, None].expand(-1, running.shape[1], -1, running.shape[3])
+    return running.gather(2, index)
+
+
+def _blank(values: Tensor, kept: Tensor) -> Tensor:
+    return values.masked_fill(~kept, float("nan"))

@@ -1,0 +1,75 @@
+"""The reference page of the book, made from the package: this module is a Sphinx extension."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+# The line of book/api.md that the modules take the place of.
+MARKER = "<!-- modules -->"
+
+
+def modules() -> list[str]:
+    """Names of the package's modules, each after all those that it imports.
+
+    Raises `graphlib.CycleError` if some import each other in a circle.
+    """
+    package = Path(__file__).parent
+    imports = {
+        path.stem: _imports(path) for path in sorted(package.glob("*.py")) if path.stem[0] != "_"
+    }
+    return list(TopologicalSorter(imports).static_order())
+
+
+def _imports(path: Path) -> list[str]:
+    """Modules of this package that a module imports when it is loaded."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, _, module = node.module.partition(".")
+            if package == "sinkbook":
+                found |= {module} if module else {alias.name for alias in node.names}
+    return sorted(found & {other.stem for other in path.parent.glob("*.py")})
+
+
+def setup(app) -> dict:
+    """What Sphinx calls: list the modules on the page, and show docstrings as they are written."""
+    app.connect("source-read", _list_modules)
+    app.connect("autodoc-process-docstring", _as_written)
+    return {"parallel_read_safe": True}
+
+
+def _list_modules(app, page: str, source: list[str]) -> None:
+    """Put a section for each module in the place of the marker."""
+    section = (
+        "## sinkbook.{0}\n\n```{{eval-rst}}\n.. automodule:: sinkbook.{0}\n   :members:\n```\n"
+    )
+    source[0] = source[0].replace(MARKER, "\n".join(map(section.format, modules())))
+
+
+def _as_written(app, what, name, obj, options, lines: list[str]) -> None:
+    """Paragraphs as prose with `code` in it; examples and whatever is indented word for word.
+
+    Docstrings here are plain text with backticks; reStructuredText would stumble over `*batch`.
+    """
+    written = []
+    for block in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
+        if block.startswith((" ", ">>>", "-", "*")):
+            language = "pycon" if block.startswith(">>>") else "text"
+            written += [f".. code-block:: {language}", ""]
+            written += [f"    {line}" for line in block.split("\n")]
+        else:
+            written.append(_prose(block))
+        written.append("")
+    lines[:] = written
+
+
+def _prose(paragraph: str) -> str:
+    """A paragraph as reStructuredText: `code` stays code, every other character is itself."""
+    pieces = re.split(r"(`[^`]+`)", paragraph.replace("\n", " "))
+    return "".join(
+        f"\\ ``{piece[1:-1].strip()}``\\ "
+        if piece.startswith("`")
+        else re.sub(r"([\\*_|:`])", r"\\\1", piece)
+        for piece in pieces
+    )

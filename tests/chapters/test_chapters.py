@@ -1,0 +1,54 @@
+"""Every chapter, run end to end at the quick profile: what it claims must hold, or be known not to.
+
+A chapter that stops, or writes to stderr, fails the fixture with the cell and the error.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from sinkbook import claims
+from sinkbook.book import APPENDICES, chapters
+from sinkbook.execution import first_complaint
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = list(chapters(ROOT))
+STORIES = [name for name in NAMES if name not in APPENDICES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chapter_runs_to_its_end_without_a_word_on_stderr(executions, name):
+    assert first_complaint(executions[name].notebook) is None
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_a_chapter_shows_what_it_was_run_with(executions, name):
+    (facts,) = executions[name].outputs("sinkbook.facts")
+    assert (facts["profile"], facts["seed"]) == ("quick", 0)
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_a_chapter_checks_each_of_its_claims_once(executions, name):
+    checked = [record["id"] for record in executions[name].outputs("sinkbook.claim")]
+    assert sorted(checked) == sorted(c.id for c in claims.known().values() if c.chapter == name)
+
+
+@pytest.mark.parametrize("claim", claims.known().values(), ids=lambda claim: claim.id)
+def test_a_claim_holds_unless_claims_yml_says_why_not(executions, claim):
+    records = executions[claim.chapter].outputs("sinkbook.claim")
+    (record,) = [record for record in records if record["id"] == claim.id]
+    verdict = claims.judge(claim.id, record["measured"], profile=record["profile"])
+    if claim.fails:
+        assert not verdict.holds, f"take the reason out of claims.yml: {verdict}"
+    else:
+        assert verdict.holds, str(verdict)
+
+
+def test_the_ledger_is_what_the_chapters_measured(executions):
+    measured = {
+        record["id"]: record["measured"]
+        for execution in executions.values()
+        for record in execution.outputs("sinkbook.claim")
+    }
+    rows = {verdict.claim.id: verdict.row() for verdict in claims.verdicts()}
+    assert {name: rows[name]["measured"] for name in measured} == measured

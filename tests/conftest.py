@@ -1,0 +1,89 @@
+"""What all tests share: fast ones first, a run store of their own, each chapter executed once.
+
+Layers: `unit` and `models` check the package, `tooling` the repository and the pipeline on tiny
+notebooks, `chapters` executes the book (marked `book`), `site` opens its pages in a browser.
+"""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("unit", "tooling", "models", "chapters", "site")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Everything is trained afresh: the session's run store starts empty and ends with it.
+
+    Downloads stay in the user's cache folder. A store that the environment names is used as it is.
+    """
+    if "SINKBOOK_RUNS" not in os.environ:  # with pytest-xdist, workers inherit the first one's
+        (ROOT / "build" / "test").mkdir(parents=True, exist_ok=True)
+        store = tempfile.mkdtemp(dir=ROOT / "build" / "test", prefix="runs-")
+        os.environ["SINKBOOK_RUNS"] = store
+        config.add_cleanup(lambda: shutil.rmtree(store, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Doctests and fast layers first; the book's tests last and in one process."""
+
+    def layer(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return LAYERS.index(folder) if folder in LAYERS else -1
+
+    items.sort(key=layer)
+    for item in items:
+        if item.path.parent.name in ("chapters", "site"):
+            item.add_marker(pytest.mark.book)
+            item.add_marker(pytest.mark.xdist_group("book"))
+            item.add_marker(pytest.mark.timeout(1500))  # the first one waits for all chapters
+        if item.path.parent.name == "site":
+            item.add_marker(pytest.mark.site)
+
+
+@pytest.fixture(scope="session")
+def place():
+    """The repository at the quick profile, with an empty build folder of the tests' own."""
+    from sinkbook import book
+
+    output = ROOT / "build" / "test" / "book"
+    shutil.rmtree(output, ignore_errors=True)
+    return book.Workplace(ROOT, output, "quick")
+
+
+@pytest.fixture(scope="session")
+def executions(place):
+    """Every chapter of the book, executed once, by name."""
+    from sinkbook import book
+
+    jobs = min(2, os.cpu_count() or 1)
+    with failing_briefly():
+        return {done.chapter: done for done in book.run_chapters(place=place, jobs=jobs)}
+
+
+@pytest.fixture(scope="session")
+def pages(place, executions) -> Path:
+    """The folder of the rendered book, made from the chapters that the tests executed."""
+    from sinkbook import book
+
+    with failing_briefly():
+        book.install_scripts(ROOT)
+        book.stage(executions.values(), place)
+        return book.render(place).parent
+
+
+@contextmanager
+def failing_briefly():
+    """Let every test that needs the book fail with the one message, without a traceback."""
+    from sinkbook.errors import SinkbookError
+
+    try:
+        yield
+    except SinkbookError as error:
+        pytest.fail(str(error), pytrace=False)

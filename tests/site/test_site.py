@@ -1,0 +1,134 @@
+"""Every page of the rendered book in Chromium, as a reader meets it: offline, wide, phone, dark."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(path.stem for kind in ("*.md", "*.ipynb") for path in (ROOT / "book").glob(kind))
+VIEWS = {
+    "wide": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
+    "phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "dark"},
+}
+# Jupyter Book 1.x loads sphinx-thebe twice, and the widget bundle knows only light and dark.
+KNOWN_COMPLAINTS = ("'THEBE_JS_URL' has already been declared", "Got invalid theme mode")
+LOCAL = ("file:", "data:", "blob:")
+
+READ_PAGE = """async () => {
+  if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
+  const text = document.querySelector("article").cloneNode(true);
+  text.querySelectorAll("pre, code, mjx-container, script, style").forEach(node => node.remove());
+  const images = [...document.querySelectorAll("article img:not(.jupyter-widgets)")];
+  const fileName = /\\.(png|svg|webp|jpe?g)$/;
+  const colours = getComputedStyle(document.body);
+  return {
+    text: text.textContent,
+    formulas: document.querySelectorAll("article .math").length,
+    typeset: document.querySelectorAll("article mjx-container").length,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    unnamed: images.filter(i => !i.alt.trim() || fileName.test(i.alt)).map(i => i.src),
+    broken: images.filter(i => !i.naturalWidth).map(i => i.src),
+    ink: colours.color, paper: colours.backgroundColor,
+  };
+}"""
+
+
+@pytest.fixture(scope="session")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        if os.environ.get("SINKBOOK_REQUIRE_BROWSER") == "1":
+            pytest.fail("SINKBOOK_REQUIRE_BROWSER=1, and there is no Chromium to open the pages in")
+        pytest.skip("no Chromium here: install one to check the pages (Debian: chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def visit(pages, browser):
+    """Open a page in a view; each once. Returns what is on it and what happened meanwhile."""
+    seen = {}
+
+    def open_page(name: str, view: str) -> dict:
+        if (name, view) not in seen:
+            context = browser.new_context(**VIEWS[view])
+            tab = context.new_page()
+            complaints, requests = [], []
+            tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+            tab.on("pageerror", lambda error: complaints.append(str(error)))
+            tab.on("requestfailed", lambda request: complaints.append(f"no {request.url}"))
+            tab.on("request", lambda request: requests.append(request.url))
+            tab.goto((pages / "book" / f"{name}.html").as_uri(), wait_until="load")
+            if tab.locator('[type="application/vnd.jupyter.widget-view+json"]').count():
+                tab.wait_for_selector("article .jupyter-widgets", timeout=20_000)
+            page = tab.evaluate(READ_PAGE)
+            context.close()
+            page["complaints"] = [
+                text for text in complaints if not any(known in text for known in KNOWN_COMPLAINTS)
+            ]
+            page["outside"] = [url for url in requests if not url.startswith(LOCAL)]
+            seen[name, view] = page
+        return seen[name, view]
+
+    return open_page
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_loads_without_complaint_or_request_to_another_machine(visit, name, view):
+    page = visit(name, view)
+    assert page["complaints"] == []
+    assert page["outside"] == []
+    assert page["broken"] == []
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_does_not_scroll_sideways(visit, name, view):
+    assert visit(name, view)["overflow"] <= 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_formulas_are_typeset_and_none_is_left_as_tex(visit, name):
+    page = visit(name, "wide")
+    assert page["typeset"] == page["formulas"]
+    for raw in ("\\(", "\\[", "$$", "\\frac", "\\begin{", "{glue:"):
+        assert raw not in page["text"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_image_says_what_it_shows(visit, name):
+    assert visit(name, "wide")["unnamed"] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_dark_pages_are_dark_and_their_text_is_light(visit, name):
+    page = visit(name, "dark")
+    assert brightness(page["paper"]) < 60
+    assert brightness(page["ink"]) > 150
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_light_enough_for_a_phone(pages, name):
+    assert (pages / "book" / f"{name}.html").stat().st_size < 1_500_000
+
+
+def test_the_first_page_leads_to_the_book(pages, browser):
+    tab = browser.new_page()
+    tab.goto((pages / "index.html").as_uri())
+    tab.wait_for_url("**/book/index.html")
+    assert "ttention" in tab.title()
+
+
+def brightness(colour: str) -> float:
+    """Mean of the channels of a CSS colour such as `rgb(20, 24, 30)`, 0 to 255."""
+    channels = [float(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3]]
+    return sum(channels) / 3
