@@ -69,6 +69,7 @@ class Claim:
     paper: int | float | str | None = None  # the paper's own value
     unit: str = ""
     fails: str = ""  # why it is known not to hold at our scale; empty: it should hold
+    over: str = "seeds"  # what there is one number of: seeds, or texts
 
     def __post_init__(self) -> None:
         for profile, criterion in self.criterion.items():
@@ -167,7 +168,7 @@ class Verdict:
         mean = _number(float(np.mean(self.measured)), self.claim.unit)
         if seeds == 1:
             return f"{mean} (one run)"
-        return f"{mean} ({seeds} seeds: {_number(low)} to {_number(high)})"
+        return f"{mean} ({seeds} {self.claim.over}: {_number(low)} to {_number(high)})"
 
     def _criterion_in_words(self) -> str:
         if limits := _RANGE.fullmatch(self.criterion.strip()):

@@ -98,7 +98,8 @@ def _train_in_processes(configs: list[TrainingConfig], checkpoint_seconds: float
 
 
 def _set_up(settings: dict[str, str]) -> None:
-    os.environ.update(settings)
+    # The caller shows the progress of all.
+    os.environ.update(settings | {"SINKBOOK_PROGRESS": "0"})
     torch.set_num_threads(1)
 
 
