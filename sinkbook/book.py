@@ -188,17 +188,14 @@ def build(
 def stage(executions: Iterable[Execution], place: Workplace) -> None:
     """Fill a fresh tree that mirrors the repository with all that the renderer reads."""
     shutil.rmtree(place.staged, ignore_errors=True)
-    book = place.staged / "book"
-    book.mkdir(parents=True)
+    ours = shutil.ignore_patterns("*.ipynb", ".*", "records")
+    shutil.copytree(place.root / "book", place.staged / "book", ignore=ours)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(place.root / name, place.staged)
     if (place.root / "_static").is_dir():
         shutil.copytree(place.root / "_static", place.staged / "_static")
-    for path in (place.root / "book").iterdir():
-        if path.suffix in {".md", ".bib", ".png", ".svg", ".jpg"}:
-            shutil.copy(path, book)
     for execution in executions:
-        (book / execution.path.name).write_text(execution.page(), encoding="utf-8")
+        (place.staged / "book" / execution.path.name).write_text(execution.page(), encoding="utf-8")
     copy_scripts(place.root, place.staged / "extra" / "vendor")
 
 

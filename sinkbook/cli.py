@@ -112,7 +112,9 @@ def probe(
         str | None,
         typer.Option(metavar="NAME", help="Texts of this domain.", show_default="prose-en"),
     ] = None,
-    texts: Annotated[int, typer.Option(min=1, help="How many; at most, of a text file.")] = 8,
+    texts: Annotated[
+        int, typer.Option(min=1, help="How many texts; windows of a FILE at most.")
+    ] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each, the first included.")] = 256,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report, data and figures there.")

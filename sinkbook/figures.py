@@ -505,32 +505,47 @@ def share_map(
 
 
 def dot_rows(
-    rows: dict[str, tuple[Float[np.ndarray, " seed"], list[str]]],
+    rows: dict[str, Float[np.ndarray, " seed"]],
     ax: Axes | None = None,
     *,
-    key: dict[str, str],
     reference: dict[str, float],
     xlabel: str,
+    colour: str = PEAK,
 ) -> Axes:
-    """One row a group, one dot a seed, in a colour of its own; a cross for the paper's value.
-
-    `key` says what each colour means.
-    """
+    """One row a group, one dot a seed, and a cross for the paper's value where it has one."""
     ax = _axes(ax, figsize=(7, 0.9 + 0.36 * len(rows)))
-    for y, (name, (values, colours)) in enumerate(rows.items()):
-        for value, colour in zip(values, colours, strict=True):
-            ax.plot(value, y, "o", color=colour, alpha=0.75, ms=7, mew=0)
-        if name in reference:
-            ax.plot(reference[name], y, "x", color="black", ms=7, mew=2)
-    for meaning, colour in key.items():
-        ax.plot([], [], "o", color=colour, alpha=0.75, ms=7, mew=0, label=meaning)
-    ax.plot([], [], "x", color="black", ms=7, mew=2, label="paper")
+    for y, values in enumerate(rows.values()):
+        dots = ax.plot(values, np.full(len(values), y), "o", color=colour, alpha=0.75, ms=7, mew=0)
+    known = [(reference[name], y) for y, name in enumerate(rows) if name in reference]
+    cross = ax.plot(*np.transpose(known), "x", color="black", ms=7, mew=2)
     ax.axvline(0, color=OTHER, lw=0.8)
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend([dots[0], cross[0]], ["ours", "paper"])
     return ax
+
+
+def layer_maps(
+    weights: Float[np.ndarray, "seed layer query key"],
+    labels: list[str],
+    *,
+    highlight: Bool[np.ndarray, " query"],
+    seeds: list[int],
+) -> Shaped[np.ndarray, "seed layer"]:
+    """Attention maps of one text: one row a seed, one column a layer."""
+    rows, columns = weights.shape[:2]
+    size = (2.4 * columns, 2.3 * rows)
+    _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for row, layer in np.ndindex(axes.shape):
+        ax = axes[row, layer]
+        title = f"seed {seeds[row]}, layer {layer}"
+        attention_map(
+            weights[row, layer], labels, ax, title=title, highlight=highlight, colorbar=False
+        )
+        ax.label_outer()
+        ax.tick_params(labelsize=7)
+    return axes
 
 
 def paired(

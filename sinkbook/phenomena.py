@@ -200,19 +200,6 @@ def dormant_characters(runs: list[Run], cutoff: float = 0.89) -> Float[np.ndarra
     return np.array(shares)
 
 
-def copying_layers(runs: list[Run]) -> Int[np.ndarray, " seed"]:
-    """The layer of each run that copies: the one without whose attention backcopy suffers most."""
-    found = []
-    for run in runs:
-        config = run.config.model
-        layers = [n for n in range(config.layers) if n not in config.without_attention]
-        cost = [
-            excess_risks([run], without="attention", layer=layer)["backcopy"][0] for layer in layers
-        ]
-        found.append(layers[int(np.argmax(cost))])
-    return np.array(found)
-
-
 def _seeds(runs: list[Run]) -> xr.Variable:
     return xr.Variable("seed", [run.config.seed for run in runs])
 

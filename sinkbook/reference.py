@@ -5,6 +5,7 @@ import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+PACKAGE = Path(__file__).parent
 # The line of book/api.md that the modules take the place of.
 MARKER = "<!-- modules -->"
 
@@ -14,10 +15,8 @@ def modules() -> list[str]:
 
     Raises `graphlib.CycleError` if some import each other in a circle.
     """
-    package = Path(__file__).parent
-    imports = {
-        path.stem: _imports(path) for path in sorted(package.glob("*.py")) if path.stem[0] != "_"
-    }
+    files = [path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"]
+    imports = {path.stem: _imports(path) for path in files}
     return list(TopologicalSorter(imports).static_order())
 
 
@@ -29,7 +28,7 @@ def _imports(path: Path) -> list[str]:
             package, _, module = node.module.partition(".")
             if package == "sinkbook":
                 found |= {module} if module else {alias.name for alias in node.names}
-    return sorted(found & {other.stem for other in path.parent.glob("*.py")})
+    return sorted(found & {other.stem for other in PACKAGE.glob("*.py")})
 
 
 def setup(app) -> dict:
@@ -40,18 +39,35 @@ def setup(app) -> dict:
 
 
 def _list_modules(app, page: str, source: list[str]) -> None:
-    """Put a section for each module in the place of the marker."""
-    section = (
-        "## sinkbook.{0}\n\n```{{eval-rst}}\n.. automodule:: sinkbook.{0}\n   :members:\n```\n"
-    )
-    source[0] = source[0].replace(MARKER, "\n".join(map(section.format, modules())))
+    """Put a section for each module in the place of the marker: what it is, and a fold."""
+    if MARKER in source[0]:
+        source[0] = source[0].replace(MARKER, "\n".join(map(_section, modules())))
+
+
+def _section(name: str) -> str:
+    about = ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))
+    return f"""## sinkbook.{name}
+
+{about}
+
+````{{dropdown}} Functions and classes
+```{{eval-rst}}
+.. automodule:: sinkbook.{name}
+   :members:
+```
+````
+"""
 
 
 def _as_written(app, what, name, obj, options, lines: list[str]) -> None:
     """Paragraphs as prose with `code` in it; examples and whatever is indented word for word.
 
     Docstrings here are plain text with backticks; reStructuredText would stumble over `*batch`.
+    A module's own stands above the fold already.
     """
+    if what == "module":
+        lines[:] = []
+        return
     written = []
     for block in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
         if block.startswith((" ", ">>>", "-", "*")):

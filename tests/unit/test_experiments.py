@@ -81,6 +81,14 @@ def test_roles_are_those_that_the_task_has_and_add_up_to_one(changes, extra):
     assert sum(shares.values()) == pytest.approx(1)
 
 
+def test_every_run_can_have_a_layer_of_its_own():
+    runs = [untrained(0, layers=2), untrained(1, layers=2)]
+    found = phenomena.attention_by_key(runs, layer=np.array([0, 1]))
+    for i, run in enumerate(runs):
+        alone = phenomena.attention_by_key([run], layer=i)
+        xr.testing.assert_allclose(found.isel(seed=[i]), alone)
+
+
 def test_attention_by_kind_of_key_agrees_with_counting_by_hand():
     run = untrained(delimiter_probability=0.3)
     tokens, made = run.evaluation_tokens, run.task
@@ -135,27 +143,6 @@ def test_a_cut_at_one_position_spares_the_others():
     cut = phenomena.measure_without([run], "mlp", layer=0, position=0)
     assert not np.allclose(cut.residual_norm, whole.residual_norm)
     np.testing.assert_allclose(cut.other_residual_norm, whole.other_residual_norm)
-
-
-def test_the_layer_that_copies_is_the_one_that_moves_the_tokens():
-    def previous(module, query, key, value, *_, **__):
-        return value.roll(1, dims=2).transpose(1, 2), None
-
-    for layer in (0, 1):
-        run = untrained(layers=2)
-        vocab_size = run.task.vocab_size
-        attention = run.model.layers[layer].attention
-        attention.attention_function = previous
-        embedding = run.model.token_embedding.weight
-        embedding.zero_()[:, :vocab_size].fill_diagonal_(4.0)
-        run.model.position_embedding.weight.zero_()
-        for other in run.model.layers:
-            for weight in (other.attention.wo, other.mlp.w2):
-                weight.weight.zero_()
-        for weight in (attention.wv, attention.wo):
-            weight.weight.copy_(9 * torch.eye(32))
-        run.model.output.weight.zero_()[:, :vocab_size].fill_diagonal_(9.0)
-        assert phenomena.copying_layers([run]).tolist() == [layer]
 
 
 def test_key_bars_show_the_first_kind_even_if_nobody_looks_at_it():
