@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -129,11 +129,13 @@ def run_chapters(
     seed: int = 0,
     jobs: int = 1,
     fresh: bool = True,
+    failed: Callable[[str, SinkbookError], None] | None = None,
 ) -> list[Execution]:
     """Execute chapters, each once and `jobs` at a time, and keep their executed copies.
 
     Without names: all of them. With `fresh=False` a copy whose sources have not changed is taken
-    from the build folder. Raises `SinkbookError` at the first cell that fails.
+    from the build folder. Raises `SinkbookError` at the first cell that fails; with `failed`,
+    which gets the chapter's name and the error, the other chapters go on.
     """
     notebooks = select(names, place.root) if names else list(chapters(place.root).values())
     with _writing_to(place.output):
@@ -156,8 +158,9 @@ def run_chapters(
             jobs=jobs,
             hashes=hashes,
             after=_remember,
+            failed=failed,
         )
-    return [done[path.stem] for path in notebooks]
+    return [done[path.stem] for path in notebooks if path.stem in done]
 
 
 def _remember(execution: Execution) -> None:

@@ -231,11 +231,13 @@ def execute(
     last: Collection[str] = (),
     jobs: int = 1,
     after: Callable[[Execution], None] = lambda execution: None,
+    failed: Callable[[str, SinkbookError], None] | None = None,
 ) -> dict[str, Execution]:
     """Execute notebooks, `jobs` at a time and those named in `last` at the end; by name.
 
     `kept` are copies that need not run again. `after` is called with each execution as it ends.
-    The first failure stops the others and raises `SinkbookError`; an interruption stops all.
+    The first failure stops the others and raises `SinkbookError`, unless there is `failed`, which
+    then gets the chapter's name and the error. An interruption stops all.
     """
     for path in notebooks:
         check_parameters(path, list(parameters))
@@ -253,7 +255,13 @@ def execute(
                         progress.show(run)
                         continue
                     running.remove(run)
-                    execution = run.finish(hashes[run.notebook.stem])
+                    try:
+                        execution = run.finish(hashes[run.notebook.stem])
+                    except SinkbookError as error:
+                        if failed is None:
+                            raise
+                        failed(run.notebook.stem, error)
+                        continue
                     after(execution)
                     done[execution.chapter] = execution
                     progress.finished(execution)

@@ -549,20 +549,19 @@ def layer_maps(
 
 
 def paired(
-    panels: dict[str, tuple[Float[np.ndarray, " seed"], Float[np.ndarray, " seed"], str]],
-    *,
-    names: tuple[str, str],
+    panels: dict[str, tuple[list[Float[xr.DataArray, " seed"]], str]], *, names: tuple[str, ...]
 ) -> list[Axes]:
-    """A panel for each quantity, given as values before, values after and a colour.
+    """A panel for each quantity, given as its values in every state and a colour.
 
-    A line joins the two values of every seed; `names` says what came before and after.
+    A line joins the values of each seed; `names` says what the states are.
     """
     _, axes = plt.subplots(1, len(panels), figsize=(2.5 * len(panels), 2.8))
-    for ax, (label, (before, after, colour)) in zip(axes, panels.items(), strict=True):
-        ax.plot([0, 1], [before, after], "o-", color=colour, alpha=0.75, lw=1.2)
+    places = np.arange(len(names))
+    for ax, (label, (states, colour)) in zip(axes, panels.items(), strict=True):
+        ax.plot(places, states, "o-", color=colour, alpha=0.75, lw=1.2)
         ax.axhline(0, color=OTHER, lw=0.8)
-        ax.set_xticks([0, 1], names)
-        ax.set(title=label, xlim=(-0.4, 1.4))
+        ax.set_xticks(places, names)
+        ax.set(title=label, xlim=(-0.4, len(names) - 0.6))
     return list(axes)
 
 

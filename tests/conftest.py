@@ -7,7 +7,6 @@ notebooks, `chapters` executes the book (marked `book`), `site` opens its pages 
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,33 +56,43 @@ def place():
     return book.Workplace(ROOT, output, "quick")
 
 
+class Executions(dict):
+    """Executed chapters by name; asking for one that failed fails the test with its message."""
+
+    def __init__(self):
+        self.failures: dict[str, str] = {}
+
+    def __missing__(self, name: str):
+        pytest.fail(self.failures.get(name, f"no chapter {name}"), pytrace=False)
+
+
 @pytest.fixture(scope="session")
-def executions(place):
+def executions(place) -> Executions:
     """Every chapter of the book, executed once, by name."""
     from sinkbook import book
 
-    jobs = min(2, os.cpu_count() or 1)
-    with failing_briefly():
-        return {done.chapter: done for done in book.run_chapters(place=place, jobs=jobs)}
+    found = Executions()
+    done = book.run_chapters(
+        place=place,
+        jobs=min(2, os.cpu_count() or 1),
+        failed=lambda name, error: found.failures.update({name: str(error)}),
+    )
+    found.update({execution.chapter: execution for execution in done})
+    return found
 
 
 @pytest.fixture(scope="session")
 def pages(place, executions) -> Path:
     """The folder of the rendered book, made from the chapters that the tests executed."""
     from sinkbook import book
+    from sinkbook.errors import SinkbookError
 
-    with failing_briefly():
+    if executions.failures:
+        pytest.fail(f"no pages without {', '.join(executions.failures)}", pytrace=False)
+    try:
         book.install_scripts(ROOT)
         book.stage(executions.values(), place)
         return book.render(place).parent
-
-
-@contextmanager
-def failing_briefly():
-    """Let every test that needs the book fail with the one message, without a traceback."""
-    from sinkbook.errors import SinkbookError
-
-    try:
-        yield
     except SinkbookError as error:
-        pytest.fail(str(error), pytrace=False)
+        problem = str(error)
+    pytest.fail(problem, pytrace=False)

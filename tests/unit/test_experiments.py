@@ -145,6 +145,17 @@ def test_a_cut_at_one_position_spares_the_others():
     np.testing.assert_allclose(cut.other_residual_norm, whole.other_residual_norm)
 
 
+def test_a_transplanted_peak_changes_its_token_and_leaves_the_model_whole():
+    run = untrained(layers=2)
+    before = run.model(run.evaluation_tokens)
+    found = phenomena.with_transplanted_peak([run], position=3).isel(seed=0)
+    own, given = (found.sel(written=vector) for vector in ("own", "peak"))
+    values = phenomena.measure(run.model, run.evaluation_tokens, ("value_norm",)).value_norm
+    assert own.value_norm == pytest.approx(values[:, 1, 0, 3].mean().item())
+    assert own.value_norm != given.value_norm
+    assert torch.equal(run.model(run.evaluation_tokens), before)
+
+
 def test_key_bars_show_the_first_kind_even_if_nobody_looks_at_it():
     values = xr.DataArray(
         [[0.0, 0.5, 0.1, 0.4]], dims=("seed", "key"), coords={"key": ["<s>", "a", "b", "c"]}
