@@ -33,7 +33,8 @@ def line(x: Shaped[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, see
     centred = x[draws] - x[draws].mean(axis=1, keepdims=True)
     slopes = (centred * y[draws]).sum(axis=1) / np.square(centred).sum(axis=1)
     low, high = np.percentile(slopes, [2.5, 97.5])
-    return Fit(found.slope, low, high, found.intercept, found.rvalue**2)
+    numbers = (found.slope, low, high, found.intercept, found.rvalue**2)
+    return Fit(*(float(number) for number in numbers))
 
 
 def first_step(holds: xr.DataArray) -> xr.DataArray:

@@ -44,10 +44,12 @@ def locked(folder: Path):
     except filelock.Timeout:
         print(f"Run {folder.name} is being trained by another process: waiting for it.")
         lock.acquire()
-    with lock:
+    try:
         for leftover in folder.glob("*.part"):
             leftover.unlink()
         yield
+    finally:
+        lock.release()
 
 
 def set_aside(folder: Path, why: str) -> None:
