@@ -20,7 +20,8 @@ SINK, DRAIN, PEAK, OTHER = "#0072B2", "#D55E00", "#009E73", "#777777"
 TRIGGER, BACKCOPY, BIGRAM = "#CC79A7", "#CC79A7", "#E69F00"
 
 
-def _axes(ax: Axes | None, **size) -> Axes:
+def axes_or_new(ax: Axes | None, **size) -> Axes:
+    """The axes that were given, or those of a new figure."""
     return ax if ax is not None else plt.subplots(**size)[1]
 
 
@@ -37,7 +38,7 @@ def attention_map(
 
     `highlight` marks tokens, usually the triggers, by colour.
     """
-    ax = _axes(ax, figsize=(5, 4.6))
+    ax = axes_or_new(ax, figsize=(5, 4.6))
     hidden = np.triu(np.ones_like(weights, dtype=bool), k=1)
     image = ax.imshow(np.ma.masked_array(weights, hidden), vmin=0, vmax=1)
     positions = np.arange(len(labels))
@@ -64,7 +65,7 @@ def head_map(
 ) -> Axes:
     """A number between 0 and 1 for every head: one column a layer, one row a head."""
     layers, heads = values.sizes["layer"], values.sizes["head"]
-    ax = _axes(ax, figsize=(7, 1.2 + 0.18 * heads))
+    ax = axes_or_new(ax, figsize=(7, 1.2 + 0.18 * heads))
     image = ax.imshow(
         values.transpose("head", "layer"), vmin=0, vmax=1, aspect="auto", origin="lower"
     )
@@ -87,7 +88,7 @@ def by_layer(
 
     The line is the median over texts, the band runs from the smallest to the largest text.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for label, (values, colour) in series.items():
         values = np.asarray(values)
         layers = np.arange(values.shape[1])
@@ -110,7 +111,7 @@ def token_bars(
 ) -> Axes:
     """One bar a token: the mean over seeds, a dot for every seed."""
     values = np.atleast_2d(values)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     positions = np.arange(len(labels))
     ax.bar(positions, values.mean(0), color=colours or OTHER, alpha=0.75, width=0.7)
     for seed in values:
@@ -134,7 +135,7 @@ def grouped_bars(
 
     `reference` is a height and its label, drawn as a dashed line.
     """
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     width = 0.8 / len(colours)
     for i, (series, colour) in enumerate(colours.items()):
         places = np.arange(len(groups)) + (i - (len(colours) - 1) / 2) * width
@@ -156,30 +157,6 @@ def grouped_bars(
     return ax
 
 
-def over_training(
-    series: dict[str, tuple[Float[xr.DataArray, "seed step"], str]],
-    ax: Axes | None = None,
-    *,
-    ylabel: str,
-    title: str = "",
-    logx: bool = True,
-) -> Axes:
-    """Curves over training steps: the mean over seeds, the band from the lowest to the highest."""
-    ax = _axes(ax)
-    for label, (values, colour) in series.items():
-        values = values.transpose("seed", "step")
-        band = values.min("seed"), values.max("seed")
-        ax.fill_between(values.step, *band, color=colour, alpha=0.2, lw=0)
-        ax.plot(values.step, values.mean("seed"), color=colour, label=label)
-    if logx:
-        ax.set_xscale("symlog", linthresh=10, linscale=0.3)
-    ax.set(xlabel="training step", ylabel=ylabel, title=title)
-    ax.set_xlim(0, None)
-    if len(series) > 1:
-        ax.legend()
-    return ax
-
-
 def transition_map(
     probabilities: Float[np.ndarray, "token next"],
     labels: list[str],
@@ -188,7 +165,7 @@ def transition_map(
     title: str = "",
 ) -> Axes:
     """The bigram rows: how probable each next token (column) is after each token (row)."""
-    ax = _axes(ax, figsize=(6, 5.2))
+    ax = axes_or_new(ax, figsize=(6, 5.2))
     image = ax.imshow(np.sqrt(probabilities), vmin=0, vmax=1)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks(np.arange(len(labels)), labels, fontfamily="monospace", fontsize=5)
@@ -210,7 +187,7 @@ def token_strip(
 ) -> Axes:
     """Texts as rows of tokens on coloured tiles; `key` says what each colour means."""
     longest = max(len(row) for row in rows)
-    ax = _axes(ax, figsize=(7, 0.55 + 0.42 * len(rows)))
+    ax = axes_or_new(ax, figsize=(7, 0.55 + 0.42 * len(rows)))
     for y, (row, tiles) in enumerate(zip(rows, colours, strict=True)):
         for x, (symbol, colour) in enumerate(zip(row, tiles, strict=True)):
             tile = plt.Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=colour, alpha=0.35, lw=0)
@@ -221,79 +198,6 @@ def token_strip(
     ax.axis("off")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c, alpha=0.35, lw=0) for c in key.values()]
     ax.legend(handles, key, ncols=len(key), loc="upper left", bbox_to_anchor=(0, 0), fontsize=9)
-    return ax
-
-
-def norm_boxes(
-    groups: dict[str, tuple[Shaped[np.ndarray, "..."], str]],
-    ax: Axes | None = None,
-    *,
-    ylabel: str,
-    title: str = "",
-) -> Axes:
-    """Box plots side by side, whiskers from the 1st to the 99th percentile, by label."""
-    ax = _axes(ax)
-    values = [np.ravel(v)[np.isfinite(np.ravel(v))] for v, _ in groups.values()]
-    boxes = ax.boxplot(
-        values, whis=(1, 99), showfliers=False, patch_artist=True, widths=0.6, tick_labels=groups
-    )
-    for box, median, (_, colour) in zip(
-        boxes["boxes"], boxes["medians"], groups.values(), strict=True
-    ):
-        box.set(facecolor=colour, alpha=0.6, edgecolor=colour)
-        median.set(color="black")
-    ax.set(ylabel=ylabel, title=title)
-    ax.tick_params(axis="x", length=0)
-    return ax
-
-
-def fan(
-    x: Float[np.ndarray, " point"],
-    lines: Float[np.ndarray, "point line"],
-    ax: Axes | None = None,
-    *,
-    reference: Float[np.ndarray, "point line"] | None = None,
-    labels: tuple[str, str] = ("", ""),
-    colour: str = SINK,
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-) -> Axes:
-    """Many thin lines over a logarithmic axis; `reference` lays dashed ones over them.
-
-    `labels` names the lines and the reference.
-    """
-    ax = _axes(ax)
-    drawn = ax.plot(x, lines, color=colour, lw=0.9, alpha=0.6)
-    if reference is not None:
-        expected = ax.plot(x, reference, color="black", lw=0.7, ls=(0, (4, 4)), alpha=0.7)
-        ax.legend([drawn[0], expected[0]], labels)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
-    return ax
-
-
-def curves(
-    series: dict[str, tuple[Shaped[np.ndarray, " point"], Shaped[np.ndarray, " point"], str]],
-    ax: Axes | None = None,
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    log: str = "x",
-    legend: bool = True,
-) -> Axes:
-    """A line for each label, given as x, y and a colour. A colour that ends in "--" is dashed.
-
-    `log` names the logarithmic axes: "x", "y", "xy" or none.
-    """
-    ax = _axes(ax)
-    for label, (x, y, colour) in series.items():
-        style = "--" if colour.endswith("--") else "-"
-        ax.plot(x, y, style, color=colour.removesuffix("--"), label=label)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    ax.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
-    if legend:
-        ax.legend()
     return ax
 
 
@@ -308,91 +212,13 @@ def head_scatter(
     diagonal: bool = False,
 ) -> Axes:
     """One dot a head, darker for later layers; `diagonal` marks where both are equal."""
-    ax = _axes(ax, figsize=(5.2, 4.2))
+    ax = axes_or_new(ax, figsize=(5.2, 4.2))
     if diagonal:
         ax.plot([0, 1], [0, 1], color=OTHER, lw=1, ls="--")
     layer = xr.broadcast(x.layer, x)[0].transpose(*x.dims)
     dots = ax.scatter(np.ravel(x), np.ravel(y), c=np.ravel(layer), cmap="viridis_r", s=14)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.figure.colorbar(dots, ax=ax, label="layer")
-    return ax
-
-
-def quantile_band(
-    values: Float[xr.DataArray, "seed step token"],
-    ax: Axes,
-    *,
-    colour: str,
-    quantiles: tuple[float, float] = (0.1, 0.9),
-) -> Axes:
-    """A light band between two quantiles over tokens, all seeds together."""
-    low, high = values.quantile(quantiles, dim=("seed", "token"))
-    ax.fill_between(values.step, low, high, color=colour, alpha=0.12, lw=0)
-    return ax
-
-
-def event_strip(
-    events: dict[str, Float[xr.DataArray, " seed"]],
-    ax: Axes | None = None,
-    *,
-    reference: dict[str, float],
-    xlabel: str,
-) -> Axes:
-    """When things happened: one row an event, one dot a seed, a cross for the reference."""
-    ax = _axes(ax, figsize=(7, 0.8 + 0.35 * len(events)))
-    for row, (name, steps) in enumerate(events.items()):
-        ax.plot(steps, np.full(steps.shape, row), "o", color=SINK, alpha=0.6, ms=6)
-        if name in reference:
-            ax.plot(reference[name], row, "x", color="black", ms=7, mew=2)
-    ax.set_yticks(range(len(events)), events)
-    ax.set(xlabel=xlabel, xscale="log", ylim=(len(events) - 0.5, -0.5))
-    ax.grid(axis="y", alpha=0.3)
-    return ax
-
-
-def trajectories(
-    x: Float[xr.DataArray, "seed step"],
-    y: Float[xr.DataArray, "seed step"],
-    ax: Axes | None = None,
-    *,
-    xlabel: str,
-    ylabel: str,
-) -> Axes:
-    """Two quantities against each other along training, one line a seed."""
-    ax = _axes(ax, figsize=(5.4, 3.8))
-    for across, up in zip(x.transpose("seed", "step"), y.transpose("seed", "step"), strict=True):
-        ax.plot(across, up, ".-", lw=0.8, ms=6, label=f"seed {int(across.seed)}")
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(fontsize=8)
-    return ax
-
-
-def log_fits(
-    values: Float[xr.DataArray, "seed step"], fits: list, ax: Axes | None = None, *, ylabel: str
-) -> Axes:
-    """Curves of every seed on a logarithmic step axis, each with its fitted line."""
-    ax = _axes(ax)
-    for i, (seed, fit) in enumerate(zip(values.transpose("seed", "step"), fits, strict=True)):
-        ax.plot(seed.step, seed, ".", color=f"C{i}", ms=5)
-        ax.plot(seed.step, fit.intercept + fit.slope * np.log(seed.step), color=f"C{i}", lw=1.2)
-    ax.set(xlabel="training step", ylabel=ylabel, xscale="log")
-    return ax
-
-
-def against(
-    ours: Float[xr.DataArray, " step"],
-    theirs: Float[xr.DataArray, " step"],
-    ax: Axes | None = None,
-    *,
-    ylabel: str,
-    colour: str,
-) -> Axes:
-    """A curve of ours as a line, the paper's as dots."""
-    ax = _axes(ax)
-    ax.plot(ours.step, ours, color=colour, label="ours")
-    ax.plot(theirs.step, theirs, "o", color="black", ms=4.5, mfc="white", label="paper")
-    ax.set(xlabel="training step", ylabel=ylabel)
-    ax.legend()
     return ax
 
 
@@ -405,26 +231,13 @@ def named_points(
     title: str = "",
 ) -> Axes:
     """A point for each label, given as x, y and a colour, with its label beside it."""
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     for i, (label, (x, y, colour)) in enumerate(points.items()):
         ax.plot(x, y, "o", color=colour)
         place = (6, 4 if i % 2 else -10)  # neighbours in the list often lie close together
         ax.annotate(label, (x, y), xytext=place, textcoords="offset points", fontsize=9)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.margins(x=0.25, y=0.15)
-    return ax
-
-
-def line_fits(
-    values: Float[xr.DataArray, "seed step"], fits: list, ax: Axes | None = None, *, ylabel: str
-) -> Axes:
-    """Curves of every seed over training steps, each with its fitted straight line."""
-    ax = _axes(ax)
-    for i, (seed, fit) in enumerate(zip(values.transpose("seed", "step"), fits, strict=True)):
-        ax.plot(seed.step, seed, ".", color=f"C{i}", ms=5, label=f"seed {int(seed.seed)}")
-        ax.plot(seed.step, fit.intercept + fit.slope * seed.step, color=f"C{i}", lw=1.2)
-    ax.set(xlabel="training step", ylabel=ylabel)
-    ax.legend()
     return ax
 
 
@@ -485,7 +298,7 @@ def share_map(
 
     A cell shows the mean over seeds, and the range below it; series that a group lacks stay empty.
     """
-    ax = _axes(ax, figsize=(1.6 + 0.95 * len(columns), 0.9 + 0.5 * len(shares)))
+    ax = axes_or_new(ax, figsize=(1.6 + 0.95 * len(columns), 0.9 + 0.5 * len(shares)))
     means = np.full((len(shares), len(columns)), np.nan)
     for (y, row), (x, name) in product(enumerate(shares.values()), enumerate(columns)):
         if name in row:
@@ -513,7 +326,7 @@ def dot_rows(
     colour: str = PEAK,
 ) -> Axes:
     """One row a group, one dot a seed, and a cross for the paper's value where it has one."""
-    ax = _axes(ax, figsize=(7, 0.9 + 0.36 * len(rows)))
+    ax = axes_or_new(ax, figsize=(7, 0.9 + 0.36 * len(rows)))
     for y, values in enumerate(rows.values()):
         dots = ax.plot(values, np.full(len(values), y), "o", color=colour, alpha=0.75, ms=7, mew=0)
     known = [(reference[name], y) for y, name in enumerate(rows) if name in reference]
@@ -563,29 +376,3 @@ def paired(
         ax.set_xticks(places, names)
         ax.set(title=label, xlim=(-0.4, len(names) - 0.6))
     return list(axes)
-
-
-def over_parameter(
-    x: Shaped[np.ndarray, " point"],
-    series: dict[str, tuple[Float[np.ndarray, "seed point"], str]],
-    ax: Axes | None = None,
-    *,
-    xlabel: str,
-    ylabel: str,
-    span: tuple[float, float, str] | None = None,
-) -> Axes:
-    """Curves over a parameter of the task: mean and range over seeds, and a dot for every seed.
-
-    `span` hatches a stretch of the axis and says why.
-    """
-    ax = _axes(ax)
-    if span is not None:
-        ax.axvspan(*span[:2], fc="none", ec=OTHER, hatch="///", alpha=0.5, lw=0, label=span[2])
-    for label, (values, colour) in series.items():
-        values = np.asarray(values)
-        ax.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
-        ax.plot(x, values.mean(0), color=colour, label=label)
-        ax.plot(x, values.T, ".", color=colour, ms=5)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend()
-    return ax
