@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 
 def alternate(passes: dict[str, Callable], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each pass; one round that does not count comes first."""
+    """CPU seconds of each pass, which other work on the machine does not disturb; one round that
+    does not count comes first."""
     seconds = {name: [] for name in passes}
     for repetition in range(repetitions + 1):
         for name, run in passes.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if repetition:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.process_time() - start)
     return seconds
 
 

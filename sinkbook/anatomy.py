@@ -14,7 +14,7 @@ from sinkbook.transformer import Transformer
 # Names under which transformers' layers keep their MLP, or its last linear map.
 _MLPS = ("mlp", "feed_forward", "ffn", "moe", "block_sparse_moe", "fc2")
 # Names of W_O in transformers' attention modules; `wo` is the toy's.
-_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "linear_out")
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "Wo", "linear_out", "attention_out")
 # Names of W_V; GPT-2's `c_attn` holds W_Q, W_K and W_V one after the other.
 _VALUES = ("v_proj", "wv", "c_attn")
 
@@ -33,7 +33,7 @@ class Layer:
 def layers(model: nn.Module) -> list[Layer]:
     """The layers of a toy or of a transformers causal LM, first to last.
 
-    Raises `SinkbookError` for a model that has no list of layers with attention in them.
+    Raises `SinkbookError` for a model that has no list of layers.
     """
     return [_layer(block) for block in blocks(model)]
 
@@ -44,10 +44,11 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         return list(model.layers)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [m for m in lists if len(m) == depth and any(_attention(block) for block in m)]
+    of_depth = [m for m in lists if len(m) == depth]
+    found = [m for m in of_depth if any(_attention(block) for block in m)] or of_depth
     if not found:
         raise SinkbookError(
-            f"{type(model).__name__} has no list of {depth} layers with attention in them. "
+            f"{type(model).__name__} has no list of {depth} layers. "
             "sinkbook reads decoder-only language models."
         )
     return list(found[0])
@@ -62,10 +63,14 @@ def _layer(block: nn.Module) -> Layer:
 
 
 def _attention(block: nn.Module) -> nn.Module | None:
-    for name, module in block.named_modules():
-        if name and _named_child(module, _OUTPUTS) is not None and "mlp" not in name:
-            return module
-    return None
+    """The module that holds W_O; where another mixer stands beside it, the one that attends."""
+    holders = [
+        (f"{name} {type(module).__name__}".lower(), module)
+        for name, module in block.named_modules()
+        if name and _named_child(module, _OUTPUTS) is not None and "mlp" not in name
+    ]
+    attending = [module for name, module in holders if "att" in name]
+    return next(iter(attending or [module for _, module in holders]), None)
 
 
 def _named_child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
