@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -134,7 +135,9 @@ def test_an_interrupted_run_stops_its_chapters_and_says_so(repository, stop):
         "01_slow", "import time, pathlib", "pathlib.Path('up').touch()", "time.sleep(600)"
     )
     command = [sys.executable, "-m", "sinkbook.cli", "run", "01"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Background jobs ignore Ctrl-C, and their children would inherit it.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     deadline = time.monotonic() + 60
     while not (repository.root / "book" / "up").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
