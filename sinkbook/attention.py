@@ -3,19 +3,26 @@
 A kernel turns query, key and value states into head outputs. Because the signature is the one
 that `transformers.AttentionInterface` expects, the same kernel runs in the toy transformer and
 in a pretrained model. `KERNELS` is the registry: adding a kernel is one function and one line.
+
+Most kernels are a function from logits to weights, in terms of one query's row of logits `S` that
+carries `-inf` where a key is hidden. Three of them give the row a null slot, a logit whose weight
+goes to no key. Those that learn something find it in the module that calls them, under the names
+that `PARAMETERS` gives.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Queries = Float[Tensor, "batch head query width"]
 Keys = Float[Tensor, "batch key_head key width"]
 Outputs = Float[Tensor, "batch query head width"]
 Weights = Float[Tensor, "*batch query key"]
+NullLogits = float | Float[Tensor, "*#batch #query 1"]
 
 
 def softmax_attention(
@@ -46,8 +53,88 @@ def relu_weights(scores: Weights) -> Weights:
     carry `-inf`; `n + 1` counts the keys that query `n` can see. Source: arXiv 2410.13835,
     section 2.
     """
-    visible = torch.isfinite(scores).sum(dim=-1, keepdim=True)
-    return scores.relu() / visible
+    return scores.relu() / _visible_keys(scores)
+
+
+def sigmoid_weights(scores: Weights) -> Weights:
+    """Sigmoid attention: `A[n, i] = sigmoid(S[n, i] - log(n + 1))`, with no renormalisation.
+
+    The bias makes a row of logits around 0 sum to about 1, as under softmax. Sources: Ramapuram
+    et al. (arXiv 2409.04431), with the visible keys in the place of the text's length; sinks
+    under it, Gu et al. (arXiv 2410.10781).
+    """
+    return torch.sigmoid(scores - _visible_keys(scores).log())
+
+
+def softpick_weights(scores: Weights) -> Weights:
+    """Softpick: `A = relu(e^S - 1) / (sum |e^S - 1| + 1e-6)`.
+
+    Keys with a logit below 0 get nothing, and still count in the sum, so that a row may add up to
+    less than 1. Evaluated with `e^-m` drawn out, m the larger of 0 and the row's largest logit,
+    as in the source: Zuhri et al. (arXiv 2504.20966).
+    """
+    largest = scores.amax(dim=-1, keepdim=True).clamp(min=0.0)
+    excess = ((scores - largest).exp() - (-largest).exp()).masked_fill(scores.isneginf(), 0.0)
+    return excess.relu() / (excess.abs().sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def clipped_softmax_weights(scores: Weights, alpha: float = 4.0) -> Weights:
+    """Clipped softmax: `A = clip((1 - g) softmax(S) + g, 0, 1)`, `g = -alpha / T`.
+
+    Weights below `alpha / (T + alpha)` become exactly 0, at finite logits. `T` is the number of
+    keys that the longest row sees. Source: Bondarenko et al. (arXiv 2306.12929), with their 4.
+    """
+    gamma = -alpha / _visible_keys(scores).amax(dim=-2, keepdim=True)
+    return ((1 - gamma) * softmax_weights(scores) + gamma).clamp(0.0, 1.0)
+
+
+def null_slot_weights(scores: Weights, null_logit: NullLogits = 0.0) -> Weights:
+    """Softmax over the keys and a null slot: `A[n, i] = e^S[n, i] / (e^b + sum_j e^S[n, j])`.
+
+    What the slot takes is written nowhere, so that a row may add up to less than 1. `b` is
+    `null_logit`: 0 for softmax-1 (Miller, "Attention is off by one"; Kaul et al., arXiv
+    2410.17174), the learned logit of each head (gpt-oss), or that of an extra key.
+    """
+    slot = torch.as_tensor(null_logit).to(scores).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, slot], dim=-1).softmax(dim=-1)[..., :-1]
+
+
+def sink_logit(module, query: Queries, scaling: float) -> Float[Tensor, "head 1 1"]:
+    """The learned sink logit: `b_h`, one number for each head. Source: OpenAI's gpt-oss."""
+    return module.null_slot_speed * module.null_logit[:, None, None]
+
+
+def key_bias_logit(module, query: Queries, scaling: float) -> Float[Tensor, "batch head query 1"]:
+    """The logit of a learned key whose value is zero: `scaling * q . k*_h`.
+
+    Source: the key bias with value 0 of Gu et al. (arXiv 2410.10781), after Sun et al. (arXiv
+    2402.17762).
+    """
+    return module.null_slot_speed * scaling * query @ module.null_key[:, :, None]
+
+
+def differential_attention(
+    module, query: Queries, key: Keys, value: Keys, attention_mask=None, scaling=None, **_
+) -> tuple[Outputs, Weights]:
+    """Differential attention: `A = softmax(S_1) - lambda_h softmax(S_2)`.
+
+    The halves of queries and keys make the two maps; what both attend to cancels. The weights may
+    be negative. Source: Ye et al. (arXiv 2410.05258); the lambda of a head is learned directly
+    and not as a difference of exponentials, and their norm of the heads is the switch
+    `head_norm` of the toy.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    first, second = (
+        softmax_weights(scores_and_mask(q, k, attention_mask, scaling * 2**0.5))
+        for q, k in zip(query.chunk(2, dim=-1), key.chunk(2, dim=-1), strict=True)
+    )
+    weights = first - module.cancelled[:, None, None] * second
+    return _attend(weights, value), weights
+
+
+def softmax_weights(scores: Weights) -> Weights:
+    """Softmax attention, formed outright. A row that sees no key is uniform, not NaN."""
+    return scores.clamp(min=torch.finfo(scores.dtype).min).softmax(dim=-1)
 
 
 def scores_and_mask(query: Queries, key: Keys, attention_mask, scaling) -> Weights:
@@ -68,22 +155,53 @@ def scores_and_mask(query: Queries, key: Keys, attention_mask, scaling) -> Weigh
     return scores.masked_fill(hidden, float("-inf"))
 
 
-def explicit(weights_of: Callable[[Weights], Weights]) -> Callable:
-    """The attention function of a kernel that is given by its weights as a function of scores."""
+def explicit(weights_of: Callable[..., Weights], null_logit: Callable | None = None) -> Callable:
+    """The attention function of a kernel that is given by its weights as a function of scores.
+
+    `null_logit(module, query, scaling)` gives the second argument of `weights_of` if it takes one.
+    """
 
     def attention(
         module, query: Queries, key: Keys, value: Keys, attention_mask=None, scaling=None, **_
     ) -> tuple[Outputs, Weights]:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        weights = weights_of(scores_and_mask(query, key, attention_mask, scaling))
-        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-        return (weights @ value).transpose(1, 2), weights
+        more = () if null_logit is None else (null_logit(module, query, scaling),)
+        weights = weights_of(scores_and_mask(query, key, attention_mask, scaling), *more)
+        return _attend(weights, value), weights
 
-    attention.__doc__ = weights_of.__doc__
+    attention.__doc__ = (null_logit or weights_of).__doc__
     return attention
+
+
+def _attend(weights: Weights, value: Keys) -> Outputs:
+    value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+    return (weights @ value).transpose(1, 2)
+
+
+def _visible_keys(scores: Weights) -> Int[Tensor, "*batch query 1"]:
+    # At least 1: a row of padding may see none, and has to stay finite.
+    return (~scores.isneginf()).sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 KERNELS: dict[str, Callable] = {
     "softmax": softmax_attention,
     "relu": explicit(relu_weights),
+    "sigmoid": explicit(sigmoid_weights),
+    "softmax-1": explicit(null_slot_weights),
+    "sink-logit": explicit(null_slot_weights, sink_logit),
+    "key-bias": explicit(null_slot_weights, key_bias_logit),
+    "softpick": explicit(softpick_weights),
+    "clipped-softmax": explicit(clipped_softmax_weights),
+    "differential": differential_attention,
+}
+
+# What a kernel learns besides W_Q, W_K, W_V and W_O, by name, with its first values: a function
+# of the number of heads, their width, and the layer.
+PARAMETERS: dict[str, Callable[[int, int, int], dict[str, Tensor]]] = {
+    "sink-logit": lambda heads, width, layer: {"null_logit": torch.zeros(heads)},
+    "key-bias": lambda heads, width, layer: {"null_key": torch.zeros(heads, width)},
+    # The start of arXiv 2410.05258: 0.2 in the first layer, towards 0.8 in deep ones.
+    "differential": lambda heads, width, layer: {
+        "cancelled": torch.full((heads,), 0.8 - 0.6 * math.exp(-0.3 * layer))
+    },
 }

@@ -207,6 +207,10 @@ def read_fused(
 
     query, key = query.to(lse.dtype), key.to(lse.dtype)
     reading = _read_sink(query, key, scaling, lse, spans, scope)
+    if scope.asks_for("sink_share"):
+        on_sink = reading["sink_attention_by_query"]
+        of_rows = row_sum.masked_fill(on_sink.isnan(), 0.0)
+        reading["sink_share"] = on_sink.nansum(-1) / of_rows.sum(-1)
     if scope.asks_for("attention_row_sum"):
         reading["attention_row_sum"] = _blank(row_sum, scope.counted[:, None]).nanmean(-1)
     if scope.asks_for("key_importance", "attention_entropy"):
@@ -228,7 +232,7 @@ def _read_sink(
     asked = scope.after_sink() & sees
 
     reading = {}
-    if scope.asks_for("sink_attention", "sink_attention_by_query"):
+    if scope.asks_for("sink_attention", "sink_attention_by_query", "sink_share"):
         logit = scaling * (grouped @ sink_key[:, :, None].mT).flatten(1, 2).squeeze(-1)
         weight = (logit - lse).clamp(max=0.0).exp()
         reading["sink_attention_by_query"] = _blank(weight, asked[:, None])
@@ -366,10 +370,10 @@ def read_rows(parts: Iterable[Rows], scope: Scope, normalised: bool = True) -> d
     """The variables of `scope` from formed weights, in the shapes of `read_fused`.
 
     Rows that a kernel does not normalise have no entropy of their own: that of their shares
-    `A / sum A` is taken, and rows that attend to nothing are left out.
+    `|A| / sum |A|` is taken, and rows that attend to nothing are left out.
     """
     sink_attention, sink_logit, row_sums, entropies = [], [], [], []
-    received = seen = 0.0
+    received = seen = on_sink = in_all = 0.0
     for positions, logits, visible, weights in parts:
         counted = scope.counted[:, None, positions]
         index = scope.sink[:, None, None, None]
@@ -387,13 +391,17 @@ def read_rows(parts: Iterable[Rows], scope: Scope, normalised: bool = True) -> d
         weights = weights.masked_fill(~visible, 0.0)
         row_sum = weights.sum(-1)
         row_sums.append(_blank(row_sum, counted))
-        shares = weights if normalised else weights / row_sum[..., None]
-        entropies.append(_blank(torch.special.entr(shares).sum(-1), counted & (row_sum > 0)))
+        size = weights.abs().sum(-1)
+        on_sink = on_sink + sink_attention[-1].abs().nansum(-1)
+        in_all = in_all + size.masked_fill(~asked, 0.0).sum(-1)
+        shares = weights if normalised else weights.abs() / size[..., None]
+        entropies.append(_blank(torch.special.entr(shares).sum(-1), counted & (size > 0)))
         received = received + (weights * counted[..., None]).sum(2)
         seen = seen + (visible & counted[..., None]).sum(2)
     return {
         "sink_attention_by_query": torch.cat(sink_attention, dim=2),
         "sink_logit_by_query": torch.cat(sink_logit, dim=2),
+        "sink_share": on_sink / in_all,
         "attention_row_sum": torch.cat(row_sums, dim=2).nanmean(-1),
         "attention_entropy": torch.cat(entropies, dim=2).nanmean(-1),
         "key_importance": received / seen,

@@ -4,14 +4,16 @@
 arXiv 2410.13835.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 
-def _adamw(parameters, config, epsilon: float = 1e-8) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
+def _adamw(
+    parameters, config, epsilon: float = 1e-8, made: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.Optimizer:
+    return made(
         parameters,
         lr=config.learning_rate,
         betas=(0.9, 0.99),
@@ -70,6 +72,41 @@ class _MuonAndAdamW:
             part.step()
 
 
+class _OrthoAdam(torch.optim.AdamW):
+    """AdamW in a basis of its own: `g <- Q g`, the step of AdamW, and back by `Q^T`.
+
+    No dimension of the residual stream is then one of Adam's, and none can grow for being so. `Q`
+    is random, drawn once for each dimension of each parameter. Source: Kaul et al. (arXiv
+    2410.17174), who draw one for a whole parameter.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, p in enumerate(parameters):
+            p.copy_(_rotated(p, number))
+            p.grad = _rotated(p.grad, number)
+        super().step()
+        for number, p in enumerate(parameters):
+            p.copy_(_rotated(p, number, back=True))
+
+
+def _rotated(states: Tensor, number: int, back: bool = False) -> Tensor:
+    """A parameter or its gradient in the basis of parameter `number`, or back in the usual one."""
+    for dim, size in enumerate(states.shape):
+        basis = _basis(size, number, dim).to(states)
+        states = torch.tensordot(states, basis, dims=([dim], [0 if back else 1])).movedim(-1, dim)
+    return states
+
+
+@cache
+def _basis(size: int, number: int, dim: int) -> Tensor:
+    """A random orthogonal matrix, always the same, so that a resumed run goes on in its basis."""
+    generator = torch.Generator().manual_seed(8 * number + dim)
+    drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    return torch.linalg.qr(drawn).Q.float()
+
+
 OPTIMIZERS = {
     "adamw": _adamw,
     "adamw-large-epsilon": partial(_adamw, epsilon=1e-4),
@@ -78,4 +115,8 @@ OPTIMIZERS = {
     "rmsprop": _rmsprop,
     "signsgd": partial(_rmsprop, alpha=0.0),  # the mean square is the last square: step * sign(g)
     "muon": _MuonAndAdamW,
+    "orthoadam": partial(_adamw, made=_OrthoAdam),
 }
+
+# Those that take a parameter for a matrix: stacked runs are none.
+MATRIX_OPTIMIZERS = ("muon", "orthoadam")

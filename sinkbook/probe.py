@@ -31,6 +31,7 @@ HEAD_POSITION = (*HEAD, "position")
 RESIDUAL = ("batch", "residual_layer", "position")
 VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "sink_attention": (HEAD, "1", "mean attention on the sink token"),
+    "sink_share": (HEAD, "1", "share of the sink token in all attention"),
     "sink_logit": (HEAD, "1", "logit of the sink token above the mean of other visible keys"),
     "attention_entropy": (HEAD, "nat", "mean entropy of an attention row"),
     "attention_row_sum": (HEAD, "1", "mean sum of an attention row"),
@@ -71,6 +72,10 @@ def measure(
       beyond a sliding window or in another packed document cannot. The logit, after scaling and
       soft cap, is taken against the mean over the other keys that the query sees, itself
       included.
+    - `sink_share`: over the same queries, the attention on the sink, summed, over all attention,
+      summed. It is `sink_attention` under softmax; under a kernel whose rows do not add up to 1
+      read both with the row sum, since a large share of nothing is nothing. Magnitudes, where
+      weights may be negative; NaN for a head that attends to nothing.
     - `attention_entropy`, `attention_row_sum`, `head_output_norm`: over all queries.
     - `key_importance`: over the queries that can see the key.
 

@@ -21,7 +21,7 @@ from sinkbook.tasks import Task, TaskConfig, task
 from sinkbook.transformer import Transformer, TransformerConfig
 
 # The modules that decide what a training does.
-_TRAINING_CODE = ("attention", "tasks", "transformer", "optimizers", "runs", "training")
+_TRAINING_CODE = ("attention", "norms", "tasks", "transformer", "optimizers", "runs", "training")
 
 # The evaluation texts come from a seed that no training uses.
 EVALUATION_SEED = 2**31

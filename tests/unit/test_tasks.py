@@ -37,6 +37,23 @@ def test_every_text_obeys_the_backcopy_rule(config, seed, step):
     assert (drawn > 0).all(), "a pair of characters that Shakespeare never wrote"
 
 
+def test_a_random_first_character_goes_before_the_start_token():
+    made = task(TaskConfig(length=12, random_first=True))
+    texts = made.batch_at(200, seed=0, step=0)
+    assert texts.shape == (200, 13)
+    assert (texts[:, 1] == made.start).all()
+    assert not (texts[:, 0] >= made.start).any() and not made.at_triggers(texts[:, 0]).any()
+    assert len(texts[:, 0].unique()) > 10
+    plain = task(TaskConfig(length=12)).batch_at(200, seed=0, step=0)
+    assert torch.equal(texts[:, 1:], plain[:, :-1]), "the rest is the same text"
+    inputs = texts[:, :-1]
+    assert made.oracle(inputs)[:, 0, made.start].eq(1).all()
+    risks = made.risks(made.oracle(inputs).clamp(min=1e-30).log(), inputs)
+    assert risks.bigram_excess.item() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(SinkbookError, match="goes before one <s>"):
+        TaskConfig(random_first=True, starts=0)
+
+
 def test_bigram_frequencies_are_within_sampling_error_of_shakespeares():
     made = task(TaskConfig())
     texts = made.batch_at(512, seed=0, step=0)[:, 1:]

@@ -18,6 +18,7 @@ import xarray as xr
 
 from sinkbook import store, training
 from sinkbook.errors import SinkbookError
+from sinkbook.optimizers import MATRIX_OPTIMIZERS
 from sinkbook.tasks import TaskConfig
 from sinkbook.training import TrainingConfig, seeds_of, train, train_all
 from sinkbook.transformer import TransformerConfig
@@ -110,8 +111,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(unbroken, monkey
     assert_same_run(train(TINY), unbroken)
 
 
-def test_sgd_resumes_with_its_momentum(monkeypatch):
-    config = replace(TINY, optimizer="sgd", learning_rate=0.1)
+@pytest.mark.parametrize(("optimizer", "rate"), [("sgd", 0.1), ("muon", 3e-3), ("orthoadam", 3e-3)])
+def test_every_optimizer_resumes_with_its_state(optimizer, rate, monkeypatch):
+    config = replace(TINY, optimizer=optimizer, learning_rate=rate)
     whole = train(config)
     shutil.rmtree(store.runs_folder())
     with monkeypatch.context() as patch:
@@ -264,6 +266,15 @@ def test_every_way_of_training_many_seeds_gives_the_same_runs(way, unbroken):
             np.testing.assert_allclose(
                 run.measurements[name], expected.measurements[name], rtol=1e-3
             )
+
+
+@pytest.mark.parametrize("optimizer", MATRIX_OPTIMIZERS)
+def test_seeds_whose_optimizer_wants_matrices_are_not_stacked(optimizer):
+    configs = seeds_of(replace(TINY, optimizer=optimizer, steps=5), 2)
+    alone = [train(config) for config in configs]
+    shutil.rmtree(store.runs_folder())
+    for run, expected in zip(train_all(configs, way="batched"), alone, strict=True):
+        assert_same_run(run, expected)
 
 
 def test_seeds_trained_as_one_program_resume_together(monkeypatch):

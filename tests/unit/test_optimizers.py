@@ -1,0 +1,50 @@
+"""The optimizers that are our own do what their sources say."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from sinkbook import optimizers
+from sinkbook.optimizers import OPTIMIZERS
+
+
+@dataclass
+class Settings:
+    learning_rate: float = 0.01
+    weight_decay: float = 0.1
+
+
+def steps(name, start, gradient, count=5):
+    """A parameter after some steps with gradients that depend on where it is."""
+    parameter = start.clone().requires_grad_()
+    made = OPTIMIZERS[name]([parameter], Settings())
+    for _ in range(count):
+        made.zero_grad()
+        parameter.grad = gradient(parameter.detach())
+        made.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 3)])
+def test_orthoadam_is_adamw_in_a_rotated_basis(shape):
+    torch.manual_seed(0)
+    start, target = torch.randn(shape), torch.randn(shape)
+    bases = [optimizers._basis(size, 0, dim) for dim, size in enumerate(shape)]
+
+    def rotate(x, back=False):
+        left = bases[0].T if back else bases[0]
+        x = left @ x
+        return x if len(bases) == 1 else x @ (bases[1] if back else bases[1].T)
+
+    rotated = steps("adamw", rotate(start), lambda x: rotate(rotate(x, back=True) - target))
+    expected = rotate(rotated, back=True)
+    found = steps("orthoadam", start, lambda x: x - target)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert (found - steps("adamw", start, lambda x: x - target)).abs().max() > 1e-3
+
+
+def test_bases_are_orthogonal_and_differ_between_parameters():
+    first, second = optimizers._basis(7, 0, 0), optimizers._basis(7, 1, 0)
+    torch.testing.assert_close(first @ first.T, torch.eye(7), atol=1e-6, rtol=0)
+    assert (first - second).abs().max() > 0.1
