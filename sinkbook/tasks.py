@@ -7,6 +7,7 @@ the trigger is copied. A variant changes one field of `TaskConfig`.
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ class TaskConfig:
     triggers: int = 3  # the most frequent characters are triggers
     length: int = 256  # positions that a model sees; a text is one token longer
     starts: int = 1  # start tokens in front: <s>; or <s><s2>; or none
+    random_first: bool = False  # a random character before <s>, which is then in second place
     delimiter_probability: float = 0.0  # of <d> after an ordinary character
     copy_probability: float = 1.0  # of copying at a trigger; else the bigram rule
 
@@ -49,6 +51,11 @@ class TaskConfig:
                 )
         if self.rule not in RULES:
             raise SinkbookError(f"no rule named {self.rule!r}. Known: {', '.join(RULES)}.")
+        if self.random_first and (self.rule, self.starts) != ("backcopy", 1):
+            raise SinkbookError(
+                f"a random first character goes before one <s>, under the rule 'backcopy'; "
+                f"there are starts={self.starts} and rule={self.rule!r}."
+            )
 
 
 class Risks(NamedTuple):
@@ -109,12 +116,6 @@ class Task:
             transition[: len(kept), self.delimiter] = config.delimiter_probability
         self.unigram = torch.from_numpy(unigram)
         self.transition = torch.from_numpy(transition)
-        # All rows in one increasing table: row x lies between x and x + 1, so that one binary
-        # search draws from any row.
-        cumulative = self.transition.cumsum(dim=1)
-        cumulative = cumulative / cumulative[:, -1:]
-        offsets = torch.arange(self.vocab_size, dtype=torch.float64).unsqueeze(1)
-        self._cumulative = (cumulative + offsets).flatten()
 
     def batch(
         self, size: int, generator: torch.Generator | None = None
@@ -126,13 +127,10 @@ class Task:
         """
         device = generator.device if generator is not None else torch.device("cpu")
         config, length = self.config, self.config.length + 1
-        cumulative, is_trigger = self._on(device)
+        rows, is_trigger = self._on(device)
         uniform = torch.rand(
             (length, size), dtype=torch.float64, device=device, generator=generator
         )
-        texts = torch.empty((length, size), dtype=torch.long, device=device)
-        for n in range(config.starts):
-            texts[n] = self.vocab_size - 1 - config.starts + n
         if config.rule == "in-context":
             shape = (self.vocab_size, size)
             answers = torch.randint(config.characters, shape, device=device, generator=generator)
@@ -140,17 +138,19 @@ class Task:
             copies = torch.rand((length, size), device=device, generator=generator)
             copies = copies < config.copy_probability
         # A text without <s> starts as if it followed one: every special row is the first row.
-        current = torch.full((size,), self.delimiter, device=device)
-        previous = current
-        for n in range(config.starts, length):
-            if n:
-                previous, current = (texts[n - 2] if n > 1 else current), texts[n - 1]
-            after_trigger = is_trigger[current]
-            row = current
+        previous = current = torch.full((size,), self.delimiter, device=device)
+        texts = []
+        for n in range(config.starts):
+            previous, current = current, torch.full_like(current, self.start + n)
+            texts.append(current)
+        draws = list(zip(uniform.unbind(), rows.slices(uniform).unbind(), strict=True))
+        random_first = rows.draw(current, *draws[0]) if config.random_first else None
+        for n, draw in islice(enumerate(draws), config.starts, None):
+            after_trigger = is_trigger.index_select(0, current)
             if config.rule == "backward":
-                row = torch.where(after_trigger, previous, current)
-            drawn = torch.searchsorted(cumulative, row + uniform[n], right=True)
-            drawn -= row * self.vocab_size
+                token = rows.draw(torch.where(after_trigger, previous, current), *draw)
+            else:
+                token = rows.draw(current, *draw)
             if config.rule in ("backcopy", "in-context"):
                 if config.rule == "backcopy":
                     copied = previous
@@ -158,9 +158,12 @@ class Task:
                     copied = answers.gather(0, current.unsqueeze(0)).squeeze(0)
                 if config.copy_probability < 1:
                     after_trigger = after_trigger & copies[n]
-                drawn = torch.where(after_trigger, copied, drawn)
-            texts[n] = drawn
-        return texts.T.contiguous()
+                token = torch.where(after_trigger, copied, token)
+            previous, current = current, token
+            texts.append(token)
+        if random_first is not None:
+            texts = [random_first, *texts[:-1]]
+        return torch.stack(texts, dim=1)
 
     def batch_at(
         self, size: int, seed: int, step: int, device: torch.device | str = "cpu"
@@ -180,7 +183,7 @@ class Task:
         """
         config = self.config
         oracle = self.transition.to(tokens.device, torch.float32)[tokens]
-        if config.starts == 2:
+        if config.starts == 2 or config.random_first:
             oracle[:, 0] = 0.0
             oracle[:, 0, self.delimiter - 1] = 1.0
         if config.rule == "markov" or not self.triggers:
@@ -257,8 +260,50 @@ class Task:
         return [visible.get(self.symbols[t], self.symbols[t]) for t in tokens.tolist()]
 
     @cache  # noqa: B019 - a task lives as long as the program
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self._cumulative.to(device), self.is_trigger.to(device)
+    def _on(self, device: torch.device) -> tuple["_Rows", Tensor]:
+        return _Rows(self.transition.to(device)), self.is_trigger.to(device)
+
+
+class _Rows:
+    """Draws from the rows of a stochastic matrix by inverting their cumulative sums.
+
+    Most draws are read off a guide table (Chen and Asau, 1974), which knows the answer for every
+    slice of [0, 1) that no cumulative sum cuts. The others are searched for.
+    """
+
+    SLICES = 1 << 16  # so many that fewer than one draw in a thousand is searched for
+
+    def __init__(self, probabilities: Float[Tensor, "row column"]):
+        self.rows, self.columns = probabilities.shape
+        cumulative = probabilities.cumsum(dim=1)
+        # Row x lies between x and x + 1, so that one search serves all rows.
+        offsets = torch.arange(self.rows, device=cumulative.device).unsqueeze(1)
+        self.cumulative = (cumulative / cumulative[:, -1:] + offsets).flatten()
+        edges = torch.arange(self.SLICES + 1, device=offsets.device).double() / self.SLICES
+        at_edges = self._search(offsets, edges)
+        whole = at_edges[:, 1:] == at_edges[:, :-1]
+        self.guide = torch.where(whole, at_edges[:, :-1], -1).to(torch.int8).T.flatten()
+
+    def slices(self, uniform: Float[Tensor, "*draw"]) -> Int[Tensor, "*draw"]:
+        """Where the guide table tells of the slice of [0, 1) that each number lies in."""
+        return (uniform * self.SLICES).long() * self.rows
+
+    def draw(
+        self,
+        row: Int[Tensor, " draw"],
+        uniform: Float[Tensor, " draw"],
+        slices: Int[Tensor, " draw"],
+    ) -> Int[Tensor, " draw"]:
+        """The column of each row whose share of [0, 1) holds the number."""
+        known = self.guide.index_select(0, slices + row)
+        column, cut = known.long(), (known < 0).nonzero()
+        if len(cut):
+            column[cut] = self._search(row[cut], uniform[cut])
+        return column
+
+    def _search(self, row: Int[Tensor, "..."], uniform: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
+        found = torch.searchsorted(self.cumulative, row + uniform, right=True)
+        return found - row * self.columns
 
 
 @cache

@@ -15,18 +15,21 @@ from multiprocessing import get_context
 import torch
 import torch.nn.functional as F
 import xarray as xr
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sinkbook import page, store
-from sinkbook.optimizers import OPTIMIZERS
+from sinkbook.optimizers import MATRIX_OPTIMIZERS, OPTIMIZERS
 from sinkbook.phenomena import measure_toy
 from sinkbook.progress import progress
 from sinkbook.runs import Run, TrainingConfig, is_finished, seeds_of, stored, together
 from sinkbook.tasks import task
 from sinkbook.transformer import Transformer
 
-__all__ = ["Run", "TrainingConfig", "seeds_of", "together", "train", "train_all"]
+__all__ = ["Run", "TrainingConfig", "add_gradients", "seeds_of", "together", "train", "train_all"]
+
+TOKENS_AT_ONCE = 4096  # whose activations stay in a CPU's cache
 
 
 def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: float = 30.0) -> Run:
@@ -65,8 +68,7 @@ def train_all(
     elif way == "batched":
         groups: dict[TrainingConfig, list[TrainingConfig]] = {}
         for config in missing:
-            # Muon orthogonalises matrices, and stacked runs are none.
-            alike = config if config.optimizer == "muon" else replace(config, seed=0)
+            alike = config if config.optimizer in MATRIX_OPTIMIZERS else replace(config, seed=0)
             groups.setdefault(alike, []).append(config)
         for group in groups.values():
             _train_together(group, device, checkpoint_seconds)
@@ -211,14 +213,14 @@ class _Program:
             self.task.batch_at(self.config.batch_size, run.config.seed, step, self.device)
             for run in self.runs
         ]
+        self.optimizer.zero_grad()
         if self.stacked:
             # The fused CPU kernel has no batching rule: vmap would call it run by run.
             with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
                 loss = torch.vmap(self._loss_of)(self.weights, torch.stack(texts)).sum()
+            loss.backward()
         else:
-            loss = _loss(self.model(texts[0][:, :-1]), texts[0])
-        self.optimizer.zero_grad()
-        loss.backward()
+            add_gradients(self.model, texts[0])
         self.optimizer.step()
 
     def _loss_of(self, weights: dict[str, Tensor], texts: Tensor) -> Tensor:
@@ -272,6 +274,19 @@ class _Program:
             for name, weight in self.weights.items()
             for key, value in self.optimizer.state[weight].items()
         }
+
+
+def add_gradients(model: Transformer, texts: Int[Tensor, "text position"]) -> None:
+    """Add the gradients of the mean loss on `texts` to those of the model's weights.
+
+    CPUs take a few texts at a time: their activations stay in the cache, and in memory that the
+    process has already.
+    """
+    inputs = texts.shape[1] - 1
+    at_once = max(1, TOKENS_AT_ONCE // inputs) if texts.device.type == "cpu" else len(texts)
+    for part in texts.split(at_once):
+        loss = _loss(model(part[:, :-1]), part) * (len(part) / len(texts))
+        loss.backward()
 
 
 def _loss(logits: Tensor, texts: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sinkbook.corpora import CharacterStatistics
 from sinkbook.errors import SinkbookError
-from sinkbook.tasks import Task, TaskConfig, task
+from sinkbook.tasks import Task, TaskConfig, _Rows, task
 
 tasks = st.builds(
     TaskConfig,
@@ -152,6 +152,20 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert torch.equal(first, made.batch_at(4, seed=1, step=7))
     assert not torch.equal(first, made.batch_at(4, seed=2, step=7))
     assert not torch.equal(first, made.batch_at(4, seed=1, step=8))
+
+
+def test_the_guide_table_draws_what_a_search_in_the_cumulative_row_finds():
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(7, 60, dtype=torch.float64, generator=generator) ** 8
+    probabilities[2, :59] = 0  # all of it in the last column
+    rows = _Rows(probabilities / probabilities.sum(1, keepdim=True))
+    row = torch.randint(7, (100_000,), generator=generator)
+    uniform = torch.rand(len(row), dtype=torch.float64, generator=generator)
+    uniform[:100] = torch.arange(100) / rows.SLICES  # the edges of slices
+    searched = rows.guide.reshape(rows.SLICES, 7)[(uniform * rows.SLICES).long(), row] < 0
+    assert searched.any() and not searched.all()
+    found = torch.searchsorted(rows.cumulative, row + uniform, right=True) - row * 60
+    assert torch.equal(rows.draw(row, uniform, rows.slices(uniform)), found)
 
 
 def test_encoded_text_starts_with_the_start_token_and_reads_back():

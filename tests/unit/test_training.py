@@ -21,7 +21,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.optimizers import MATRIX_OPTIMIZERS
 from sinkbook.tasks import TaskConfig
 from sinkbook.training import TrainingConfig, seeds_of, train, train_all
-from sinkbook.transformer import TransformerConfig
+from sinkbook.transformer import Transformer, TransformerConfig
 
 TASK = TaskConfig(length=16)
 TINY = TrainingConfig(
@@ -287,6 +287,20 @@ def test_seeds_trained_as_one_program_resume_together(monkeypatch):
     shutil.rmtree(store.runs_folder())
     for run, expected in zip(broken, train_all(configs, way="batched"), strict=True):
         assert_same_run(run, expected)
+
+
+def test_gradients_taken_a_few_texts_at_a_time_are_those_of_the_whole_batch(monkeypatch):
+    torch.manual_seed(0)
+    model = Transformer(TINY.model).double()
+    texts = TINY.evaluation_tokens.repeat(3, 1)[:7]
+    found = []
+    for tokens_at_once in (4096, 45):  # 15 inputs a text: all, and three at a time with one left
+        monkeypatch.setattr(training, "TOKENS_AT_ONCE", tokens_at_once)
+        model.zero_grad()
+        training.add_gradients(model, texts)
+        found.append([weight.grad.clone() for weight in model.parameters()])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
 
 
 def test_a_model_that_does_not_fit_the_task_is_refused():
