@@ -15,102 +15,17 @@ so that the attention on one sink token costs O(T). Three more identities do the
   over the keys is the entropy.
 - A learned sink only adds its logit to the log-sum-exp.
 
-Where a kernel cannot be asked (soft caps, biases, masks that are no spans, kernels other than
-softmax) the weights are formed for a few queries at a time and read off in the same terms.
+Where a kernel cannot be asked, `formed.py` reads the same from the weights themselves.
 """
-
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-Heads = Float[Tensor, "batch head position width"]
-KeyHeads = Float[Tensor, "batch key_head position width"]
-Values = Float[Tensor, "batch key_head position value_width"]
-Outputs = Float[Tensor, "batch head position value_width"]
-PerQuery = Float[Tensor, "batch head position"]
+from sinkbook.scope import ROWS, Heads, KeyHeads, Outputs, PerQuery, Scope, Spans, Values, blank
 
 NEVER = -1e9  # a logit so low that its weight is exactly zero, and its sums stay finite
-ROWS = 512  # queries that are masked in one call
-ENTRIES = 2**23  # weights that exist at one time where they must be formed (32 MiB in float32)
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What is asked of every layer: which sink, over which queries, which variables."""
-
-    sink: Int[Tensor, " batch"]
-    counted: Bool[Tensor, "batch position"]  # queries that enter the means
-    real: Bool[Tensor, "batch position"]  # tokens that are no padding
-    variables: frozenset[str]
-
-    def to(self, device: torch.device) -> "Scope":
-        return Scope(
-            self.sink.to(device), self.counted.to(device), self.real.to(device), self.variables
-        )
-
-    def after_sink(self) -> Bool[Tensor, "batch position"]:
-        positions = torch.arange(self.counted.shape[1], device=self.sink.device)
-        return self.counted & (positions > self.sink[:, None])
-
-    def asks_for(self, *variables: str) -> bool:
-        return not self.variables.isdisjoint(variables)
-
-
-class Spans(NamedTuple):
-    """The keys that each query sees when they are neighbours: `first` to `last`, both included.
-
-    Causal attention, padding, sliding windows, chunks and packed documents all have this form.
-    """
-
-    first: Int[Tensor, "batch position"]
-    last: Int[Tensor, "batch position"]
-    causal: bool  # from key 0 to the query itself, for every query that counts
-
-
-def causal_spans(real: Bool[Tensor, "batch position"]) -> Spans:
-    """Every key up to the query itself."""
-    last = torch.arange(real.shape[1], device=real.device).expand(real.shape)
-    return Spans(torch.zeros_like(last), last, causal=True)
-
-
-def find_spans(
-    visible: Bool[Tensor, "batch 1 query key"], real: Bool[Tensor, "batch query"]
-) -> Spans | None:
-    """The spans that a mask amounts to; `None` if some query's visible keys have a gap.
-
-    A query that sees nothing, as left padding does, is given itself: its output is of no use
-    but must be finite.
-    """
-    own = torch.arange(visible.shape[-1], device=visible.device).expand(real.shape)
-    first, count, runs = [], [], []
-    for rows in visible[:, 0].split(ROWS, dim=1):
-        starts = (rows[..., 1:] & ~rows[..., :-1]).sum(-1) + rows[..., 0]
-        first.append(rows.to(torch.uint8).argmax(-1))
-        count.append(rows.sum(-1))
-        runs.append(starts)
-    first, count, runs = (torch.cat(parts, dim=1) for parts in (first, count, runs))
-    if (runs > 1).any():
-        return None
-    first = torch.where(count > 0, first, own)
-    last = torch.where(count > 0, first + count - 1, own)
-    causal = bool((~real | ((first == 0) & (last == own))).all())
-    return Spans(first, last, causal)
-
-
-def pairs(
-    visible: Spans | Bool[Tensor, "batch head_or_1 position key"], queries: Int[Tensor, " query"]
-) -> Bool[Tensor, "batch head_or_1 query key"]:
-    """The keys that some of the queries see, one by one."""
-    if not isinstance(visible, Spans):
-        return visible[:, :, queries]
-    keys = torch.arange(visible.first.shape[1], device=queries.device)
-    first, last = (ends[:, queries, None] for ends in (visible.first, visible.last))
-    return ((first <= keys) & (keys <= last))[:, None]
 
 
 def can_be_fused(query: Tensor) -> bool:
@@ -212,7 +127,7 @@ def read_fused(
         of_rows = row_sum.masked_fill(on_sink.isnan(), 0.0)
         reading["sink_share"] = on_sink.nansum(-1) / of_rows.sum(-1)
     if scope.asks_for("attention_row_sum"):
-        reading["attention_row_sum"] = _blank(row_sum, scope.counted[:, None]).nanmean(-1)
+        reading["attention_row_sum"] = blank(row_sum, scope.counted[:, None]).nanmean(-1)
     if scope.asks_for("key_importance", "attention_entropy"):
         received, entropy = _read_keys(query, key, scaling, lse, spans, scope)
         reading["key_importance"] = received / _times_seen(spans, scope)[:, None]
@@ -235,7 +150,7 @@ def _read_sink(
     if scope.asks_for("sink_attention", "sink_attention_by_query", "sink_share"):
         logit = scaling * (grouped @ sink_key[:, :, None].mT).flatten(1, 2).squeeze(-1)
         weight = (logit - lse).clamp(max=0.0).exp()
-        reading["sink_attention_by_query"] = _blank(weight, asked[:, None])
+        reading["sink_attention_by_query"] = blank(weight, asked[:, None])
     if scope.asks_for("sink_logit", "sink_logit_by_query"):
         # In double precision, since a window's sum is the difference of two long ones.
         total = key.cumsum(2, dtype=torch.float64)
@@ -247,7 +162,7 @@ def _read_sink(
         mean = total / others.clamp(min=1)[:, None, :, None]
         contrast = (sink_key - mean).to(query.dtype)
         logit = scaling * (grouped * contrast[:, :, None]).sum(-1).flatten(1, 2)
-        reading["sink_logit_by_query"] = _blank(logit, (asked & (others > 0))[:, None])
+        reading["sink_logit_by_query"] = blank(logit, (asked & (others > 0))[:, None])
     return reading
 
 
@@ -292,127 +207,7 @@ def _times_seen(spans: Spans, scope: Scope) -> Float[Tensor, "batch position"]:
     return steps.cumsum(1)[:, :-1].round()
 
 
-class Rows(NamedTuple):
-    """Weights that have been formed, for some of the queries."""
-
-    positions: Int[Tensor, " query"]
-    logits: Float[Tensor, "batch head query key"]
-    visible: Bool[Tensor, "batch head_or_1 query key"]
-    weights: Float[Tensor, "batch head query key"]
-
-
-def softmax_rows(
-    query: Heads,
-    key: KeyHeads,
-    scaling: float,
-    visible: Spans | Bool[Tensor, "batch head_or_1 query key"],
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    learned_sink: Float[Tensor, " head"] | None = None,
-) -> Iterator[Rows]:
-    """Softmax attention formed outright, so few queries at a time that memory stays linear."""
-    exact = torch.promote_types(query.dtype, torch.float32)
-    batch, heads, length, _ = query.shape
-    key = key.to(exact).repeat_interleave(heads // key.shape[1], dim=1)
-    step = max(1, ENTRIES // (batch * heads * length))
-    for positions in torch.arange(length, device=query.device).split(step):
-        logits = scaling * query[:, :, positions].to(exact) @ key.mT
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if bias is not None:
-            logits = logits + bias[:, :, positions].to(exact)
-        seen = pairs(visible, positions)
-        masked = logits.masked_fill(~seen, NEVER)
-        if learned_sink is not None:
-            extra = learned_sink.to(exact)[:, None, None].expand(*masked.shape[:-1], 1)
-            weights = torch.cat([masked, extra], dim=-1).softmax(-1)[..., :-1]
-        else:
-            weights = masked.softmax(-1)
-        yield Rows(positions, logits, seen, weights)
-
-
-def read_formed(
-    rows: Iterable[Rows], value: Values, scope: Scope
-) -> tuple[Outputs, dict[str, Tensor]]:
-    """Head outputs and variables from `softmax_rows`, as `read_fused` gives them."""
-    outputs = []
-
-    def with_outputs() -> Iterator[Rows]:
-        for part in rows:
-            repeats = part.weights.shape[1] // value.shape[1]
-            states = value.to(part.weights.dtype).repeat_interleave(repeats, dim=1)
-            outputs.append((part.weights @ states).to(value.dtype))
-            yield part
-
-    reading = read_rows(with_outputs(), scope)
-    return torch.cat(outputs, dim=2), reading
-
-
-def formed_rows(
-    logits: Float[Tensor, "batch head query key"],
-    visible: Spans | Bool[Tensor, "batch head_or_1 query key"],
-    weights: Float[Tensor, "batch head query key"],
-) -> Iterator[Rows]:
-    """Weights that a model has formed itself, handed on in the same small parts."""
-    batch, heads, length, _ = weights.shape
-    exact = torch.promote_types(weights.dtype, torch.float32)
-    step = max(1, ENTRIES // (batch * heads * length))
-    for positions in torch.arange(length, device=weights.device).split(step):
-        yield Rows(
-            positions,
-            logits[:, :, positions].to(exact),
-            pairs(visible, positions),
-            weights[:, :, positions].to(exact),
-        )
-
-
-def read_rows(parts: Iterable[Rows], scope: Scope, normalised: bool = True) -> dict[str, Tensor]:
-    """The variables of `scope` from formed weights, in the shapes of `read_fused`.
-
-    Rows that a kernel does not normalise have no entropy of their own: that of their shares
-    `|A| / sum |A|` is taken, and rows that attend to nothing are left out.
-    """
-    sink_attention, sink_logit, row_sums, entropies = [], [], [], []
-    received = seen = on_sink = in_all = 0.0
-    for positions, logits, visible, weights in parts:
-        counted = scope.counted[:, None, positions]
-        index = scope.sink[:, None, None, None]
-        at_sink = index.expand(-1, weights.shape[1], len(positions), 1)
-        sees = visible.gather(3, at_sink[:, : visible.shape[1]]).squeeze(-1)
-        asked = scope.after_sink()[:, None, positions] & sees
-        sink_attention.append(_blank(weights.gather(3, at_sink).squeeze(-1), asked))
-
-        others = visible.scatter(3, at_sink[:, : visible.shape[1]], False)
-        count = others.sum(-1)
-        mean = logits.masked_fill(~others, 0.0).sum(-1) / count.clamp(min=1)
-        contrast = logits.gather(3, at_sink).squeeze(-1) - mean
-        sink_logit.append(_blank(contrast, asked & (count > 0)))
-
-        weights = weights.masked_fill(~visible, 0.0)
-        row_sum = weights.sum(-1)
-        row_sums.append(_blank(row_sum, counted))
-        size = weights.abs().sum(-1)
-        on_sink = on_sink + sink_attention[-1].abs().nansum(-1)
-        in_all = in_all + size.masked_fill(~asked, 0.0).sum(-1)
-        shares = weights if normalised else weights.abs() / size[..., None]
-        entropies.append(_blank(torch.special.entr(shares).sum(-1), counted & (size > 0)))
-        received = received + (weights * counted[..., None]).sum(2)
-        seen = seen + (visible & counted[..., None]).sum(2)
-    return {
-        "sink_attention_by_query": torch.cat(sink_attention, dim=2),
-        "sink_logit_by_query": torch.cat(sink_logit, dim=2),
-        "sink_share": on_sink / in_all,
-        "attention_row_sum": torch.cat(row_sums, dim=2).nanmean(-1),
-        "attention_entropy": torch.cat(entropies, dim=2).nanmean(-1),
-        "key_importance": received / seen,
-    }
-
-
 def _at(running: Tensor, index: Int[Tensor, "batch position"]) -> Tensor:
     """Rows of (batch, head, row, width) picked by a row number for each position."""
     index = index[:, None, :, None].expand(-1, running.shape[1], -1, running.shape[3])
     return running.gather(2, index)
-
-
-def _blank(values: Tensor, kept: Tensor) -> Tensor:
-    return values.masked_fill(~kept, float("nan"))

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
-from sinkbook.fused import Scope
 from sinkbook.progress import progress
 from sinkbook.recording import HIDDEN, Recorder
+from sinkbook.scope import Scope
 
 HEAD = ("batch", "layer", "head")
 HEAD_POSITION = (*HEAD, "position")
@@ -103,13 +103,7 @@ def measure(
     ({'batch': 3, 'layer': 2, 'head': 1}, {'batch': 3, 'residual_layer': 3, 'position': 16})
     """
     started = time.perf_counter()
-    if unknown := [name for name in variables if name not in VARIABLES]:
-        raise SinkbookError(f"no variable {unknown[0]!r}. Known: {', '.join(VARIABLES)}.")
-    if input_ids.ndim != 2:
-        raise SinkbookError(
-            f"input_ids has shape {tuple(input_ids.shape)}, not (batch, position). "
-            "Give one text as input_ids[None]."
-        )
+    _check(variables, input_ids)
     device = next(model.parameters()).device
     input_ids = input_ids.to(device)
     real = _real_tokens(input_ids, attention_mask)
@@ -120,29 +114,11 @@ def measure(
         variables=frozenset(variables),
     )
     recorder = Recorder(model, scope)
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-    }
-    inputs = {name: states.to(device) for name, states in inputs.items() if states is not None}
-    try:
-        logits = recorder.run(inputs, with_logits="loss" in variables)
-    except IndexError as error:
-        raise SinkbookError(
-            f"the model cannot take {input_ids.shape[1]} positions with token ids up to "
-            f"{int(input_ids.max())}. Cut the text, or use the model's own tokenizer."
-        ) from error
+    logits = _run(recorder, input_ids, attention_mask, position_ids)
     loss = _next_token_loss(logits, input_ids, real) if "loss" in variables else None
     result = _dataset(recorder, variables, loss)
-    result.attrs = {
-        "model": getattr(getattr(model, "config", None), "name_or_path", "") or _class(model),
+    result.attrs = _circumstances(recorder) | {
         "sink": "first token of each row" if sink is None else "given by position",
-        "route": "+".join(sorted(recorder.routes)),
-        "device": str(device),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "torch": str(torch.__version__),
-        "transformers": version("transformers"),
         "seconds": round(time.perf_counter() - started, 3),
     }
     return result
@@ -189,8 +165,52 @@ def measure_texts(
     return together.sortby("batch")
 
 
-def _class(model: nn.Module) -> str:
-    return type(model).__name__
+def _check(variables: Sequence[str], input_ids: Tensor) -> None:
+    if unknown := [name for name in variables if name not in VARIABLES]:
+        raise SinkbookError(f"no variable {unknown[0]!r}. Known: {', '.join(VARIABLES)}.")
+    if input_ids.ndim != 2:
+        raise SinkbookError(
+            f"input_ids has shape {tuple(input_ids.shape)}, not (batch, position). "
+            "Give one text as input_ids[None]."
+        )
+
+
+def _run(
+    recorder: Recorder,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor | None:
+    """The forward pass that the recorder listens to. Returns the logits if the loss is wanted."""
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
+    inputs = {
+        name: states.to(input_ids.device) for name, states in inputs.items() if states is not None
+    }
+    try:
+        return recorder.run(inputs, with_logits=recorder.scope.asks_for("loss"))
+    except IndexError as error:
+        raise SinkbookError(
+            f"the model cannot take {input_ids.shape[1]} positions with token ids up to "
+            f"{int(input_ids.max())}. Cut the text, or use the model's own tokenizer."
+        ) from error
+
+
+def _circumstances(recorder: Recorder) -> dict[str, str]:
+    """Which model was measured, how, on what and with what."""
+    model, parameter = recorder.model, next(recorder.model.parameters())
+    return {
+        "model": getattr(getattr(model, "config", None), "name_or_path", "")
+        or type(model).__name__,
+        "route": "+".join(sorted(recorder.routes)),
+        "device": str(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+    }
 
 
 def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Bool[Tensor, "b t"]:

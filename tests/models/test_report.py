@@ -11,57 +11,23 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import xarray as xr
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
-    GraniteMoeHybridConfig,
-    GraniteMoeHybridForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sinkbook import cli, corpora, report, summary, windows
 from sinkbook.errors import SinkbookError
-from sinkbook.models import LanguageModel, load
+from sinkbook.models import load
 from sinkbook.probe import measure
 from sinkbook.report_page import html_page
+from tiny import SIZES, tiny_model, tiny_reader, tiny_tokenizer
 
-WORDS = ["<|endoftext|>", "<s>", "to", "be", "or", "not", "<script>", "the"]
-TINY = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 48,
-}
 HAMLET = "to be or not to be <script> the " * 20  # 160 tokens
-
-
-def tokenizer(adds_bos: bool = True) -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "or"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if adds_bos:
-        words.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
-
-
-def language_model(model: PreTrainedModel, adds_bos: bool = True) -> LanguageModel:
-    return LanguageModel("tiny", model, tokenizer(adds_bos), 1 if adds_bos else None, "a tiny one")
 
 
 def measured(model: PreTrainedModel) -> xr.Dataset:
     """The dataset of a report on a tiny model, as `report.probe` returns it."""
-    tiny = language_model(model)
+    tiny = tiny_reader(model)
     result = report.measure_windows(tiny, windows.of_document(tiny, HAMLET, count=2, length=24))
     result.attrs |= {"weights": "a tiny one", "texts": "Hamlet", "command": "sinkbook probe tiny"}
     return result
@@ -78,10 +44,9 @@ def shown(result: xr.Dataset) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny random Llama in a folder."""
-    torch.manual_seed(0)
     place = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(place)
-    tokenizer().save_pretrained(place)
+    tiny_model(max_position_embeddings=48).save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
     return place
 
 
@@ -291,7 +256,7 @@ def test_a_domain_that_does_not_exist_is_answered_with_those_that_do(sinkbook, f
 
 
 def test_a_domain_with_too_few_texts_says_what_to_ask_for():
-    tiny = language_model(LlamaForCausalLM(LlamaConfig(**TINY)))
+    tiny = tiny_reader(tiny_model())
     with pytest.raises(SinkbookError, match="1 texts of the domain have 32 tokens, and 3 were"):
         windows.of_texts(tiny, [HAMLET, "to be"], count=3, length=32)
 
@@ -302,12 +267,10 @@ def test_more_tokens_than_the_model_has_positions_are_refused(sinkbook, folder, 
 
 
 def test_models_that_are_none_of_ours_are_refused(sinkbook, document, tmp_path, capfd):
-    BertForMaskedLM(
-        BertConfig(**{**TINY, "num_key_value_heads": None}, type_vocab_size=1)
-    ).save_pretrained(tmp_path / "encoder")
-    tokenizer().save_pretrained(tmp_path / "encoder")
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
     (tmp_path / "hollow").mkdir()
-    LlamaConfig(**TINY).save_pretrained(tmp_path / "hollow")
+    tiny_model().config.save_pretrained(tmp_path / "hollow")
     capfd.readouterr()  # transformers' own bars
     for model, complaint in {
         "smolm2-135m": "Did you mean 'smollm2-135m'?",
@@ -322,7 +285,7 @@ def test_models_that_are_none_of_ours_are_refused(sinkbook, document, tmp_path, 
 
 
 def test_windows_follow_each_other_and_each_begins_with_the_first_token():
-    tiny = language_model(LlamaForCausalLM(LlamaConfig(**TINY)))
+    tiny = tiny_reader(tiny_model())
     text = "to be or not the to be or not the"
     tokens = windows.of_document(tiny, text, count=8, length=4)
     assert tokens.tolist() == [[1, 2, 3, 4], [1, 5, 7, 2], [1, 3, 4, 5]]
@@ -330,7 +293,7 @@ def test_windows_follow_each_other_and_each_begins_with_the_first_token():
 
 
 def test_a_model_without_a_first_token_gets_none():
-    tiny = language_model(LlamaForCausalLM(LlamaConfig(**TINY)), adds_bos=False)
+    tiny = tiny_reader(tiny_model(), adds_bos=False)
     assert windows.of_document(tiny, "to be or not", count=8, length=2).tolist() == [[2, 3], [4, 5]]
 
 
@@ -338,7 +301,7 @@ def test_a_model_without_a_first_token_gets_none():
 
 
 def test_tokens_that_spell_a_script_are_only_shown():
-    result = measured(LlamaForCausalLM(LlamaConfig(**TINY)))
+    result = measured(tiny_model())
     assert result.token[0, 7] == "<script>"
     result["key_importance"][:, 1, 0, 7] = 0.9
     page = html_page(result)
@@ -346,7 +309,7 @@ def test_tokens_that_spell_a_script_are_only_shown():
 
 
 def test_a_model_without_value_norms_is_reported_without_a_drain():
-    result = measured(DiffLlamaForCausalLM(DiffLlamaConfig(**TINY)))
+    result = measured(tiny_model("diffllama"))
     assert result.value_norm.isnull().all()
     sentence = summary.verdict(result)
     assert "value" not in sentence and "residual state does not peak" in sentence
@@ -356,8 +319,8 @@ def test_a_model_without_value_norms_is_reported_without_a_drain():
 
 
 def test_layers_without_attention_are_shown_as_such():
-    config = GraniteMoeHybridConfig(
-        **TINY,
+    model = tiny_model(
+        "granitemoehybrid",
         layer_types=["mamba", "attention"],
         mamba_n_heads=4,
         mamba_d_head=16,
@@ -367,7 +330,7 @@ def test_layers_without_attention_are_shown_as_such():
         shared_intermediate_size=64,
         pad_token_id=0,
     )
-    result = measured(GraniteMoeHybridForCausalLM(config))
+    result = measured(model)
     table = summary.layer_table(result)
     assert np.isnan(table.sink_rate[0]) and table.strongest[0] == []
     assert len(table.strongest[1]) == 2
@@ -376,7 +339,7 @@ def test_layers_without_attention_are_shown_as_such():
 
 
 def test_a_model_with_several_residual_streams_is_reported_without_a_peak():
-    result = measured(LlamaForCausalLM(LlamaConfig(**TINY)))
+    result = measured(tiny_model())
     result["residual_norm"] = result.residual_norm * np.nan
     assert "residual" not in summary.verdict(result)
     page = shown(result)
@@ -385,7 +348,7 @@ def test_a_model_with_several_residual_streams_is_reported_without_a_peak():
 
 def test_a_document_with_nul_characters_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(PreTrainedTokenizerFast, "decode", lambda *_: "\0")
-    result = measured(LlamaForCausalLM(LlamaConfig(**TINY)))
+    result = measured(tiny_model())
     result.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")  # which takes no NUL
     assert set(result.token.values.ravel()) == {"␀"}
 
@@ -401,7 +364,7 @@ def test_a_document_with_nul_characters_is_written(tmp_path, monkeypatch):
     ],
 )
 def test_the_verdict_says_where_a_peak_is_written_and_erased(norms, words):
-    result = measured(LlamaForCausalLM(LlamaConfig(**TINY | {"num_hidden_layers": 4})))
+    result = measured(tiny_model(num_hidden_layers=4))
     result["residual_norm"] = xr.ones_like(result.residual_norm)
     result["residual_norm"][:, :, 0] = np.array(norms, dtype=np.float32)
     assert words in summary.verdict(result)

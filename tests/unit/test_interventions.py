@@ -3,43 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sinkbook.anatomy import layers
 from sinkbook.errors import SinkbookError
 from sinkbook.interventions import replace, zero
 from sinkbook.probe import measure
 from sinkbook.transformer import Transformer, TransformerConfig
+from tiny import EACH_LAYOUT
 
 TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
-def toy():
-    return Transformer(TransformerConfig(vocab_size=50, length=16, width=16, layers=3, heads=4))
-
-
-def llama():
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
-
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=4)
-    )
-
-
-@pytest.fixture(params=[toy, llama, gpt2], ids=["toy", "llama", "gpt2"])
+@pytest.fixture(params=EACH_LAYOUT)
 def model(request):
-    torch.manual_seed(0)
-    return request.param().eval().requires_grad_(False)
+    return EACH_LAYOUT[request.param]().requires_grad_(False)
 
 
 def logits(model):

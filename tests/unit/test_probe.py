@@ -1,5 +1,6 @@
 """The probe against plain formulas: toys, masks of every form, definitions, and its promises."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,13 +9,16 @@ import torch
 import xarray as xr
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from sinkbook import fused, measure, probe, recording
+from sinkbook import formed, fused, measure, probe, recording
 from sinkbook.errors import SinkbookError
+from sinkbook.scope import Scope, causal_spans, find_spans
 from sinkbook.transformer import Transformer, TransformerConfig
+from tiny import tiny_model
 
 NAN = float("nan")
+# Logits with a soft cap, which no fused kernel knows.
+tiny_gemma2 = partial(tiny_model, "gemma2", head_dim=8, layer_types=["full_attention"] * 2)
 
 
 @pytest.fixture
@@ -175,22 +179,23 @@ def masks(length: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("form", masks(24))
 @pytest.mark.parametrize("groups", [1, 3])
 def test_log_sum_exp_reads_the_same_as_formed_weights(form, groups, monkeypatch):
-    monkeypatch.setattr(fused, "ROWS", 7)  # several calls, the last one short
-    monkeypatch.setattr(fused, "ENTRIES", 7 * 2 * 6 * 24)
+    for module in ("fused", "scope"):
+        monkeypatch.setattr(f"sinkbook.{module}.ROWS", 7)  # several calls, the last one short
+    monkeypatch.setattr(formed, "ENTRIES", 7 * 2 * 6 * 24)
     torch.manual_seed(0)
     visible = masks(24)[form]
     real = visible[:, 0].diagonal(dim1=1, dim2=2)
     query = 4 * torch.randn(2, 6, 24, 8)
     key, value = 2 * torch.randn(2, 6 // groups, 24, 8), torch.randn(2, 6 // groups, 24, 5)
-    scope = fused.Scope(real.to(torch.uint8).argmax(1), real, real, frozenset(probe.VARIABLES))
-    spans = fused.find_spans(visible, real)
+    scope = Scope(real.to(torch.uint8).argmax(1), real, real, frozenset(probe.VARIABLES))
+    spans = find_spans(visible, real)
     if form == "sinks and window":
         assert spans is None  # the visible keys have a gap
         return
     learned_sink = torch.randn(6)
     output, reading = fused.read_fused(query, key, value, 0.3, spans, scope, learned_sink)
-    rows = fused.softmax_rows(query, key, 0.3, visible, learned_sink=learned_sink)
-    expected_output, expected = fused.read_formed(rows, value, scope)
+    rows = formed.softmax_rows(query, key, 0.3, visible, learned_sink=learned_sink)
+    expected_output, expected = formed.read_formed(rows, value, scope)
     counted = real[:, None, :, None]
     torch.testing.assert_close(output * counted, expected_output * counted, atol=1e-5, rtol=1e-5)
     for name, values in reading.items():
@@ -202,13 +207,13 @@ def test_log_sum_exp_reads_the_same_as_formed_weights(form, groups, monkeypatch)
 def test_extreme_logits_stay_exact():
     torch.manual_seed(0)
     real = torch.ones(1, 40, dtype=torch.bool)
-    scope = fused.Scope(torch.tensor([0]), real, real, frozenset(probe.VARIABLES))
+    scope = Scope(torch.tensor([0]), real, real, frozenset(probe.VARIABLES))
     query, key = 10 * torch.randn(1, 2, 40, 16), 10 * torch.randn(1, 2, 40, 16)
     key[:, :, 0] *= 10  # a sink whose logits are in the thousands
-    spans = fused.causal_spans(real)
+    spans = causal_spans(real)
     _, reading = fused.read_fused(query, key, key, 0.25, spans, scope)
-    rows = fused.softmax_rows(query.double(), key.double(), 0.25, spans)
-    expected = fused.read_rows(rows, scope)
+    rows = formed.softmax_rows(query.double(), key.double(), 0.25, spans)
+    expected = formed.read_rows(rows, scope)
     for name in ("sink_attention_by_query", "attention_entropy", "key_importance"):
         torch.testing.assert_close(
             reading[name], expected[name].float(), equal_nan=True, atol=1e-4, rtol=1e-3
@@ -263,7 +268,7 @@ def test_kernels_of_other_devices_are_asked_in_shapes_that_they_take(dtype, mask
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_cuda_agrees_with_the_cpu(dtype, tolerance):
-    model = tiny_llama()
+    model = tiny_model()
     ids = torch.randint(97, (2, 50))
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
@@ -272,20 +277,6 @@ def test_cuda_agrees_with_the_cpu(dtype, tolerance):
     on_gpu = measure(model.to("cuda", dtype), ids, names, attention_mask=mask)
     for name in names:
         np.testing.assert_allclose(on_gpu[name], on_cpu[name], rtol=tolerance, atol=tolerance)
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -301,26 +292,9 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def tiny_gemma2() -> Gemma2ForCausalLM:
-    """Logits with a soft cap, which no fused kernel knows."""
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        layer_types=["full_attention"] * 2,
-        max_position_embeddings=2048,
-    )
-    return Gemma2ForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma2])
+@pytest.mark.parametrize("make", [tiny_model, tiny_gemma2])
 def test_no_matrix_of_attention_is_ever_formed(make, monkeypatch):
-    monkeypatch.setattr(fused, "ENTRIES", 2**16)
+    monkeypatch.setattr(formed, "ENTRIES", 2**16)
     model, names = make(), tuple(probe.VARIABLES)
     sizes = []
     for length in (512, 1024):
@@ -332,7 +306,7 @@ def test_no_matrix_of_attention_is_ever_formed(make, monkeypatch):
 
 
 def test_the_probe_leaves_no_trace():
-    model = tiny_llama()
+    model = tiny_model()
     model.train()
     model.lm_head.eval()
     ids = torch.randint(97, (2, 20))
@@ -347,7 +321,7 @@ def test_the_probe_leaves_no_trace():
     assert not hooks
 
 
-@pytest.mark.parametrize("make", [tiny_llama, lambda: Transformer(TransformerConfig(width=16))])
+@pytest.mark.parametrize("make", [tiny_model, lambda: Transformer(TransformerConfig(width=16))])
 def test_a_model_is_put_back_after_an_exception(make):
     model = make()
     last = [module for module in model.modules() if isinstance(module, nn.ModuleList)][0][-1]
@@ -371,7 +345,7 @@ def test_a_model_is_put_back_after_an_exception(make):
 
 def test_measuring_while_measuring_keeps_the_two_apart(toy, tokens):
     inner = []
-    model = tiny_llama()
+    model = tiny_model()
     ids = torch.randint(97, (1, 12))
     hook = toy.layers[0].register_forward_hook(lambda *_: inner.append(measure(model, ids)))
     outer = measure(toy, tokens)
@@ -388,7 +362,7 @@ def test_the_order_of_texts_does_not_matter(toy, tokens):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_but_the_blanks(side):
-    model, names = tiny_llama(), tuple(probe.VARIABLES)
+    model, names = tiny_model(), tuple(probe.VARIABLES)
     text = torch.randint(3, 97, (1, 14))
     padding = torch.zeros(1, 5, dtype=torch.long)
     parts = [padding, text] if side == "left" else [text, padding]
@@ -404,7 +378,7 @@ def test_padding_changes_nothing_but_the_blanks(side):
 
 
 def test_packed_documents_count_only_where_the_sink_is_seen():
-    model = tiny_llama()
+    model = tiny_model()
     first, second = torch.randint(3, 97, (1, 9)), torch.randint(3, 97, (1, 11))
     positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
     packed = measure(model, torch.cat([first, second], 1), position_ids=positions)
@@ -419,7 +393,7 @@ def test_packed_documents_count_only_where_the_sink_is_seen():
 
 def test_a_mask_over_pairs_is_followed():
     """A streaming cache as a mask: two sinks and a window, which are no neighbours."""
-    model, ids = tiny_llama(), torch.randint(97, (1, 24))
+    model, ids = tiny_model(), torch.randint(97, (1, 24))
     streaming = masks(24)["sinks and window"][:1]
     result = measure(model, ids, ("sink_attention", "key_importance"), attention_mask=streaming)
     assert result.attrs["route"] == "chunked"
@@ -443,7 +417,7 @@ def letters(texts: list[str], **_) -> dict[str, list[list[int]]]:
 
 
 def test_texts_of_any_length_come_back_in_their_order():
-    model = tiny_llama()
+    model = tiny_model()
     language_model = SimpleNamespace(name="tiny", model=model, first_token=1, tokenizer=letters)
     texts = ["a text of some length", "short", "one that is longer than all of the others", "b"]
     result = probe.measure_texts(language_model, texts, length=24, batch_size=2)
@@ -474,12 +448,12 @@ def test_texts_of_any_length_come_back_in_their_order():
 )
 def test_what_does_not_fit_is_named(arguments, message):
     with pytest.raises(SinkbookError, match=message):
-        measure(tiny_llama(), torch.zeros(1, 12, dtype=torch.long), **arguments)
+        measure(tiny_model(), torch.zeros(1, 12, dtype=torch.long), **arguments)
 
 
 def test_tokens_that_the_model_does_not_have_are_named():
     with pytest.raises(SinkbookError, match="token ids up to 200"):
-        measure(tiny_llama(), torch.full((1, 4), 200))
+        measure(tiny_model(), torch.full((1, 4), 200))
 
 
 def test_toys_take_padding_only_after_the_text(toy, tokens):
