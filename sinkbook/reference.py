@@ -1,6 +1,10 @@
-"""The reference page of the book, made from the package: this module is a Sphinx extension."""
+"""The pages of the book that are made from the package, or from what its tests found.
+
+This module is a Sphinx extension.
+"""
 
 import ast
+import json
 import re
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -8,6 +12,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 # The line of book/api.md that the modules take the place of.
 MARKER = "<!-- modules -->"
+# Markers of book/architectures.md, each with a key of book/architectures.json.
+ARCHITECTURES = re.compile(r"<!-- architectures: (\w+) -->")
 
 
 def modules() -> list[str]:
@@ -32,8 +38,9 @@ def _imports(path: Path) -> list[str]:
 
 
 def setup(app) -> dict:
-    """What Sphinx calls: list the modules on the page, and show docstrings as they are written."""
+    """What Sphinx calls: fill in what pages mark, and show docstrings as they are written."""
     app.connect("source-read", _list_modules)
+    app.connect("source-read", _list_architectures)
     app.connect("autodoc-process-docstring", _as_written)
     return {"parallel_read_safe": True}
 
@@ -42,6 +49,29 @@ def _list_modules(app, page: str, source: list[str]) -> None:
     """Put a section for each module in the place of the marker: what it is, and a fold."""
     if MARKER in source[0]:
         source[0] = source[0].replace(MARKER, "\n".join(map(_section, modules())))
+
+
+def _list_architectures(app, page: str, source: list[str]) -> None:
+    """Put what the tests found in the place of each marker."""
+    if ARCHITECTURES.search(source[0]):
+        path = Path(app.srcdir) / "book" / "architectures.json"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        source[0] = ARCHITECTURES.sub(lambda marker: architectures(found[marker[1]]), source[0])
+
+
+def architectures(found: str | list[str] | dict[str, str]) -> str:
+    """A version as it is; architectures as a list of names, or of names and what they answer.
+
+    >>> architectures(["gpt2", "llama"])
+    '`gpt2`, `llama`'
+    >>> architectures({"mamba": "no attention"})
+    '`mamba`\\n: no attention\\n'
+    """
+    if isinstance(found, str):
+        return found
+    if isinstance(found, list):
+        return ", ".join(f"`{name}`" for name in found)
+    return "\n".join(f"`{name}`\n: {says}\n" for name, says in found.items())
 
 
 def _section(name: str) -> str:

@@ -1,13 +1,14 @@
 """The probe against transformers' own eager attention, on a tiny random model of each kind.
 
 The reference runs each architecture's eager attention, in float64 where it can be watched, and
-applies the definitions to the matrices. `SINKBOOK_ARCHITECTURES=FILE pytest FILE_OF_THIS_TEST`
-also writes down which architectures take which route, as JSON.
+applies the definitions to the matrices. Which architecture takes which route is compared with
+`book/architectures.json`, which the book shows; `REFRESH` writes that file anew.
 """
 
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
@@ -60,40 +62,37 @@ TINY = {
 }
 
 LATENT = {"num_key_value_heads": 4}  # latent attention shares a code, not heads
-# Route by route, each architecture with what its tiny model needs beyond TINY.
-ARCHITECTURES: dict[str, dict[str, dict]] = {
-    "fused": {
-        **dict.fromkeys(["apertus", "arcee", "bart", "bert", "biogpt", "bitnet", "cohere"], {}),
-        **dict.fromkeys(["cohere2", "ctrl", "dots1", "electra", "ernie4_5", "exaone4"], {}),
-        **dict.fromkeys(["flex_olmo", "gemma", "gemma3_text", "glm", "glm4", "glm4_moe"], {}),
-        **dict.fromkeys(["gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite"], {}),
-        **dict.fromkeys(["granitemoe", "helium", "hunyuan_v1_dense", "lfm2", "llama"], {}),
-        **dict.fromkeys(["llama4_text", "mbart", "mimo_v2_flash", "minimax", "ministral"], {}),
-        **dict.fromkeys(["mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2"], {}),
-        **dict.fromkeys(["olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe"], {}),
-        **dict.fromkeys(["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"], {}),
-        **dict.fromkeys(["roberta", "seed_oss", "smollm3", "stablelm", "starcoder2"], {}),
-        **dict.fromkeys(["deepseek_v2", "deepseek_v3", "minicpm3"], LATENT),
-        "deepseek_v32": LATENT,
-        "bamba": {"attn_layer_indices": [1]},
-        "falcon": {},
-        "gemma4_text": {
-            **{"global_head_dim": 16, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8},
-            **{"layer_types": ["sliding_attention", "full_attention"]},
-            "vocab_size_per_layer_input": 97,
-        },
-        "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-        "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1},
-        "moshi": {},
+# Each architecture with what its tiny model needs beyond TINY.
+ARCHITECTURES: dict[str, dict] = {
+    **dict.fromkeys(["apertus", "arcee", "bart", "bert", "biogpt", "bitnet", "bloom"], {}),
+    **dict.fromkeys(["codegen", "cohere", "cohere2", "ctrl", "doge", "dots1", "electra"], {}),
+    **dict.fromkeys(["ernie4_5", "exaone4", "falcon", "flex_olmo", "gemma", "gemma2"], {}),
+    **dict.fromkeys(["gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode"], {}),
+    **dict.fromkeys(["gpt_neox", "gpt_neox_japanese", "gpt_oss", "gptj", "granite"], {}),
+    **dict.fromkeys(["granitemoe", "helium", "hunyuan_v1_dense", "inkling_text", "lfm2"], {}),
+    **dict.fromkeys(["llama", "llama4_text", "mbart", "megatron-bert", "mimo_v2_flash"], {}),
+    **dict.fromkeys(["minimax", "ministral", "mistral", "mixtral", "moshi", "mpt"], {}),
+    **dict.fromkeys(["nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe"], {}),
+    **dict.fromkeys(["openai-gpt", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2"], {}),
+    **dict.fromkeys(["qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "rembert"], {}),
+    **dict.fromkeys(["roberta", "roformer", "seed_oss", "smollm3", "stablelm"], {}),
+    **dict.fromkeys(["starcoder2", "trocr", "vaultgemma", "xglm"], {}),
+    **dict.fromkeys(["deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3"], LATENT),
+    "bamba": {"attn_layer_indices": [1]},
+    "gemma4_text": {
+        **{"global_head_dim": 16, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8},
+        **{"layer_types": ["sliding_attention", "full_attention"]},
+        "vocab_size_per_layer_input": 97,
     },
-    "chunked": dict.fromkeys(["doge", "gemma2", "inkling_text", "vaultgemma"], {}),
-    "eager": {
-        **dict.fromkeys(["bloom", "codegen", "gpt_neox_japanese", "gptj", "megatron-bert"], {}),
-        **dict.fromkeys(["mpt", "openai-gpt", "rembert", "roformer", "trocr", "xglm"], {}),
-        "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
-    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1},
 }
-ROUTES = {kind: route for route, kinds in ARCHITECTURES.items() for kind in kinds}
+ROUTES = ("fused", "chunked", "eager")
+LIST = Path(__file__).resolve().parents[2] / "book" / "architectures.json"
+LISTED = json.loads(LIST.read_text(encoding="utf-8"))
+REFRESH = "SINKBOOK_ARCHITECTURES=1 pytest -n0 tests/models/test_probe_architectures.py"
+WRITING = os.environ.get("SINKBOOK_ARCHITECTURES") == "1"
 LENGTH = 20
 PADDINGS = {
     "none": None,
@@ -109,32 +108,48 @@ VARIABLES = (
     "head_output_norm",
     "residual_norm",
 )
-found: dict[str, list[str]] = {"fused": [], "chunked": [], "eager": [], "refused": []}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def list_of_architectures():
-    yield
-    if path := os.environ.get("SINKBOOK_ARCHITECTURES"):
-        listed = {route: sorted(kinds) for route, kinds in found.items()}
-        Path(path).write_text(json.dumps(listed, indent=2) + "\n")
+@pytest.fixture(scope="module")
+def listed() -> Iterator[Callable[..., None]]:
+    """Checks that the book lists what was found of an architecture; keeps it for `REFRESH`."""
+    found = {"transformers": transformers.__version__}
+
+    def check(route: str, kind: str, says: str | None = None) -> None:
+        found.setdefault(route, {})[kind] = says
+        if not WRITING:
+            known = LISTED[route]
+            same = kind in known and (says is None or says == known[kind])
+            assert same, f"{LIST.name} is out of date: {REFRESH}"
+
+    yield check
+    if WRITING:
+        for route in ROUTES:
+            found[route] = sorted(found[route])
+        LIST.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@pytest.mark.skipif(WRITING, reason="the list is being written")
+def test_the_list_in_the_book_is_of_this_transformers_and_names_nothing_untested():
+    kinds = [kind for route in ROUTES for kind in LISTED[route]]
+    assert sorted(kinds) == sorted(ARCHITECTURES), REFRESH
+    assert LISTED["transformers"] == transformers.__version__, REFRESH
 
 
 @cache
 def tiny(kind: str) -> PreTrainedModel:
     """A random model of an architecture, with attention that is far from even."""
-    route = ROUTES.get(kind, "fused")
     default = CONFIG_MAPPING[kind]()
     config = type(default.get_text_config())
     sizes = {name: size for name, size in TINY.items() if _settable(default, name)}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        config(**sizes | _layer_types(default) | ARCHITECTURES[route].get(kind, {}))
+        config(**sizes | _layer_types(default) | ARCHITECTURES.get(kind, {}))
     )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels take no float64
     for parameter in model.parameters():
-        if parameter.ndim > 1 and route != "eager":  # whose weights must be invertible below
+        if parameter.ndim > 1 and model._can_set_attn_implementation():  # see `undone` below
             parameter.data.mul_(3)
     return model.eval()
 
@@ -275,20 +290,19 @@ def token_ids() -> torch.Tensor:
     return torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", ROUTES)
-def test_the_probe_agrees_with_eager_attention(kind):
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_probe_agrees_with_eager_attention(kind, listed):
     model, ids = tiny(kind), token_ids()
     before = model.config._attn_implementation
     for padding, mask in PADDINGS.items():
-        if ROUTES[kind] == "eager" and padding == "left":
+        if padding == "left" and not model._can_set_attn_implementation():
             continue  # its padded rows see nothing and cannot be undone
         inputs = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
         result = measure(model, ids, VARIABLES, attention_mask=mask)
         assert model.config._attn_implementation == before
         real = torch.ones_like(ids) if mask is None else mask
         agree(result, eager(model, **inputs), model, real.bool(), tolerance=1e-5)
-    assert ROUTES[kind] in result.attrs["route"]
-    found[ROUTES[kind]].append(kind)
+    listed(result.attrs["route"].partition("+")[0], kind)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "gpt2"])
@@ -322,7 +336,7 @@ def test_half_precision_agrees_within_a_hundredth(kind):
             np.testing.assert_allclose(measured, expected[name], rtol=1e-2, atol=1e-2)
 
 
-def test_differential_attention_has_no_value_of_its_own():
+def test_differential_attention_has_no_value_of_its_own(listed):
     model, ids = tiny("diffllama"), token_ids()
     result = measure(model, ids, ("sink_attention", "key_importance", "residual_norm"))
     reference, _ = eager(model, input_ids=ids)
@@ -331,8 +345,9 @@ def test_differential_attention_has_no_value_of_its_own():
         np.testing.assert_allclose(
             result.key_importance.isel(layer=number), expected["key_importance"], atol=1e-5
         )
-    with pytest.raises(SinkbookError, match="has no value_norm of its own"):
+    with pytest.raises(SinkbookError, match="has no value_norm of its own") as refusal:
         measure(model, ids)
+    listed("partly", "diffllama", str(refusal.value))
 
 
 @pytest.mark.parametrize(
@@ -343,10 +358,10 @@ def test_differential_attention_has_no_value_of_its_own():
         ("rwkv", "no softmax attention|no list of"),
     ],
 )
-def test_models_whose_attention_cannot_be_read_are_refused(kind, message):
-    with pytest.raises(SinkbookError, match=message):
+def test_models_whose_attention_cannot_be_read_are_refused(kind, message, listed):
+    with pytest.raises(SinkbookError, match=message) as refusal:
         measure(tiny(kind), token_ids())
-    found["refused"].append(kind)
+    listed("refused", kind, str(refusal.value))
 
 
 SMALL = {"vocab_size": 97, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48}
@@ -360,11 +375,11 @@ SMALL = {"vocab_size": 97, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv
         (lambda: T5ForConditionalGeneration(T5Config(**SMALL)), "an encoder and a decoder"),
     ],
 )
-def test_models_that_are_not_causal_are_refused(model, message):
+def test_models_that_are_not_causal_are_refused(model, message, listed):
     model = model()
-    with pytest.raises(SinkbookError, match=message):
+    with pytest.raises(SinkbookError, match=message) as refusal:
         measure(model, token_ids())
-    found["refused"].append(type(model).__name__)
+    listed("refused", type(model).__name__, str(refusal.value))
     assert model.config._attn_implementation == "sdpa"  # put back
 
 

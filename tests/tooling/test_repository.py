@@ -130,6 +130,12 @@ def test_modules_import_only_what_stands_above_them_on_the_reference_page():
     assert reference.MARKER in (ROOT / "book" / "api.md").read_text()
 
 
+def test_the_page_of_architectures_shows_all_that_their_tests_found():
+    page, found = (ROOT / "book" / f"architectures.{kind}" for kind in ("md", "json"))
+    shown = reference.ARCHITECTURES.findall(page.read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(json.loads(found.read_text(encoding="utf-8")))
+
+
 def test_no_file_tells_which_machine_it_was_made_on():
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
