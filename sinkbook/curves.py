@@ -1,5 +1,6 @@
 """Figures of curves: over training steps, over time, over a parameter. See `figures.py`."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Shaped
@@ -7,6 +8,17 @@ from matplotlib.axes import Axes
 
 from sinkbook.figures import OTHER, SINK, axes_or_new
 from sinkbook.fits import Fit
+
+# By the names of `experiments.optimizer_sweep`.
+OPTIMIZER_COLOURS = {
+    "AdamW": "#009E73",
+    "AdamW, ε = 1e-4": "#56B4E9",
+    "RMSprop": "#0072B2",
+    "signSGD": "#CC79A7",
+    "Muon": "#E69F00",
+    "SGD, momentum": "#777777",
+    "SGD": "#222222",
+}
 
 
 def over_training(
@@ -81,6 +93,20 @@ def curves(
     if legend:
         ax.legend()
     return ax
+
+
+def panels(*each: dict, sharey: bool = False, **shared) -> list[Axes]:
+    """Panels side by side, each given as arguments of `curves`; `shared` goes to all of them.
+
+    With `sharey` they have one vertical axis, which the first panel labels, and one legend.
+    """
+    _, axes = plt.subplots(1, len(each), figsize=(7, 3), sharey=sharey)
+    for ax, arguments in zip(axes, each, strict=True):
+        curves(ax=ax, **{"ylabel": ""} | shared | arguments)
+        if sharey and ax is not axes[0]:
+            ax.set_ylabel("")
+            ax.get_legend().remove()
+    return list(axes)
 
 
 def quantile_band(

@@ -4,10 +4,13 @@
 arXiv 2410.13835, for one GPU. A profile changes sizes only; code paths are the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from sinkbook.mitigations import MITIGATIONS, Mitigation
 from sinkbook.page import check_profile
+from sinkbook.pretraining import PretrainingConfig
+from sinkbook.pretraining import seeds_of as pretraining_seeds
 from sinkbook.tasks import TaskConfig, task
 from sinkbook.training import Run, TrainingConfig, seeds_of, train_all
 from sinkbook.transformer import TransformerConfig
@@ -61,6 +64,48 @@ SIZES = {
         text_length=512,
     ),
 }
+
+
+@dataclass(frozen=True)
+class DormantHeads:
+    """What a profile decides in the search for dormant heads."""
+
+    texts: int  # of each domain: half of them choose heads, half of them test them
+    trial_texts: int  # of the first half, on which candidates are taken away in a trial
+    candidates: int  # heads that each detector proposes
+    shortlist: int  # candidates that are tested
+    random_heads: int  # controls
+    length: int = 128  # tokens of a text, as in the paper's Figure 8
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a profile decides where a pretrained model is taken apart."""
+
+    cut_texts: int  # texts on which every attention and every MLP is silenced in turn
+    cut_length: int  # tokens of each
+    texts: int  # other texts, on which what was found is tested
+    length: int
+    unit_counts: tuple[int, ...] = (1, 2, 4, 16)  # units of an MLP silenced together
+
+
+@dataclass(frozen=True)
+class Consequences:
+    """What a profile decides where tokens are dropped, states rounded and heads cut."""
+
+    streams: int  # texts that are read with a window
+    stream_length: int
+    window: int
+    stride: int  # steps of the window that is read afresh
+    texts: int  # texts read in eight bits
+    text_length: int
+    prompts: int  # texts whose beginning loses keys
+    prompt: int  # tokens of it
+    continuation: int  # tokens after it
+    budgets: tuple[int, ...]  # keys that each head keeps
+    pruned_texts: int  # texts of each domain read without some heads; as many others choose these
+    pruned_length: int
+    shares: tuple[float, ...] = (0.05, 0.1)  # of all heads
 
 
 def sizes(profile: str) -> Sizes:
@@ -190,7 +235,7 @@ def structures(profile: str, seed: int = 0) -> dict[str, list[TrainingConfig]]:
             model=toy(profile, task_config, width=width, **changes),
             learning_rate=size.learning_rate,
             batch_size=size.batch_size,
-            steps=(1_000 if name == "3 × TF" else 600) if quick else size.steps,
+            steps=(1_000 if name == "3 × TF" else 400) if quick else size.steps,
             evaluation_size=size.evaluation_size,
             seed=42 + seed,
         )
@@ -218,7 +263,7 @@ def variation(profile: str, seed: int = 0, *, layers: int = 1, **changes) -> lis
         model=toy(profile, task_config, layers=layers, width=32 if quick else size.width),
         learning_rate=size.learning_rate,
         batch_size=16 if quick else size.batch_size,
-        steps=(800 if layers == 1 else 1_500) if quick else size.steps,
+        steps=(800 if layers == 1 else 1_000) if quick else size.steps,
         evaluation_size=size.evaluation_size,
         seed=42 + seed,
         measurements=8,  # what counts is the end
@@ -242,12 +287,162 @@ def variations(profile: str, seed: int = 0) -> dict[str, list[TrainingConfig]]:
 
 
 # The paper's working notes find a jump between 0.7 and 0.8; 1 is Bigram-Backcopy itself.
-COPY_PROBABILITIES = (0.1, 0.25, 0.5, 0.7, 0.8, 1.0)
+COPY_PROBABILITIES = (0.1, 0.5, 0.7, 0.8, 1.0)
 
 
 def copy_probabilities(profile: str, seed: int = 0) -> dict[float, list[TrainingConfig]]:
     """Bigram-Backcopy whose triggers ask for a copy only with some probability, by it."""
     return {p: variation(profile, seed, copy_probability=p) for p in COPY_PROBABILITIES}
+
+
+def dormant_heads(profile: str) -> DormantHeads:
+    """How many texts and heads the search for dormant heads has at a profile."""
+    if check_profile(profile) == "quick":
+        return DormantHeads(texts=16, trial_texts=4, candidates=5, shortlist=4, random_heads=12)
+    return DormantHeads(texts=256, trial_texts=32, candidates=24, shortlist=16, random_heads=64)
+
+
+def anatomy(profile: str) -> Anatomy:
+    """How many texts, and how long, a pretrained model is taken apart on at a profile."""
+    quick = Anatomy(cut_texts=4, cut_length=48, texts=8, length=96)
+    paper = Anatomy(cut_texts=16, cut_length=128, texts=128, length=128)
+    return {"quick": quick, "paper": paper}[check_profile(profile)]
+
+
+def consequences(profile: str) -> Consequences:
+    """How many texts, and how long, pay for dropped tokens, rounded states and cut heads."""
+    quick = Consequences(
+        streams=4,
+        stream_length=208,
+        window=64,
+        stride=16,
+        texts=6,
+        text_length=80,
+        prompts=5,
+        prompt=128,
+        continuation=32,
+        budgets=(16, 32, 64),
+        pruned_texts=4,
+        pruned_length=80,
+    )
+    paper = Consequences(
+        streams=32,
+        stream_length=4096,
+        window=512,
+        stride=64,
+        texts=64,
+        text_length=160,  # few articles of the domain are longer
+        prompts=64,
+        prompt=128,
+        continuation=64,
+        budgets=(16, 32, 64, 96),
+        pruned_texts=32,
+        pruned_length=128,
+        shares=(0.02, 0.05, 0.1, 0.15, 0.2),
+    )
+    return {"quick": quick, "paper": paper}[check_profile(profile)]
+
+
+# The paper's two mitigations beside their control, by their names in figures and in the registry.
+TWO_WAYS = {"softmax, AdamW": "softmax", "ReLU, AdamW": "relu", "softmax, SGD": "sgd"}
+RATES = (1 / 3, 1.0, 3.0)  # learning rates, in those of the other chapters
+
+
+def two_ways(profile: str, seed: int = 0) -> dict[str, dict[float, list[TrainingConfig]]]:
+    """The methods of `TWO_WAYS` in three layers, by name and learning rate.
+
+    The control at the rate 1 is `three_layers`. In `quick` the other rates have one seed.
+    """
+    sweep = {}
+    for label, name in TWO_WAYS.items():
+        sweep[label] = {}
+        for rate in RATES:
+            configs = [
+                MITIGATIONS[name].applied_to(replace(c, learning_rate=rate * c.learning_rate))
+                for c in three_layers(profile, seed)
+            ]
+            alone = check_profile(profile) == "quick" and rate != 1
+            sweep[label][rate] = configs[:1] if alone else configs
+    return sweep
+
+
+def league(profile: str, seed: int = 0, *, layers: int) -> dict[str, list[TrainingConfig]]:
+    """Every mitigation of the registry on Bigram-Backcopy, by its name there.
+
+    In `quick` the language has 32 characters, as in `variation`, and two seeds have to do.
+    """
+    base = _league_base(profile, seed, layers)
+    count = 2 if check_profile(profile) == "quick" else sizes(profile).seeds
+    return {name: seeds_of(m.applied_to(base), count) for name, m in MITIGATIONS.items()}
+
+
+def _league_base(profile: str, seed: int, layers: int) -> TrainingConfig:
+    config = variation(profile, seed, layers=layers)[0]
+    steps = {1: 800, 3: 600}[layers] if check_profile(profile) == "quick" else config.steps
+    return replace(config, steps=steps, measurements=20)
+
+
+# What decides between `<s>` and a null slot, one change each.
+SLOT_CONTROLS = {
+    "as it is": {},
+    "no <s>": {"task": {"starts": 0}},
+    "random first token": {"task": {"random_first": True}},
+    "slot 10 × as fast": {"model": {"null_slot_speed": 10.0}},
+}
+
+
+def null_slots(profile: str, seed: int = 0) -> dict[str, dict[str, list[TrainingConfig]]]:
+    """One-layer transformers with a null slot under each of `SLOT_CONTROLS`, by control and name.
+
+    Those of "as it is" are in `league`. The slot of softmax-1 learns nothing and has no speed.
+    """
+    names = [name for name, m in MITIGATIONS.items() if m.family == "null slot"]
+    found: dict[str, dict[str, list[TrainingConfig]]] = {}
+    for control, changes in SLOT_CONTROLS.items():
+        change = Mitigation(control, "control", "", **changes)
+        found[control] = {
+            name: [change.applied_to(config) for config in configs]
+            for name, configs in league(profile, seed, layers=1).items()
+            if name in names and not (name == "softmax-1" and "model" in changes)
+        }
+    return found
+
+
+# What a pretraining on Shakespeare is compared with, one change each.
+PRETRAINING_CONTROLS = {
+    "no repeats": {"repeated": 0.0},
+    "no <s>": {"starts": False},
+    "ReLU": {"attention": "relu"},
+    "SGD": {"optimizer": "sgd", "learning_rate": 0.1},
+}
+
+
+def pretraining(profile: str, seed: int = 0) -> dict[str, list[PretrainingConfig]]:
+    """A pretraining on Shakespeare, "as it is" and under `PRETRAINING_CONTROLS`, by name.
+
+    The paper has none of this size: the larger one, too, is ours. In `quick` a control has one
+    seed.
+    """
+    quick = PretrainingConfig(seed=seed)
+    larger = replace(
+        quick, length=256, width=256, layers=4, heads=8, batch_size=128, learning_rate=1e-3,
+        steps=20_000, measure_every=500, evaluation_size=64,
+    )  # fmt: skip
+    base = {"quick": quick, "paper": larger}[check_profile(profile)]
+    controls = 1 if profile == "quick" else sizes(profile).seeds
+    found = {"as it is": pretraining_seeds(base, sizes(profile).seeds)}
+    for name, changes in PRETRAINING_CONTROLS.items():
+        found[name] = pretraining_seeds(replace(base, **changes), controls)
+    return found
+
+
+def train_sweep(
+    sweep: dict[str, dict[Name, list[TrainingConfig]]],
+) -> dict[str, dict[Name, list[Run]]]:
+    """The runs of configs in two-storeyed groups, trained as one list."""
+    flat = {f"{a}, {b}": configs for a, inner in sweep.items() for b, configs in inner.items()}
+    runs = train_groups(flat)
+    return {a: {b: runs[f"{a}, {b}"] for b in inner} for a, inner in sweep.items()}
 
 
 def train_groups(groups: dict[Name, list[TrainingConfig]]) -> dict[Name, list[Run]]:

@@ -119,6 +119,26 @@ def expected_excess(
     return (task.vocab_size - 1) * np.exp(-value), 0.5 * np.exp(-2 * logit) * spread
 
 
+def risks_beside_law(
+    task: Task,
+    tokens: Int[Tensor, "batch position"],
+    *,
+    sink_logit: float | Float[np.ndarray, " point"],
+    length: float | Float[np.ndarray, " point"],
+) -> xr.Dataset:
+    """Both excess risks of the construction and their leading terms, along `point`, in nats.
+
+    `sink_logit` (α) and `length` (ξ, of the values) are broadcast against each other. Variables:
+    `backcopy`, `bigram`, `backcopy_law` and `bigram_law`.
+    """
+    points = list(zip(*np.atleast_1d(*np.broadcast_arrays(sink_logit, length)), strict=True))
+    measured = np.array([construction_excess(task, tokens, *map(float, p)) for p in points]).T
+    law = np.array([expected_excess(task, tokens, *map(float, p)) for p in points]).T
+    names = ("backcopy", "bigram", "backcopy_law", "bigram_law")
+    rows = zip(names, (*measured, *law), strict=True)
+    return xr.Dataset({name: ("point", values) for name, values in rows})
+
+
 def next_token_loss(network: nn.Module, texts: Int[Tensor, "text position"]) -> Tensor:
     """Mean next-token cross-entropy over all positions, nats."""
     logits = network(texts[:, :-1])

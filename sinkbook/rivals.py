@@ -200,6 +200,24 @@ def averaging_facts(task: AveragingTask, head: SelfAttention) -> dict[str, float
     }
 
 
+def averaging_heads(*, steps: int, batch_size: int, seed: int) -> dict[str, dict[str, float]]:
+    """What three heads do that average after a trigger: `averaging_facts` of each, by its name.
+
+    Two have to write nothing elsewhere, by softmax and by ReLU; the third, by softmax, has to
+    repeat what the first token says.
+    """
+    cases = {
+        "silence, softmax": (AveragingTask(length=32), "softmax"),
+        "silence, ReLU": (AveragingTask(length=32), "relu"),
+        "broadcast, softmax": (AveragingTask(length=32, announce=True), "softmax"),
+    }
+    sizes = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    return {
+        name: averaging_facts(made, train_averaging(made, attention, **sizes))
+        for name, (made, attention) in cases.items()
+    }
+
+
 def train_changed(
     config: TrainingConfig, change: Callable[[Transformer], Transformer]
 ) -> Transformer:
