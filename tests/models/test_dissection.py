@@ -1,0 +1,75 @@
+"""The dissection of SmolLM2 itself: what chapter 12 rests on, on a few short texts."""
+
+import numpy as np
+import pytest
+
+from sinkbook import corpora, dissection, looking
+from sinkbook.interventions import zero
+from sinkbook.models import load
+from sinkbook.units import unit_writes
+
+WRITER, DIMENSION = 11, 507
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def tokens(smollm2):
+    return smollm2.encode(corpora.texts("prose-en", count=2), length=32)
+
+
+@pytest.fixture(scope="module")
+def whole(smollm2, tokens):
+    return dissection.symptoms(smollm2.model, tokens)
+
+
+def test_one_mlp_writes_the_peak_of_smollm2_into_one_dimension(smollm2, tokens):
+    written = dissection.writes(smollm2.model, tokens)
+    along = written.along.mean("batch").stack(which=("part", "layer"))
+    assert along.idxmax("which").item() == ("mlp", WRITER)
+    assert written.share.isel(dimension=DIMENSION).min() > 0.95
+    assert written.remainder.max() < 1e-5
+
+
+def test_without_what_it_writes_at_one_position_the_symptoms_are_gone(smollm2, tokens, whole):
+    with zero(smollm2.model, "mlp", layer=WRITER, position=0):
+        cut = dissection.symptoms(smollm2.model, tokens)
+    left = dissection.effects(cut.assign_coords(cut=WRITER), whole)
+    assert left.peak_left.max() < 0.1
+    assert left.sinks_left.max() < 0.25
+    assert left.drain.min() > 0.8
+
+
+def test_a_peak_a_tenth_as_high_still_makes_sinks(smollm2, tokens, whole):
+    with zero(smollm2.model, "mlp", layer=WRITER - 2, position=0):
+        cut = dissection.symptoms(smollm2.model, tokens)
+    left = dissection.effects(cut.assign_coords(cut=WRITER - 2), whole)
+    assert left.peak_left.max() < 0.2
+    assert left.sinks_left.min() > 0.8
+
+
+def test_two_units_of_that_mlp_carry_the_peak(smollm2, tokens):
+    share = unit_writes(smollm2.model, tokens, layer=WRITER).share.mean("batch")
+    assert np.sort(share)[-2:].sum() > 0.95
+
+
+def test_the_induction_heads_of_smollm2_rest_on_the_first_token_in_prose(smollm2, tokens):
+    repeated = looking.random_repeated(smollm2, count=2, length=16)
+    scores = looking.head_scores(smollm2, tokens, repeated).mean("batch")
+    copying = scores.sel(kind="induction") > 0.4
+    assert copying.sum() >= 4
+    assert scores.sel(kind="first token").where(copying).min() > 0.5
+
+
+@pytest.mark.book
+def test_cuts_that_do_not_run_the_lower_layers_are_those_that_do(smollm2, tokens):
+    together = dissection.cut_each(smollm2.model, tokens, parts=["mlp"])
+    for layer in (2, 9, 20):
+        with zero(smollm2.model, "mlp", layer=layer, position=0):
+            alone = dissection.symptoms(smollm2.model, tokens)
+        found = together.sel(part="mlp", cut=layer, drop=True)
+        for name in alone:
+            np.testing.assert_allclose(found[name], alone[name], rtol=1e-3, atol=1e-5)
