@@ -102,8 +102,10 @@ def layer_errors(
     def read(layer: int, rows: slice, _block, arguments, keywords):
         hidden = arguments[0] if arguments else keywords["hidden_states"]
         for number, ranges in enumerate(RANGES):
-            errors[number, rows, layer] = int8_error(hidden, ranges=ranges, first=first).float()
+            error = int8_error(hidden, ranges=ranges, first=first)
+            errors[number, rows, layer] = error.float().cpu()
 
+    input_ids = input_ids.to(next(model.parameters()).device)
     for start in range(0, len(input_ids), batch_size):
         rows = slice(start, start + batch_size)
         with ExitStack() as hooks:
