@@ -1,4 +1,4 @@
-"""The command line: `sinkbook build`, `run`, `probe`, `fetch`, `claims` and `record`.
+"""The command line: `sinkbook build`, `run`, `probe`, `checkpoints`, `fetch`, `claims`, `record`.
 
 Each command imports what it needs when it runs, so that `sinkbook --help` answers at once.
 """
@@ -152,6 +152,55 @@ def probe(
     else:
         report.write(result, out, force=force)
         print(out / "report.html")
+
+
+@app.command()
+def checkpoints(
+    model: Annotated[str, typer.Argument(help="A hub id whose revisions are named after steps.")],
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="0,1000,...", help="Only these steps.", show_default="all"),
+    ] = None,
+    list_them: Annotated[bool, typer.Option("--list", help="Show the revisions and stop.")] = False,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text file, a text a line.")
+    ] = None,
+    domain: Annotated[str, typer.Option(metavar="NAME", help="Texts of this domain.")] = "prose-en",
+    texts: Annotated[int, typer.Option(min=1, help="How many texts, at most.")] = 8,
+    length: Annotated[int, typer.Option(min=9, help="Tokens of each, the first included.")] = 64,
+    free: Annotated[
+        bool, typer.Option("--free", help="Remove each checkpoint's weights once it is measured.")
+    ] = False,
+    dask: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The scheduler of a Dask cluster.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the dataset there, as NetCDF.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace that file.")] = False,
+) -> None:
+    """Measure sinks, drains and peaks along a pretraining; an interrupted sweep goes on."""
+    from rich.console import Console
+
+    from sinkbook import sweeps
+
+    if list_them:
+        Console().print(sweeps.listing(model))
+        return
+    if out is not None:
+        sweeps.check_file(out, force=force)
+    dataset = sweeps.sweep(
+        model,
+        steps=None if steps is None else sweeps.parse_steps(steps),
+        texts=sweeps.choose_texts(text, domain, count=texts, length=length),
+        length=length,
+        free=free,
+        dask=dask,
+    )
+    Console().print(sweeps.table(dataset))
+    if out is not None:
+        sweeps.write(dataset, out)
+        print(out)
 
 
 @app.command()
