@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float64, Shaped
 from scipy import stats
+
+from sinkbook.errors import SinkbookError
 
 
 class Fit(NamedTuple):
@@ -35,6 +37,81 @@ def line(x: Shaped[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, see
     low, high = np.percentile(slopes, [2.5, 97.5])
     numbers = (found.slope, low, high, found.intercept, found.rvalue**2)
     return Fit(*(float(number) for number in numbers))
+
+
+class Plateau(NamedTuple):
+    """Growth with the logarithm of time up to a break, and a constant from there on.
+
+    The intervals are 95 % bootstrap intervals.
+    """
+
+    slope: float  # per unit of ln t, before the break
+    slope_low: float
+    slope_high: float
+    end: float  # the time at which growth ends
+    end_low: float
+    end_high: float
+    level: float  # after the break
+    r_squared: float
+
+    def at(self, times: Shaped[np.ndarray, " point"]) -> Float64[np.ndarray, " point"]:
+        """The fitted values."""
+        missing = np.log(self.end) - np.log(np.asarray(times, dtype=float))
+        return self.level - self.slope * np.maximum(missing, 0.0)
+
+
+def log_then_plateau(
+    times: Shaped[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, seed: int = 0
+) -> Plateau:
+    """Least squares of `level - slope * max(0, ln end - ln t)`: the paper's reading of OLMo.
+
+    The end of growth is sought on a grid between the second point and the last; where `y` still
+    grows at the end it is the last point. The intervals resample the points 300 times. Raises
+    `SinkbookError` for fewer than four points, or a time that is not positive.
+    Source: arXiv 2410.13835, section 3.2.
+
+    >>> times = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    >>> fit = log_then_plateau(times, np.minimum(np.log(times), np.log(8.0)))
+    >>> round(fit.slope, 3), round(fit.end, 1)
+    (1.0, 8.0)
+    """
+    if len(times) < 4 or np.min(times) <= 0:
+        raise SinkbookError(
+            f"a plateau cannot be fitted to these {len(times)} points. Give four at least, with "
+            "positive times."
+        )
+    logs, y = np.log(np.asarray(times, dtype=float)), np.asarray(y, dtype=float)
+    breaks = np.unique(np.concatenate([logs[1:], np.linspace(logs[1], logs[-1], 100)]))
+    slope, end, level, error = _best_break(logs, y, breaks)
+    generator = np.random.default_rng(seed)
+    draws = generator.integers(len(y), size=(300, len(y)))
+    again = [_best_break(logs[d], y[d], breaks)[:2] for d in draws if np.ptp(logs[d]) > 0]
+    (slope_low, end_low), (slope_high, end_high) = np.percentile(again, [2.5, 97.5], axis=0)
+    r_squared = 1 - error / np.square(y - y.mean()).sum()
+    ends = np.exp([end, end_low, end_high])
+    numbers = (slope, slope_low, slope_high, *ends, level, r_squared)
+    return Plateau(*(float(number) for number in numbers))
+
+
+def _best_break(logs, y, breaks) -> tuple[float, float, float, float]:
+    """Slope, break, level and squared error of the best fit over a grid of breaks."""
+    hinge = np.minimum(logs - breaks[:, None], 0.0)  # (break, point)
+    centred = hinge - hinge.mean(axis=1, keepdims=True)
+    size = np.square(centred).sum(axis=1)
+    slopes = (centred * (y - y.mean())).sum(axis=1) / np.where(size > 0, size, np.inf)
+    levels = y.mean() - slopes * hinge.mean(axis=1)
+    errors = np.square(y - levels[:, None] - slopes[:, None] * hinge).sum(axis=1)
+    best = int(errors.argmin())
+    return slopes[best], breaks[best], levels[best], errors[best]
+
+
+def halfway(values: xr.DataArray) -> xr.DataArray:
+    """The first measured step at which half of the way from the first value to the last is gone.
+
+    `values` has a dimension `step`; the result has the other dimensions.
+    """
+    start, end = values.isel(step=0), values.isel(step=-1)
+    return first_step((values - start) / (end - start) >= 0.5)
 
 
 def first_step(holds: xr.DataArray) -> xr.DataArray:

@@ -83,3 +83,14 @@ def paper_one_layer() -> xr.Dataset:
     """
     path = path_of("one-layer-batch-128").parent / "paper-one-layer.csv"
     return pd.read_csv(path, index_col="step").to_xarray()
+
+
+def paper_olmo() -> xr.Dataset:
+    """The paper's OLMo-7B-0424 along `step`: layer 24, one prompt of eight tokens.
+
+    Read off the figures of the official notebook (Figures 9 and 10 of arXiv 2410.13835); NaN where
+    a figure shows no number. Its attention is that on whichever key gets most, and its sink logit
+    counts masked keys.
+    """
+    path = path_of("one-layer-batch-128").parent / "paper-olmo-7b.csv"
+    return pd.read_csv(path, index_col="step").to_xarray()

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from sinkbook.fits import first_step, line
+from sinkbook.fits import first_step, halfway, line, log_then_plateau
 
 
 def test_the_interval_covers_the_true_slope_about_nineteen_times_in_twenty():
@@ -35,3 +35,34 @@ def test_the_first_step_is_the_first_and_nan_where_there_is_none():
     found = first_step(values > 0.5)
     assert found[0] == 10
     assert np.isnan(found[1])
+
+
+def test_a_plateau_is_found_where_it_is_and_its_intervals_cover_it():
+    generator = np.random.default_rng(2)
+    times = np.geomspace(10, 10_000, 40)
+    covered = 0
+    for trial in range(20):
+        y = 3 - 1.5 * np.maximum(np.log(800 / times), 0) + 0.2 * generator.normal(size=40)
+        fit = log_then_plateau(times, y, seed=trial)
+        assert fit.slope == pytest.approx(1.5, rel=0.2)
+        assert fit.end == pytest.approx(800, rel=0.4)
+        assert fit.level == pytest.approx(3, abs=0.2)
+        covered += fit.slope_low <= 1.5 <= fit.slope_high and fit.end_low <= 800 <= fit.end_high
+    assert covered >= 15
+
+
+def test_growth_that_goes_on_has_no_plateau_before_the_end():
+    times = np.geomspace(10, 1000, 30)
+    noise = 0.05 * np.random.default_rng(3).normal(size=30)
+    fit = log_then_plateau(times, np.log(times) + noise)
+    assert fit.end_high > 900
+    np.testing.assert_allclose(fit.at(times), np.log(times), atol=0.15)
+
+
+def test_halfway_is_between_the_first_value_and_the_last_in_both_directions():
+    values = xr.DataArray(
+        [[0.0, 0.4, 0.6, 1.0], [8.0, 5.0, 3.0, 2.0]],
+        dims=("seed", "step"),
+        coords={"step": [0, 10, 100, 1000]},
+    )
+    assert halfway(values).values.tolist() == [100, 10]
