@@ -117,12 +117,12 @@ def dot_a_text(
 
 
 def chance(
-    largest: dict[str, tuple[Float[np.ndarray, " shuffle"], dict[str, float]]],
+    largest: dict[str, tuple[Float[np.ndarray, " shuffle"], pd.Series]],
 ) -> list[Axes]:
     """The largest gap among all heads by chance, and the gaps of named heads as lines.
 
-    A panel for each label, given as gaps by chance and those of the heads. Dashed: 95 % of the
-    shuffles lie to the left.
+    A panel for each label, given as gaps by chance and those of heads by their name. Dashed: 95 %
+    of the shuffles lie to the left.
     """
     _, axes = plt.subplots(1, len(largest), figsize=(7.4, 2.6), sharey=True, squeeze=False)
     for ax, (title, (by_chance, heads)) in zip(axes.flat, largest.items(), strict=True):
