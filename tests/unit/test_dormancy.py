@@ -1,5 +1,7 @@
 """Dormant heads are found where they were built in, and only fresh texts judge them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -371,6 +373,14 @@ def test_repeated_domains_say_the_same_four_times_after_the_first_token(reader):
         assert (passages == passages[:, :1]).all()
     prose = tokens.sel(domain="prose")[:, 1:5]
     np.testing.assert_array_equal(tokens.sel(domain="repeated prose")[:, 1:5], prose)
+
+
+def test_without_a_first_token_of_their_own_texts_repeat_from_the_start(reader):
+    bare = replace(reader, first_token=None)
+    tokens = dormancy.domain_tokens(bare, count=5, length=16)
+    for name in dormancy.REPEATED:
+        passages = tokens.sel(domain=name).values.reshape(5, 4, 4)
+        assert (passages == passages[:, :1]).all()
 
 
 def test_random_tokens_come_from_the_seed_and_are_never_special(reader):
