@@ -38,7 +38,7 @@ def choose_texts(file: Path | None, domain: str, *, count: int, length: int) -> 
 
 
 @contextmanager
-def cluster(address: str) -> Iterator:
+def cluster(address: str, *, patience: str = "10s") -> Iterator:
     """A Dask cluster's executor for the body.
 
     Raises `SinkbookError` if Dask is not installed or nothing answers at the address.
@@ -50,7 +50,7 @@ def cluster(address: str) -> Iterator:
             "Dask is not installed here. Install it on every machine: pip install 'sinkbook[dask]'"
         ) from error
     try:
-        client = Client(address, timeout="10s")
+        client = Client(address, timeout=patience)
     except (OSError, ValueError) as error:
         raise SinkbookError(
             f"no Dask scheduler answers at {address!r} ({error}). Start one with: dask scheduler, "

@@ -15,13 +15,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import xarray as xr
 from huggingface_hub import constants
 
-from sinkbook import checkpoints, models, store
+from sinkbook import checkpoints, models, store, sweeps
 from sinkbook.checkpoints import measure_checkpoints, revisions_of
 from sinkbook.errors import SinkbookError
 from sinkbook.extremes import measure_checkpoint
@@ -324,70 +325,85 @@ def test_the_command_measures_a_cached_model_offline_and_writes_one_dataset(hub,
     assert again.returncode == 1 and "--force" in again.stderr
 
 
+# What every worker process runs first. Dask may run it more than once.
+WATCHED = """
+import os, time
+from sinkbook import checkpoints
+measure_now = getattr(checkpoints, "unwatched", checkpoints._measure_now)
+checkpoints.unwatched = measure_now
+
+def tell(what, job):
+    with open({log!r}, "a") as file:
+        file.write(f"{{what}} {{job.revision.name}} {{os.getpid()}}\\n")
+
+def watched(job):
+    tell("begin", job)
+    result = measure_now(job)
+    time.sleep(0.5)
+    tell("end", job)
+    return result
+
+checkpoints._measure_now = watched
+"""
+
+
+class Killer(Thread):
+    """Kills the first worker that begins a second measurement, in the middle of it."""
+
+    def __init__(self, log: Path):
+        super().__init__()
+        self.log, self.killed, self.stopped = log, None, False
+
+    def run(self):
+        while self.killed is None and not self.stopped:
+            time.sleep(0.05)
+            lines = self.log.read_text().splitlines() if self.log.exists() else []
+            begun = [line.split()[1:] for line in lines if line.startswith("begin")]
+            for name, pid in begun:
+                if [other for _, other in begun].count(pid) == 2:
+                    name = [n for n, other in begun if other == pid][1]
+                    os.kill(int(pid), signal.SIGKILL)
+                    self.killed = f"{name} {pid}"
+                    return
+
+
 def test_two_dask_workers_one_of_which_is_killed_lose_nothing_and_repeat_nothing(hub, tmp_path):
     distributed = pytest.importorskip("distributed")
     for seed in range(10, 16):
         hub.add("someone/many", f"step{seed}", seed)
-    log = tmp_path / "log"
-    watched = tmp_path / "watched.py"  # what every worker process runs first
-    watched.write_text(
-        "import os, time\n"
-        "from sinkbook import checkpoints\n"
-        "measure_now = getattr(checkpoints, 'unwatched', checkpoints._measure_now)\n"
-        "checkpoints.unwatched = measure_now\n"
-        "def tell(what, job):\n"
-        f"    with open({str(log)!r}, 'a') as file:\n"
-        "        file.write(f'{what} {job.revision.name} {os.getpid()}\\n')\n"
-        "def watched(job):\n"
-        "    tell('begin', job)\n"
-        "    result = measure_now(job)\n"
-        "    time.sleep(0.5)\n"
-        "    tell('end', job)\n"
-        "    return result\n"
-        "checkpoints._measure_now = watched\n"
-    )
+    log, preload = tmp_path / "log", tmp_path / "watched.py"
+    preload.write_text(WATCHED.format(log=str(log)))
     cluster = distributed.LocalCluster(
         n_workers=2,
         threads_per_worker=1,
         processes=True,
         dashboard_address=None,
-        preload=[str(watched)],
+        preload=[str(preload)],
         local_directory=str(tmp_path / "dask"),
     )
-    killed: list[tuple[str, int]] = []
-
-    def kill_a_worker_in_its_second_measurement():
-        begun: dict[int, list[str]] = {}
-        for line in log.read_text().splitlines() if log.exists() else []:
-            what, name, pid = line.split()
-            if what == "begin":
-                begun.setdefault(int(pid), []).append(name)
-                if len(begun[int(pid)]) == 2:
-                    os.kill(int(pid), signal.SIGKILL)
-                    killed.append((name, int(pid)))
-                    return
-
+    killer = Killer(log)
     with cluster, distributed.Client(cluster) as client:
-        executor = client.get_executor()
-        from threading import Thread
-
-        stop = []
-
-        def watch():
-            while not killed and not stop:
-                kill_a_worker_in_its_second_measurement()
-                time.sleep(0.05)
-
-        watcher = Thread(target=watch)
-        watcher.start()
+        killer.start()
         try:
-            dataset = measure_checkpoints("someone/many", None, TEXTS, executor=executor, **SMALL)
+            dataset = measure_checkpoints(
+                "someone/many", None, TEXTS, executor=client.get_executor(), **SMALL
+            )
         finally:
-            stop.append(True)
-            watcher.join()
-    ((name, pid),) = killed
+            killer.stopped = True
+            killer.join()
     ended = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("end")]
+    assert killer.killed is not None and f"end {killer.killed}" not in log.read_text()
     assert sorted(ended) == sorted(dataset.revision.values.tolist())  # each of them once
-    assert f"end {name} {pid}" not in log.read_text()
     alone = measure_checkpoints("someone/many", None, TEXTS, **SMALL)
     xr.testing.assert_identical(dataset, alone)
+
+
+def test_the_commands_own_mistakes_are_told(tmp_path):
+    with pytest.raises(SinkbookError, match="--steps '0,many' is no list of steps"):
+        sweeps.parse_steps("0,many")
+    assert sweeps.parse_steps("0,10_000") == [0, 10_000]
+    with (
+        pytest.raises(SinkbookError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"),
+        sweeps.cluster("tcp://127.0.0.1:9", patience="1s"),
+    ):
+        pass
