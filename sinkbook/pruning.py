@@ -94,8 +94,8 @@ def without_early_or_late(
     """Which of some heads are missed, and what becomes of the sink: over (cut, text).
 
     `cut` is "none", "all" of the heads, the "early" ones, in the first `below` layers, or the
-    "late" ones, in the others. Variables, the last two from the layer where the first token's
-    residual state is longest:
+    "late" ones, in the others; the attributes say how many are `cut`, and how many of these are
+    `early`. Variables, the last two from the layer where the first token's state is longest:
 
     - `loss`, in nats, and `sink_rate`;
     - `first_norm`: the residual norm of the first token;
@@ -121,4 +121,4 @@ def without_early_or_late(
             xr.Dataset(measured).drop_vars(["residual_layer", "position"], errors="ignore")
         )
     together = xr.concat(found, dim=xr.Variable("cut", list(cuts)))
-    return together.rename(batch="text").assign_attrs(early=int(early.sum()), all=len(heads))
+    return together.rename(batch="text").assign_attrs(cut=len(heads), early=int(early.sum()))

@@ -193,7 +193,7 @@ def test_pruned_losses_are_those_without_the_first_heads_of_each_order(model):
 
 def test_heads_are_cut_apart_by_the_layers_that_they_are_in(model):
     found = pruning.without_early_or_late(model, TOKENS, np.array([1, 6, 2, 7]), below=1)
-    assert found.attrs == {"early": 2, "all": 4}
+    assert found.attrs == {"cut": 4, "early": 2}
     with zero(model, "head", layer=0, head=[1, 2]):
         early = measure(model, TOKENS, ("loss", "sink_attention"))
     close(found.loss.sel(cut="early"), early.loss)
