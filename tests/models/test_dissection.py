@@ -51,6 +51,19 @@ def test_a_peak_a_tenth_as_high_still_makes_sinks(smollm2, tokens, whole):
     assert left.sinks_left.min() > 0.8
 
 
+def test_without_the_first_stage_others_get_peaks_unless_they_look_away(smollm2, tokens):
+    def peaks():
+        ratio = looking.seen_by_all(smollm2.model, tokens).residual_ratio
+        return (ratio.sel(residual_layer=22) >= 5).sum("position").values
+
+    assert (peaks() == 1).all()
+    with zero(smollm2.model, "mlp", layer=2, position=0):
+        assert (peaks() > 1).all()
+        between = {"layer": range(3, WRITER), "position": range(1, 32)}
+        with zero(smollm2.model, "attention", **between):
+            assert (peaks() == 1).all()
+
+
 def test_two_units_of_that_mlp_carry_the_peak(smollm2, tokens):
     share = unit_writes(smollm2.model, tokens, layer=WRITER).share.mean("batch")
     assert np.sort(share)[-2:].sum() > 0.95
