@@ -84,6 +84,27 @@ def pruning_losses(
     )
 
 
+def pruning_across_domains(
+    model: PreTrainedModel,
+    texts: dict[str, Tokens],
+    orders: dict[str, dict[str, Int[np.ndarray, " head"]]],
+    shares: Sequence[float],
+    *,
+    seed: int = 0,
+) -> dict[str, xr.DataArray]:
+    """`pruning_losses` of the texts of two domains, by domain.
+
+    `orders` are those of `head_orders` on other texts of each domain. One order more is
+    "same, other domain": the first one of the domain that the texts are not from.
+    """
+    losses = {}
+    for (domain, tokens), stranger in zip(texts.items(), reversed(texts), strict=True):
+        first = next(iter(orders[stranger].values()))
+        chosen = orders[domain] | {"same, other domain": first}
+        losses[domain] = pruning_losses(model, tokens, chosen, shares, seed=seed)
+    return losses
+
+
 def without_early_or_late(
     model: PreTrainedModel,
     input_ids: Tokens,

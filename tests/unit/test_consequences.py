@@ -191,6 +191,17 @@ def test_pruned_losses_are_those_without_the_first_heads_of_each_order(model):
     close(losses.sel(order="random", removed=0.25), mean)
 
 
+def test_each_domain_is_read_without_the_heads_that_the_other_one_chose(model):
+    texts = {"a": TOKENS[:1], "b": TOKENS[1:]}
+    orders = {"a": {"up": np.arange(8)}, "b": {"up": np.arange(8)[::-1]}}
+    found = pruning.pruning_across_domains(model, texts, orders, (0.25,), seed=3)
+    for domain, stranger in (("a", "b"), ("b", "a")):
+        expected = {"own": orders[domain]["up"], "other": orders[stranger]["up"]}
+        losses = pruning.pruning_losses(model, texts[domain], expected, (0.25,), seed=3)
+        assert found[domain].order.values.tolist() == ["up", "same, other domain", "random"]
+        close(found[domain], losses)
+
+
 def test_heads_are_cut_apart_by_the_layers_that_they_are_in(model):
     found = pruning.without_early_or_late(model, TOKENS, np.array([1, 6, 2, 7]), below=1)
     assert found.attrs == {"cut": 4, "early": 2}
