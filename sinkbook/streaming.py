@@ -151,6 +151,12 @@ class SinkCache(Cache):
         _check(window, [sinks])
         rotation = Rotation(model)
         config = model.config.get_text_config()
+        own = getattr(config, "sliding_window", None)
+        if own is not None and sinks + window > own:
+            raise SinkbookError(
+                f"the model itself sees {own} tokens back, so {sinks} first ones and a window of "
+                f"{window} cannot all be seen. Give {own} at most, together."
+            )
         super().__init__(
             layers=[SinkLayer(rotation, sinks, window) for _ in range(config.num_hidden_layers)]
         )
@@ -172,7 +178,7 @@ def streaming(model: nn.Module, *, window: int, kept: int | Sequence[int] = 4) -
     what `SinkCache` gives token by token; with toy transformers, whose positions are added to the
     embeddings, keys stay where they are. Whole texts without padding only, and no cache
     (`use_cache=False`). The model is left as it was found, also after an exception.
-    Raises `SinkbookError` for models that do not let their attention be replaced.
+    Raises `SinkbookError` for models whose attention cannot be replaced, or is no plain softmax.
     """
     _check(window, [kept] if isinstance(kept, int) else kept)
     chosen = range(kept) if isinstance(kept, int) else sorted(set(kept))
@@ -235,13 +241,19 @@ def _attend_streaming(
     window: int,
     kept: Int[Tensor, " kept"],
     rotation: Rotation,
-    **_,
+    **keywords,
 ) -> tuple[Float[Tensor, "batch position head width"], None]:
     """Attention as from a sink cache, `window` queries at a time, in memory linear in the text.
 
     A kept token that has left the window stands before it, at its rank among those that have. So
     a query meets it not from its own position `n` but from `window - 1` after the last of them.
     """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if keywords.get(name) is not None:
+            raise SinkbookError(
+                f"{type(module).__name__} has a {name}, which streaming would leave out. "
+                "Stream a model with plain softmax attention."
+            )
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     if key.shape[2] != length or (attention_mask is not None and _hides_past(attention_mask)):
         raise SinkbookError(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -222,5 +224,12 @@ def test_what_cannot_be_streamed_is_refused_with_the_reason(llama):
     mistral = MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8))
     with pytest.raises(SinkbookError, match="no window of the model's own"):
         in_one_pass(mistral, window=4)
+    with pytest.raises(
+        SinkbookError, match="sees 8 tokens back, so 4 first ones and a window of 5"
+    ):
+        SinkCache(mistral, sinks=4, window=5)
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8))
+    with pytest.raises(SinkbookError, match="Gemma2Attention has a softcap"):
+        in_one_pass(gemma, window=4)
     with pytest.raises(SinkbookError, match="cannot go back"):
         SinkCache(llama, window=4).crop(-1)
