@@ -57,7 +57,9 @@ def log_rows(
                     fontsize=9, ha="center")  # fmt: skip
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlabel=xlabel, xscale="log", ylim=(len(rows) - 0.5, -0.8))
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    all_values = np.concatenate([values for values, _ in rows.values()])
+    wide = all_values.max() > 30 * all_values.min()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 3, 5)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.grid(axis="y", alpha=0.3)

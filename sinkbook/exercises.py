@@ -122,6 +122,80 @@ def check_peak_growth(formula: Callable[..., float]) -> None:
     _check(formula, case, mistakes, right)
 
 
+def check_relu_row(formula: Callable[..., float]) -> None:
+    """Test `formula(logits)` for the sum of a row of ReLU attention, from its visible logits.
+
+    >>> check_relu_row(lambda logits: 1.0)
+    Not yet. Nothing makes the row add up to 1; that is the point of it.
+    """
+
+    def case(rng):
+        logits = rng.normal(size=6)
+        return (logits,), np.maximum(logits, 0).sum() / 6
+
+    mistakes = {
+        "Nothing makes the row add up to 1; that is the point of it.": lambda logits: 1.0,
+        "Divide by the number of keys that can be seen, also those that get nothing.": (
+            lambda logits: np.maximum(logits, 0).sum() / (logits > 0).sum()
+        ),
+        "Negative logits count as zero.": lambda logits: logits.mean(),
+    }
+    _check(formula, case, mistakes, "Right: it can be anything from zero upwards.")
+
+
+def check_null_slot(formula: Callable[..., float]) -> None:
+    """Test `formula(logits, b)` for what a row gives to a null slot with the logit b.
+
+    >>> check_null_slot(lambda logits, b: np.exp(b) / np.exp(logits).sum())
+    Not yet. The slot is one of those that share: it stands in the denominator as well.
+    """
+
+    def case(rng):
+        logits, b = rng.normal(size=5), rng.normal()
+        return (logits, b), np.exp(b) / (np.exp(b) + np.exp(logits).sum())
+
+    mistakes = {
+        "The slot is one of those that share: it stands in the denominator as well.": (
+            lambda logits, b: np.exp(b) / np.exp(logits).sum()
+        ),
+        "That is what is left for the keys.": (
+            lambda logits, b: np.exp(logits).sum() / (np.exp(b) + np.exp(logits).sum())
+        ),
+    }
+    _check(formula, case, mistakes, "Right: with b = 0 it is softmax-1.")
+
+
+def check_cache_distance(formula: Callable[..., int]) -> None:
+    """Test `formula(n, i, sinks, window)` for how far a query sees first token `i` in a sink cache.
+
+    `n` is the query's position in the text, `i < sinks`; the window includes the query.
+
+    >>> check_cache_distance(lambda n, i, sinks, window: n - i)
+    Not yet. That is the distance in the text; the cache closes the gap.
+    """
+
+    def case(rng):
+        sinks, window, n = rng.integers(1, 8), rng.integers(8, 30), rng.integers(8, 90)
+        i = rng.integers(sinks)
+        return (n, i, sinks, window), min(n, sinks + window - 1) - i
+
+    mistakes = {
+        "That is the distance in the text; the cache closes the gap.": (
+            lambda n, i, sinks, window: n - i
+        ),
+        "Before the cache is full, nothing has been closed up yet.": (
+            lambda n, i, sinks, window: sinks + window - 1 - i
+        ),
+        "The query is one of the window's tokens: count from 0.": (
+            lambda n, i, sinks, window: min(n, sinks + window) - i
+        ),
+    }
+    right = (
+        "Right: however long the text, the first tokens are never farther than the cache is long."
+    )
+    _check(formula, case, mistakes, right)
+
+
 def _check(formula, case, mistakes: dict[str, Callable], right: str) -> None:
     """Print `right`, or the mistake whose numbers the formula gives, or the first difference."""
     cases = [case(np.random.default_rng(seed)) for seed in range(20)]

@@ -61,7 +61,7 @@ SIZES = {
         seeds=3,
         dynamics_seeds=5,
         texts=128,
-        text_length=512,
+        text_length=128,
     ),
 }
 
@@ -313,7 +313,7 @@ def consequences(profile: str) -> Consequences:
     """How many texts, and how long, pay for dropped tokens, rounded states and cut heads."""
     quick = Consequences(
         streams=4,
-        stream_length=208,
+        stream_length=192,
         window=64,
         stride=16,
         texts=6,

@@ -16,6 +16,9 @@ SOLUTIONS = {
     exercises.check_peak_growth: lambda t, start, c: (
         (start**4 + 2 * (1 - c**2) * np.log(t) ** 2) ** 0.25
     ),
+    exercises.check_relu_row: lambda logits: np.maximum(logits, 0).mean(),
+    exercises.check_null_slot: lambda logits, b: 1 / (1 + np.exp(logits - b).sum()),
+    exercises.check_cache_distance: lambda n, i, sinks, window: min(n, sinks + window - 1) - i,
 }
 
 
