@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.stem for kind in ("*.md", "*.ipynb") for path in (ROOT / "book").glob(kind))
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+EXPLORED = [path.stem for path in NOTEBOOKS if "explorers." in path.read_text(encoding="utf-8")]
 VIEWS = {
     "wide": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
     "phone": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light"},
@@ -34,6 +36,11 @@ READ_PAGE = """async () => {
     ink: colours.color, paper: colours.backgroundColor,
   };
 }"""
+
+
+# What the pictures of explorers show, in words.
+SHOWN = """() => [...document.querySelectorAll("article .jupyter-widgets img")]
+  .filter(image => image.checkVisibility()).map(image => image.alt).join("\\n")"""
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +126,31 @@ def test_dark_pages_are_dark_and_their_text_is_light(visit, name):
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_light_enough_for_a_phone(pages, name):
     assert (pages / "book" / f"{name}.html").stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize("view", ["wide", "phone"])
+@pytest.mark.parametrize("name", EXPLORED)
+def test_sliders_turn_the_pictures_on_a_page_without_a_kernel(pages, browser, name, view):
+    context = browser.new_context(**VIEWS[view])
+    tab = context.new_page()
+    tab.goto((pages / "book" / f"{name}.html").as_uri())
+    tab.wait_for_selector("article .jupyter-widgets img")
+    sliders = tab.get_by_role("slider").all()
+    assert sliders
+    for slider in sliders:
+        slider.scroll_into_view_if_needed()
+        first = tab.evaluate(SHOWN)
+        handle = slider.bounding_box()
+        tab.mouse.move(handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2)
+        tab.mouse.down()
+        tab.mouse.move(handle["x"] + 500, handle["y"], steps=5)
+        tab.mouse.up()
+        tab.wait_for_function(f"first => ({SHOWN})() !== first", arg=first)
+        tab.keyboard.press("Home")
+        tab.wait_for_function(f"first => ({SHOWN})() === first", arg=first)
+        assert slider.get_attribute("aria-label")
+    assert tab.locator(".sinkbook-needs-kernel:visible").count() == 0
+    context.close()
 
 
 def test_the_first_page_leads_to_the_book(pages, browser):
