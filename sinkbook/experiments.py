@@ -338,7 +338,7 @@ def consequences(profile: str) -> Consequences:
         budgets=(16, 32, 64, 96),
         pruned_texts=32,
         pruned_length=128,
-        shares=(0.02, 0.05, 0.1, 0.15, 0.2),
+        shares=(0.05, 0.1, 0.15, 0.2),
     )
     return {"quick": quick, "paper": paper}[check_profile(profile)]
 
