@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sinkbook import consequences as costs
 from sinkbook import eviction, experiments, pruning
@@ -21,23 +20,19 @@ from sinkbook.quantization import int8_error, quantized
 from sinkbook.runs import Run
 from sinkbook.streaming import SinkCache, streaming
 from sinkbook.transformer import Transformer, TransformerConfig
+from tiny import tiny_model
 
 TOKENS = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
 def llama(layers=2, **changes):
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = tiny_model(
         vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         initializer_range=0.3,  # large, so that what is dropped makes a difference
         **changes,
     )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 @pytest.fixture

@@ -1,81 +1,55 @@
 """A dissection finds the part, the dimension and the unit that were built to make the peak."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from sinkbook import dissection
 from sinkbook.errors import SinkbookError
 from sinkbook.interventions import zero
-from sinkbook.transformer import Transformer, TransformerConfig
 from sinkbook.units import cut_units, unit_writes
+from tiny import tiny_model, tiny_toy
 
 TOKENS = torch.randint(1, 50, (3, 12), generator=torch.Generator().manual_seed(0))
 TOKENS[:, 0] = 0
+DIMENSION, UNIT, WRITER = 5, 3, 1
+
 SMALL = {
     "vocab_size": 50,
     "hidden_size": 16,
     "intermediate_size": 40,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "pad_token_id": None,
 }
-DIMENSION, UNIT, WRITER = 5, 3, 1
-
-
-def llama():
-    return LlamaForCausalLM(LlamaConfig(**SMALL))
-
-
-def toy(**changes):
-    config = TransformerConfig(vocab_size=50, length=16, width=16, layers=4, heads=4, **changes)
-    return Transformer(config)
-
-
+toy = partial(tiny_toy, vocab_size=50, width=16, layers=4)
+llama = partial(tiny_model, "llama", **SMALL)
 MODELS = {
     "toy": toy,
     "llama": llama,
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=4, n_head=4)
-    ),
-    "parallel": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(**SMALL, use_parallel_residual=True, max_position_embeddings=32)
-    ),
-    "norms after": lambda: Olmo2ForCausalLM(Olmo2Config(**SMALL)),
-    "norms before and after": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, head_dim=4)),
+    "gpt2": partial(tiny_model, "gpt2", **SMALL),
+    "parallel": partial(tiny_model, "gpt_neox", **SMALL, use_parallel_residual=True),
+    "norms after": partial(tiny_model, "olmo2", **SMALL),
+    "norms before and after": partial(tiny_model, "gemma3_text", **SMALL, head_dim=4),
 }
 
 
-def seeded(make):
-    torch.manual_seed(0)
-    return make().eval().requires_grad_(False)
+def fixed(make):
+    return make().requires_grad_(False)
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
 def model(request):
-    return seeded(request.param)
+    return fixed(request.param)
 
 
 @pytest.fixture(scope="module")
 def peaked():
     """A Llama in which one unit of one MLP answers token 0 with a huge vector in one dimension."""
-    model = seeded(llama)
+    model = fixed(llama)
     model.model.embed_tokens.weight[:, 0] = 0
     model.model.embed_tokens.weight[0, 0] = 0.1
     for layer in model.model.layers[: WRITER + 1]:  # nobody else comes to look like token 0
@@ -111,7 +85,7 @@ def test_what_a_silenced_part_writes_is_nothing(model):
 
 
 def test_a_part_that_is_absent_writes_nan():
-    written = dissection.writes(seeded(lambda: toy(without_mlp=(1,))), TOKENS)
+    written = dissection.writes(toy(without_mlp=(1,)), TOKENS)
     missing = written.norm.isnull().all("batch").sel(part="mlp")
     assert missing.values.tolist() == [False, True, False, False]
     assert written.remainder.max() < 1e-5
@@ -131,7 +105,7 @@ def test_writes_name_the_layer_the_part_and_the_dimension_of_the_peak(peaked):
     [("toy", 0), ("llama", None), ("parallel", 3), ("norms before and after", 0)],
 )
 def test_cutting_each_part_is_cutting_one_after_the_other_by_hand(name, position):
-    model = seeded(MODELS[name])
+    model = fixed(MODELS[name])
     together = dissection.cut_each(model, TOKENS, position=position)
     for part in dissection.PARTS:
         for layer in range(4):
@@ -143,7 +117,7 @@ def test_cutting_each_part_is_cutting_one_after_the_other_by_hand(name, position
 
 
 def test_a_part_that_is_absent_is_not_cut():
-    cuts = dissection.cut_each(seeded(lambda: toy(without_mlp=(1,))), TOKENS)
+    cuts = dissection.cut_each(toy(without_mlp=(1,)), TOKENS)
     missing = cuts.loss.isnull().all("batch")
     assert missing.sel(part="mlp").values.tolist() == [False, True, False, False]
     assert not missing.sel(part="attention").any()
@@ -217,7 +191,7 @@ def test_more_units_than_there_are_cannot_be_compared(peaked):
 
 
 def test_a_mixture_of_experts_has_no_units_to_look_at():
-    model = seeded(lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2)))
+    model = tiny_model("mixtral", **SMALL, num_local_experts=2)
     with pytest.raises(SinkbookError, match="layer 1 has no MLP that ends in one linear map"):
         unit_writes(model, TOKENS, layer=1)
 

@@ -7,19 +7,14 @@ import pytest
 import torch
 import xarray as xr
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedTokenizerFast
 
 from sinkbook import looking
 from sinkbook.errors import SinkbookError
 from sinkbook.maps import attention_weights
 from sinkbook.models import LanguageModel
 from sinkbook.transformer import Transformer, TransformerConfig
+from tiny import tiny_model
 
 WORDS = ["<s>", ".", "\n", "a1", *(chr(97 + i) for i in range(26))]
 
@@ -27,19 +22,15 @@ WORDS = ["<s>", ".", "\n", "a1", *(chr(97 + i) for i in range(26))]
 def tiny(first_token: int | None = 0) -> LanguageModel:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "a"))
     words.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    torch.manual_seed(1)
-    config = LlamaConfig(
+    model = tiny_model(
+        seed=1,
         vocab_size=len(WORDS),
         hidden_size=16,
-        intermediate_size=32,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         initializer_range=0.3,  # large enough for heads that look somewhere
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    return LanguageModel("tiny", model, tokenizer, first_token, "random")
+    return LanguageModel("tiny", model.requires_grad_(False), tokenizer, first_token, "random")
 
 
 TEXTS = ["b c . d e \n f g h . i j", "k l m \n n o p . q r s t"]
