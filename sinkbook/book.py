@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from base64 import b64decode
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,6 +200,11 @@ def stage(executions: Iterable[Execution], place: Workplace) -> None:
         shutil.copytree(place.root / "_static", place.staged / "_static")
     for execution in executions:
         (place.staged / "book" / execution.path.name).write_text(execution.page(), encoding="utf-8")
+        for files in execution.outputs("sinkbook.files"):
+            for name, encoded in files.items():
+                path = place.staged / "extra" / "book" / Path(name).name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b64decode(encoded))
     copy_scripts(place.root, place.staged / "extra" / "vendor")
 
 

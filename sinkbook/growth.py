@@ -135,19 +135,22 @@ def distance_moved(run: Run, layer: int) -> float:
     return sum((end[name] - start[name]).square().sum().item() for name in end) ** 0.5
 
 
-def at_loss(run: Run, variable: str, loss: float) -> Float64[np.ndarray, "*rest"]:
+def at_loss(
+    run: Run, variable: str, loss: float, *, risk: str = "all"
+) -> Float64[np.ndarray, "*rest"]:
     """A measurement of a run at the moment when its excess risk first falls to `loss`, in nats.
 
-    The excess risk is the mean over positions; between measurements it is interpolated. NaN if the
-    run never gets there.
+    The excess risk is the mean over "all" positions, or the "backcopy" or "bigram" one; between
+    measurements it is interpolated. NaN if the run never gets there.
     """
-    risks, values = excess_risk(run), run.measurements[variable].values
+    risks = excess_risk(run) if risk == "all" else run.measurements[f"{risk}_excess"].values
+    values = run.measurements[variable].values
     below = np.flatnonzero(risks <= loss)
     if not len(below) or below[0] == 0:
         return np.full(values.shape[1:], np.nan)
     i = below[0]
     share = np.log(risks[i - 1] / loss) / np.log(risks[i - 1] / risks[i])
-    return values[i - 1] + share * (values[i] - values[i - 1])
+    return np.asarray(values[i - 1] + share * (values[i] - values[i - 1]))
 
 
 def excess_risk(run: Run) -> Float64[np.ndarray, " step"]:

@@ -101,7 +101,7 @@ MITIGATIONS: dict[str, Mitigation] = {
     "gated-norm": Mitigation("GatedNorm", "norm", "2601.22966", {"norm": "gated"}),
     "dynamic-tanh": Mitigation("DyT", "norm", "Zhu et al., 2503.10622", {"norm": "tanh"}),
     "sgd": Mitigation(
-        "SGD", "optimizer", "Guo et al., 2410.13835", training={"optimizer": "sgd"}, rate=30.0
+        "SGD", "optimizer", "Guo et al., 2410.13835", training={"optimizer": "sgd"}, rate=100 / 3
     ),
     "muon": Mitigation(
         "Muon", "optimizer", "Park et al., 2506.19697", training={"optimizer": "muon"}

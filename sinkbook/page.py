@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import tempfile
+from base64 import b64encode
 from dataclasses import dataclass, field
 from datetime import date
 from html import escape
@@ -95,6 +96,34 @@ class Facts:
 def facts(profile: str, seed: int) -> Facts:
     """The line that ends a chapter's set-up cell; an unknown profile is an error here."""
     return Facts(check_profile(profile), seed)
+
+
+@dataclass(frozen=True)
+class Attachments:
+    """Files that a page offers: as links that need no server, and beside the built page.
+
+    Made by `attach`. `sinkbook build` finds the files in the metadata of the executed notebook.
+    """
+
+    files: dict[str, bytes]
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        encoded = {name: b64encode(content).decode() for name, content in self.files.items()}
+        links = [
+            f'<a download="{escape(name)}" href="data:application/octet-stream;base64,{text}">'
+            f"{escape(name)}</a> ({len(self.files[name]) / 1000:.0f} kB)"
+            for name, text in encoded.items()
+        ]
+        html = f"<p>{' · '.join(links)}</p>"
+        return {"text/html": html, "text/plain": str(self)}, {"sinkbook.files": encoded}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} ({len(c) / 1000:.0f} kB)" for name, c in self.files.items())
+
+
+def attach(files: dict[str, bytes]) -> Attachments:
+    """Offer files on the page, by name."""
+    return Attachments(files)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,6 +1,8 @@
 """The pipeline on tiny chapters: what runs, what is taken from the cache, what a page shows."""
 
+import base64
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,22 @@ def test_an_unchanged_chapter_is_taken_from_the_cache_and_said_so(
 
     sinkbook("build", "--fresh")
     assert repository.executed("01_good").read_text() != first
+
+
+def test_files_that_a_chapter_offers_lie_beside_its_page_and_in_its_link(
+    repository, sinkbook, no_renderer
+):
+    (repository.root / "_config.yml").touch()
+    repository.chapter(
+        "01_good", "from sinkbook import page", 'page.attach({"numbers.csv": b"a,b\\n1,2\\n"})'
+    )
+    assert sinkbook("build")[0] == 0
+    beside = repository.output / "src-quick" / "extra" / "book" / "numbers.csv"
+    assert beside.read_bytes() == b"a,b\n1,2\n"
+    link = read_notebook(repository.executed("01_good"))["cells"][-1]["outputs"][0]
+    html = "".join(link["data"]["text/html"])
+    encoded = re.search('download="numbers.csv" href="data:[^,]*base64,([^"]*)"', html)[1]
+    assert base64.b64decode(encoded) == beside.read_bytes()
 
 
 def test_whatever_decides_a_chapters_numbers_decides_its_hash(repository, monkeypatch):
