@@ -145,11 +145,11 @@ def _label_apart(ax: Axes, points: dict[str, tuple[tuple[float, float], str]]) -
     taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in taken]
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     for label, (place, colour) in points.items():
-        width, height = 3.9 * len(label) * pixels, 8 * pixels
+        width, height = 4.3 * len(label) * pixels, 8 * pixels
         x, y = ax.transData.transform(place)
-        for distance, angle in product((10, 18, 28, 40, 55, 75), angles):
+        for distance, angle in product((8, 18, 28, 40, 55, 75), angles):
             dx, dy = (pixels * distance * f(angle) for f in (np.cos, np.sin))
-            left = x + dx - (width if dx < -1 else 0 if dx > 1 else width / 2)
+            left = x + dx - (width if dx < -1 else 0.0 if dx > 1 else width / 2)
             box = Bbox.from_bounds(left, y + dy - height / 2, width, height)
             inside = ax.bbox.contains(box.x0, box.y0) and ax.bbox.contains(box.x1, box.y1)
             if inside and not any(box.overlaps(other) for other in taken):
@@ -157,7 +157,7 @@ def _label_apart(ax: Axes, points: dict[str, tuple[tuple[float, float], str]]) -
         taken.append(box)
         middle = ((box.x0 + box.x1) / 2 - x) / pixels, ((box.y0 + box.y1) / 2 - y) / pixels
         text = {"xytext": middle, "textcoords": "offset points", "ha": "center", "va": "center"}
-        line = {"arrowstyle": "-", "lw": 0.4, "color": colour} if distance > 10 else None
+        line = {"arrowstyle": "-", "lw": 0.4, "color": colour} if distance > 8 else None
         ax.annotate(label, place, color=colour, fontsize=7, arrowprops=line, **text)
 
 

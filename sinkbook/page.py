@@ -15,6 +15,8 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import pandas as pd
+
 from sinkbook.corpora import cache_folder
 from sinkbook.errors import SinkbookError
 
@@ -96,6 +98,19 @@ class Facts:
 def facts(profile: str, seed: int) -> Facts:
     """The line that ends a chapter's set-up cell; an unknown profile is an error here."""
     return Facts(check_profile(profile), seed)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that scroll in a box of their own where the page is narrower than they are."""
+
+    rows: pd.DataFrame
+
+    def _repr_html_(self) -> str:
+        return f'<div class="sinkbook-scroll">{self.rows.to_html(border=0)}</div>'
+
+    def __repr__(self) -> str:
+        return self.rows.to_string()
 
 
 @dataclass(frozen=True)
