@@ -30,6 +30,7 @@ from sinkbook.transformer import Transformer
 __all__ = ["Run", "TrainingConfig", "add_gradients", "seeds_of", "together", "train", "train_all"]
 
 TOKENS_AT_ONCE = 4096  # whose activations stay in a CPU's cache
+STEPS_AT_ONCE = 16  # whose batches are drawn together
 
 
 def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: float = 30.0) -> Run:
@@ -168,6 +169,7 @@ class _Program:
 
     def __init__(self, runs: list[_Unfinished], device: torch.device):
         self.runs, self.device, self.config = runs, device, runs[0].config
+        self.drawn: dict[int, tuple[Tensor, ...]] = {}
         self.stacked = len(runs) > 1
         self.task = task(self.config.task)
         self.tokens = self.config.evaluation_tokens.to(device)
@@ -209,10 +211,7 @@ class _Program:
         self._finish(before + time.monotonic() - start)
 
     def _step(self, step: int) -> None:
-        texts = [
-            self.task.batch_at(self.config.batch_size, run.config.seed, step, self.device)
-            for run in self.runs
-        ]
+        texts = self._texts(step)
         self.optimizer.zero_grad()
         if self.stacked:
             # The fused CPU kernel has no batching rule: vmap would call it run by run.
@@ -222,6 +221,17 @@ class _Program:
         else:
             add_gradients(self.model, texts[0])
         self.optimizer.step()
+
+    def _texts(self, step: int) -> list[Int[Tensor, "text position"]]:
+        """The step's texts for each run, drawn together with those of the next steps."""
+        if step not in self.drawn:
+            steps = range(step, min(step + STEPS_AT_ONCE, self.config.steps))
+            size = self.config.batch_size
+            of_runs = [
+                self.task.batches_at(size, run.config.seed, steps, self.device) for run in self.runs
+            ]
+            self.drawn = dict(zip(steps, zip(*of_runs, strict=True), strict=True))
+        return list(self.drawn[step])
 
     def _loss_of(self, weights: dict[str, Tensor], texts: Tensor) -> Tensor:
         logits = torch.func.functional_call(self.model, weights, (texts[:, :-1],))

@@ -24,6 +24,10 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["cells"]
+
+
 def pinned() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines if not line.startswith("#"))
@@ -84,8 +88,7 @@ def test_make_installs_torch_alone_and_first():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_committed_without_outputs(path):
-    cells = json.loads(path.read_text())["cells"]
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in cells(path) if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
     traces = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.widgets"
     command = ["nbstripout", "--verify", "--keep-id", "--extra-keys", traces, str(path)]
@@ -98,6 +101,25 @@ def test_a_notebook_is_committed_without_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_declares_profile_and_seed(path):
     check_parameters(path, ["profile", "seed"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_figure_has_a_caption_and_an_alternative_text(path):
+    figures = [cell["metadata"]["mystnb"] for cell in cells(path) if "mystnb" in cell["metadata"]]
+    for figure in figures:
+        assert figure["figure"]["caption"] and figure["image"]["alt"], figure
+
+
+def test_a_figure_has_a_name_of_its_own():
+    metadata = [cell["metadata"] for path in NOTEBOOKS for cell in cells(path)]
+    names = [entry["mystnb"]["figure"]["name"] for entry in metadata if "mystnb" in entry]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_code_cell_is_short(path):
+    code = [cell["source"] for cell in cells(path) if cell["cell_type"] == "code"]
+    assert all(len(source) <= 25 for source in code), "move the machinery into the package"
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["check", "format"])
