@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that `sinkbook --help` answe
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -61,10 +62,17 @@ def run(
     seed: Seed = 0,
     jobs: Jobs = 1,
     output: Output = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Train on the Dask cluster of this scheduler."),
+    ] = None,
 ) -> None:
     """Run chapters and keep the executed copies, without rendering; prints their paths."""
-    from sinkbook import book
+    from sinkbook import book, clusters
 
+    if dask is not None:
+        with clusters.cluster(dask):  # nobody there? Say so before the chapters start
+            os.environ[clusters.ADDRESS] = dask
     place = book.workplace(profile, output)
     for execution in book.run_chapters(chapters, place=place, seed=seed, jobs=jobs):
         print(execution.path)

@@ -3,14 +3,14 @@
 The measuring itself is `checkpoints.measure_checkpoints`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import xarray as xr
 from rich.table import Table
 
 from sinkbook import checkpoints, corpora, extremes, store, windows
+from sinkbook.clusters import cluster
 from sinkbook.errors import SinkbookError
 
 CHARACTERS_PER_TOKEN = 8  # more than a word piece has on average, so that texts are long enough
@@ -35,29 +35,6 @@ def choose_texts(file: Path | None, domain: str, *, count: int, length: int) -> 
         return corpora.texts(domain, count, minimum_characters=CHARACTERS_PER_TOKEN * length)
     lines = [line.strip() for line in windows.read_document(file).splitlines()]
     return [line for line in lines if line][:count]
-
-
-@contextmanager
-def cluster(address: str, *, patience: str = "10s") -> Iterator:
-    """A Dask cluster's executor for the body.
-
-    Raises `SinkbookError` if Dask is not installed or nothing answers at the address.
-    """
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise SinkbookError(
-            "Dask is not installed here. Install it on every machine: pip install 'sinkbook[dask]'"
-        ) from error
-    try:
-        client = Client(address, timeout=patience)
-    except (OSError, ValueError) as error:
-        raise SinkbookError(
-            f"no Dask scheduler answers at {address!r} ({error}). Start one with: dask scheduler, "
-            "and on every machine: dask worker ADDRESS"
-        ) from error
-    with client:
-        yield client.get_executor(pure=False)
 
 
 def sweep(

@@ -7,7 +7,7 @@ its last checkpoint and ends with the same weights, bit by bit, as an unbroken o
 import io
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -19,7 +19,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sinkbook import page, store
+from sinkbook import clusters, page, store
+from sinkbook.errors import SinkbookError
 from sinkbook.optimizers import MATRIX_OPTIMIZERS, OPTIMIZERS
 from sinkbook.phenomena import measure_toy
 from sinkbook.progress import progress
@@ -50,6 +51,7 @@ def train_all(
     way: str = "auto",
     device: str = "auto",
     checkpoint_seconds: float = 30.0,
+    executor: Executor | None = None,
 ) -> list[Run]:
     """The runs of several configs, in their order; those not in the store are trained.
 
@@ -58,9 +60,24 @@ def train_all(
     takes batches on a GPU, and on CPUs processes if there is more than one run and core: there
     the sizes of the toys are too large for batching to pay. Every way gives the same results
     within floating-point error.
+
+    With an `executor`, or a Dask scheduler whose address is in `SINKBOOK_DASK`, each missing run
+    is a task of its own there, and comes back into the store here. Workers need no store in common.
     """
-    device = _device(device)
     missing = [c for c in dict.fromkeys(configs) if not is_finished(c)]
+    with ExitStack() as stack:
+        if executor is None and missing:
+            executor = stack.enter_context(clusters.asked_for())
+        if executor is not None:
+            _train_elsewhere(missing, executor, device, checkpoint_seconds)
+        else:
+            _train_here(missing, way, _device(device), checkpoint_seconds)
+    return [stored(config) for config in configs]
+
+
+def _train_here(
+    missing: list[TrainingConfig], way: str, device: torch.device, checkpoint_seconds: float
+) -> None:
     if way == "auto":
         several = len(missing) > 1 and (os.cpu_count() or 1) > 1
         way = "batched" if device.type == "cuda" else "processes" if several else "sequence"
@@ -76,13 +93,43 @@ def train_all(
     else:
         for config in missing:
             _train_together([config], device, checkpoint_seconds)
-    return [stored(config) for config in configs]
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _train_elsewhere(
+    configs: list[TrainingConfig], executor: Executor, device: str, checkpoint_seconds: float
+) -> None:
+    futures = {
+        executor.submit(_trained, config, config.key, device, checkpoint_seconds): config
+        for config in configs
+    }
+    with progress("training runs", len(configs)) as show:
+        for done, future in enumerate(as_completed(futures), start=1):
+            weights, measurements, facts = future.result()
+            folder = futures[future].folder
+            with store.locked(folder):
+                store.save_run(folder, weights, measurements, facts)
+            show(done)
+
+
+def _trained(
+    config: TrainingConfig, key: str, device: str, checkpoint_seconds: float
+) -> tuple[dict[str, Tensor], xr.Dataset, dict]:
+    """What a worker sends back: the run's weights, measurements and facts."""
+    config = replace(config)  # without the key that came along with it
+    if config.key != key:
+        raise SinkbookError(
+            "a worker has another version of sinkbook's training code, or of torch, than the "
+            "machine that asks. Install the same on all of them."
+        )
+    if not is_finished(config):
+        _train_here([config], "sequence", _device(device), checkpoint_seconds)
+    return store.load_run(config.folder)
 
 
 def _train_in_processes(configs: list[TrainingConfig], checkpoint_seconds: float) -> None:

@@ -11,6 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from multiprocessing import get_context
 
+import distributed
 import numpy as np
 import pytest
 import torch
@@ -266,6 +267,32 @@ def test_every_way_of_training_many_seeds_gives_the_same_runs(way, unbroken):
             np.testing.assert_allclose(
                 run.measurements[name], expected.measurements[name], rtol=1e-3
             )
+
+
+def test_runs_trained_on_a_cluster_come_back_into_the_store_here(unbroken, tmp_path, monkeypatch):
+    elsewhere = {"SINKBOOK_RUNS": str(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
+    workers = distributed.LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        env=elsewhere,
+        dashboard_address=None,
+        local_directory=str(tmp_path / "dask"),
+    )
+    with workers:
+        monkeypatch.setenv("SINKBOOK_DASK", workers.scheduler_address)
+        first, second = train_all(seeds_of(TINY, 2))
+    assert_same_run(first, unbroken)
+    assert {run.name for run in (tmp_path / "elsewhere").iterdir()} == {
+        first.config.key,
+        second.config.key,
+    }
+    monkeypatch.delenv("SINKBOOK_DASK")
+    assert_same_run(train(TINY), unbroken)
+
+
+def test_a_worker_with_other_training_code_is_refused(run_store):
+    with pytest.raises(SinkbookError, match="another version of sinkbook's training code"):
+        training._trained(TINY, "0123456789abcdef", "cpu", 30.0)
 
 
 @pytest.mark.parametrize("optimizer", MATRIX_OPTIMIZERS)
