@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from sinkbook import experiments
+from sinkbook import experiments, page
 from sinkbook.pretraining import PretrainingConfig
 from sinkbook.runs import TrainingConfig
 from sinkbook.transformer import Transformer
@@ -59,19 +59,6 @@ class Cost(NamedTuple):
 
     operations: float
     memory: float
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows that scroll in a box of their own on a page that is narrower than they are."""
-
-    rows: pd.DataFrame
-
-    def _repr_html_(self) -> str:
-        return f'<div class="sinkbook-scroll">{self.rows.to_html(border=0)}</div>'
-
-    def __repr__(self) -> str:
-        return self.rows.to_string()
 
 
 def training_cost(config: Config) -> Cost:
@@ -126,7 +113,7 @@ def trainings_of_chapters() -> dict[str, list[Config]]:
     }
 
 
-def training_table() -> Table:
+def training_table() -> page.Table:
     """A row for each chapter that trains: runs, operations, memory, hours on each device.
 
     Chapters share trainings, which the store keeps: the row of a chapter counts all of its own.
@@ -149,10 +136,10 @@ def training_table() -> Table:
         for name, device in DEVICES.items():
             row[f"hours, {name}"] = _short(operations / (UTILISATION * device.float32) / 3600)
         rows.append(row)
-    return Table(pd.DataFrame(rows).set_index("chapter"))
+    return page.Table(pd.DataFrame(rows).set_index("chapter"))
 
 
-def reading_table(*, tokens: int = 1024, texts: int = 128, checkpoints: int = 31) -> Table:
+def reading_table(*, tokens: int = 1024, texts: int = 128, checkpoints: int = 31) -> page.Table:
     """A row for each large model: weights, operations of a text, seconds for many of them.
 
     The last columns are for a sweep through so many checkpoints, which downloads each.
@@ -184,7 +171,7 @@ def reading_table(*, tokens: int = 1024, texts: int = 128, checkpoints: int = 31
             row[f"seconds for {texts} texts, {device}"] = _short(texts * operations / rate)
         row[f"GB for {checkpoints} checkpoints"] = f"{checkpoints * 4 * weights / 1e9:.0f}"
         rows.append(row)
-    return Table(pd.DataFrame(rows).set_index("model"))
+    return page.Table(pd.DataFrame(rows).set_index("model"))
 
 
 def _without_seed(config: Config) -> Config:
@@ -195,7 +182,7 @@ def _short(number: float) -> str:
     return f"{number:.2f}" if number < 1 else f"{number:.1f}" if number < 10 else f"{number:,.0f}"
 
 
-def devices() -> Table:
+def devices() -> page.Table:
     """The devices of the tables, by their makers' numbers."""
     rows: Sequence[dict] = [
         {
@@ -206,4 +193,4 @@ def devices() -> Table:
         }
         for name, device in DEVICES.items()
     ]
-    return Table(pd.DataFrame(rows).set_index("GPU"))
+    return page.Table(pd.DataFrame(rows).set_index("GPU"))
