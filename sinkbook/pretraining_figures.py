@@ -15,7 +15,7 @@ from sinkbook.figures import DRAIN, OTHER, PEAK, SINK, TRIGGER, axes_or_new
 from sinkbook.fits import Plateau
 from sinkbook.pretraining import Pretraining, follow_induction_head
 
-INDUCTION = TRIGGER
+COPYING = TRIGGER
 
 
 def every_head(runs: list[Pretraining], *, kind: str = "plain") -> list[Axes]:
@@ -45,15 +45,15 @@ def life_of_a_head(head: xr.Dataset) -> list[Axes]:
             "next-token loss (nats)",
             {
                 "plain": (plain.second_half_loss, OTHER),
-                "repeated": (repeated.second_half_loss, INDUCTION),
+                "repeated": (repeated.second_half_loss, COPYING),
             },
         ),
-        ("induction score", {"induction": (head.induction, INDUCTION)}),
+        ("copying score", {"copying": (head.induction, COPYING)}),
         (
             "attention on <s>",
             {
                 "plain": (plain.sink_attention, SINK),
-                "repeated": (repeated.sink_attention, INDUCTION),
+                "repeated": (repeated.sink_attention, COPYING),
             },
         ),
         ("sink logit", {"plain": (plain.sink_logit, SINK)}),
@@ -63,7 +63,7 @@ def life_of_a_head(head: xr.Dataset) -> list[Axes]:
     _, axes = plt.subplots(2, 3, figsize=(8.4, 5.0))
     for ax, (label, series) in zip(axes.flat, panels, strict=True):
         over_training(series, ax, ylabel=label, logx=False)
-        if label in ("induction score", "attention on <s>"):
+        if label in ("copying score", "attention on <s>"):
             ax.set_ylim(0, 1)
     return list(axes.flat)
 
@@ -72,7 +72,7 @@ CONTROLS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#777777")
 
 
 def controls(runs: dict[str, list[Pretraining]]) -> list[Axes]:
-    """Two panels along training, a line a run: the induction head's score, and its sink.
+    """Two panels along training, a line a run: the copying head's score, and its sink.
 
     The first group is drawn bold; the colours are those of the groups' order.
     """
@@ -85,7 +85,7 @@ def controls(runs: dict[str, list[Pretraining]]) -> list[Axes]:
             label = name if number == 0 else None
             left.plot(one.step, one.induction, label=label, **bold)
             right.plot(one.step, one.sink_attention.sel(kind="plain"), **bold)
-    left.set(xlabel="training step", ylabel="induction score", ylim=(0, 1))
+    left.set(xlabel="training step", ylabel="copying score", ylim=(0, 1))
     right.set(xlabel="training step", ylabel="attention on position 0, plain text")
     right.yaxis.set_tick_params(labelleft=True)
     left.legend(fontsize=8)
@@ -141,7 +141,8 @@ def key_logits(
     )
     for number, box in enumerate(boxes["boxes"]):
         box.set(facecolor=SINK if number == 0 else OTHER, alpha=0.6, lw=0.8)
-    ax.set_xticks(range(1, len(labels) + 1), labels, fontfamily="monospace")
+    shown = [label.replace("\n", "⏎").strip(" ") or "␣" for label in labels]
+    ax.set_xticks(range(1, len(labels) + 1), shown, fontfamily="monospace")
     ax.set(xlabel="key", ylabel="attention logit", title=title)
     return ax
 

@@ -176,3 +176,18 @@ def test_attention_by_character_adds_up_and_is_that_of_the_weights():
     assert float(found.attention.sel(character="␣")) == pytest.approx(
         (weights * spaces).sum(-1).mean().item(), abs=1e-5
     )
+
+
+def test_at_the_distance_trained_on_the_two_ways_to_copy_look_at_the_same_token():
+    run = pretraining.pretrain(TINY)
+    found = resting.other_distances([run, run])
+    assert found.distance.values.tolist() == [5, 6, 7, 8] and found.sizes["seed"] == 2
+    usual = found.isel(distance=-1)
+    np.testing.assert_allclose(usual.by_content, usual.by_place, rtol=1e-6)
+    texts = Characters(TINY).held_out()["repeated"]
+    layer, head = pretraining.induction_head(run)
+    weights = attention_weights(run.model, texts[:, :-1], layer=layer)[:, head]
+    queries = torch.arange(12, 16)
+    looking_back = weights[:, queries, queries - 7].mean().item()
+    assert usual.by_content.values == pytest.approx([looking_back] * 2, rel=1e-5)
+    assert not np.allclose(found.by_content[:, 0], found.by_place[:, 0], rtol=1e-4)
