@@ -169,7 +169,9 @@ def reading_table(*, tokens: int = 1024, texts: int = 128, checkpoints: int = 31
         for device in ("L4", "A100", "H100"):
             rate = UTILISATION * DEVICES[device].bfloat16
             row[f"seconds for {texts} texts, {device}"] = _short(texts * operations / rate)
-        row[f"GB for {checkpoints} checkpoints"] = f"{checkpoints * 4 * weights / 1e9:.0f}"
+        row[f"GB of {checkpoints} checkpoints in float32"] = (
+            f"{checkpoints * 4 * weights / 1e9:.0f}"
+        )
         rows.append(row)
     return page.Table(pd.DataFrame(rows).set_index("model"))
 
