@@ -12,6 +12,9 @@ PYTHON  ?= python3
 bin := .venv/bin
 # Several processes share the cores, so each computes on one.
 export OMP_NUM_THREADS ?= 1
+# glibc keeps the memory that tensors free, rather than ask for it anew at every step.
+export MALLOC_MMAP_THRESHOLD_ ?= 268435456
+export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 
 .PHONY: book test bench clean
 

@@ -238,6 +238,7 @@ def structures(profile: str, seed: int = 0) -> dict[str, list[TrainingConfig]]:
             steps=(1_000 if name == "3 × TF" else 400) if quick else size.steps,
             evaluation_size=size.evaluation_size,
             seed=42 + seed,
+            measurements=40 if name == "3 × TF" or not quick else 12,
         )
         configs[name] = seeds_of(config, size.seeds)
     return configs
@@ -351,7 +352,8 @@ RATES = (1 / 3, 1.0, 3.0)  # learning rates, in those of the other chapters
 def two_ways(profile: str, seed: int = 0) -> dict[str, dict[float, list[TrainingConfig]]]:
     """The methods of `TWO_WAYS` in three layers, by name and learning rate.
 
-    The control at the rate 1 is `three_layers`. In `quick` the other rates have one seed.
+    The control at the rate 1 is `three_layers`. In `quick` the other rates have one seed and
+    fewer steps.
     """
     sweep = {}
     for label, name in TWO_WAYS.items():
@@ -361,8 +363,9 @@ def two_ways(profile: str, seed: int = 0) -> dict[str, dict[float, list[Training
                 MITIGATIONS[name].applied_to(replace(c, learning_rate=rate * c.learning_rate))
                 for c in three_layers(profile, seed)
             ]
-            alone = check_profile(profile) == "quick" and rate != 1
-            sweep[label][rate] = configs[:1] if alone else configs
+            if check_profile(profile) == "quick" and rate != 1:
+                configs = [replace(configs[0], steps=600)]
+            sweep[label][rate] = configs
     return sweep
 
 
@@ -378,7 +381,7 @@ def league(profile: str, seed: int = 0, *, layers: int) -> dict[str, list[Traini
 
 def _league_base(profile: str, seed: int, layers: int) -> TrainingConfig:
     config = variation(profile, seed, layers=layers)[0]
-    steps = {1: 800, 3: 600}[layers] if check_profile(profile) == "quick" else config.steps
+    steps = {1: 600, 3: 400}[layers] if check_profile(profile) == "quick" else config.steps
     return replace(config, steps=steps, measurements=20)
 
 
@@ -430,7 +433,7 @@ def pretraining(profile: str, seed: int = 0) -> dict[str, list[PretrainingConfig
     )  # fmt: skip
     base = {"quick": quick, "paper": larger}[check_profile(profile)]
     found = {"as it is": pretraining_seeds(base, sizes(profile).seeds)}
-    count, steps = (1, 1_500) if profile == "quick" else (sizes(profile).seeds, base.steps)
+    count, steps = (1, 1_000) if profile == "quick" else (sizes(profile).seeds, base.steps)
     for name, changes in PRETRAINING_CONTROLS.items():
         found[name] = pretraining_seeds(replace(base, steps=steps, **changes), count)
     return found
