@@ -381,7 +381,7 @@ def league(profile: str, seed: int = 0, *, layers: int) -> dict[str, list[Traini
 
 def _league_base(profile: str, seed: int, layers: int) -> TrainingConfig:
     config = variation(profile, seed, layers=layers)[0]
-    steps = {1: 600, 3: 400}[layers] if check_profile(profile) == "quick" else config.steps
+    steps = {1: 800, 3: 600}[layers] if check_profile(profile) == "quick" else config.steps
     return replace(config, steps=steps, measurements=20)
 
 
