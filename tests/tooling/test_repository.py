@@ -117,6 +117,12 @@ def test_a_figure_has_a_name_of_its_own():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_cell_of_a_figure_shows_no_claim_which_would_take_its_name_too(path):
+    figures = [cell for cell in cells(path) if "mystnb" in cell["metadata"]]
+    assert not any("claims.check(" in "".join(cell["source"]) for cell in figures)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_code_cell_is_short(path):
     code = [cell["source"] for cell in cells(path) if cell["cell_type"] == "code"]
     assert all(len(source) <= 25 for source in code), "move the machinery into the package"
