@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from dataclasses import dataclass
@@ -223,14 +222,11 @@ def _measure(job: _Job) -> xr.Dataset:
     """The measurement of a job: from the store, or else made and kept there."""
     try:
         with _one_model, store.locked(job.folder):
-            try:
-                result = _kept(job)
-            except store.DamagedError as damage:
-                store.set_aside(job.folder, str(damage))
-                result = None
-            if result is None:
+            kept = store.sound_run(job.folder)
+            if kept is None:
                 _keep(job, _measure_now(job))
-                result = _kept(job)
+                kept = store.load_run(job.folder)
+        _, result, _ = kept
         if job.free:
             _free(job)
         return result
@@ -259,21 +255,12 @@ def _measure_now(job: _Job) -> xr.Dataset:
     return result.assign(token=(("text", "position"), tokens.cpu().numpy()))
 
 
-def _kept(job: _Job) -> xr.Dataset | None:
-    """The measurement in the store; None if there is none. Raises `store.DamagedError`."""
-    stored = store.load_run(job.folder)
-    return None if stored is None else stored[1]
-
-
 def _keep(job: _Job, result: xr.Dataset) -> None:
     facts = {
         "model": job.model_id,
         "revision": job.revision.name,
         "commit": job.revision.commit,
-        "device": page.device(),
-        "versions": page.versions(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+    } | page.provenance()
     store.save_run(job.folder, {}, result, facts)  # the weights stay on the hub
 
 

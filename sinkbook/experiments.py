@@ -5,17 +5,14 @@ arXiv 2410.13835, for one GPU. A profile changes sizes only; code paths are the 
 """
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from sinkbook.mitigations import MITIGATIONS, Mitigation
 from sinkbook.page import check_profile
 from sinkbook.pretraining import PretrainingConfig
-from sinkbook.pretraining import seeds_of as pretraining_seeds
+from sinkbook.runs import Name, in_groups
 from sinkbook.tasks import TaskConfig, task
 from sinkbook.training import Run, TrainingConfig, seeds_of, train_all
 from sinkbook.transformer import TransformerConfig
-
-Name = TypeVar("Name", str, float)
 
 # Excess bigram risk of a uniform guess, in nats: the line of the paper's Figure 4a.
 UNIFORM_BIGRAM_EXCESS = 1.970
@@ -432,10 +429,10 @@ def pretraining(profile: str, seed: int = 0) -> dict[str, list[PretrainingConfig
         steps=20_000, measure_every=500, evaluation_size=64,
     )  # fmt: skip
     base = {"quick": quick, "paper": larger}[check_profile(profile)]
-    found = {"as it is": pretraining_seeds(base, sizes(profile).seeds)}
+    found = {"as it is": seeds_of(base, sizes(profile).seeds)}
     count, steps = (1, 1_000) if profile == "quick" else (sizes(profile).seeds, base.steps)
     for name, changes in PRETRAINING_CONTROLS.items():
-        found[name] = pretraining_seeds(replace(base, steps=steps, **changes), count)
+        found[name] = seeds_of(replace(base, steps=steps, **changes), count)
     return found
 
 
@@ -450,5 +447,4 @@ def train_sweep(
 
 def train_groups(groups: dict[Name, list[TrainingConfig]]) -> dict[Name, list[Run]]:
     """The runs of named groups of configs, trained as one list, so that no core waits."""
-    runs = iter(train_all([config for configs in groups.values() for config in configs]))
-    return {name: [next(runs) for _ in configs] for name, configs in groups.items()}
+    return in_groups(train_all, groups)

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import tempfile
+import time
 from base64 import b64encode
 from dataclasses import dataclass, field
 from datetime import date
@@ -70,6 +71,12 @@ def device() -> str:
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def provenance() -> dict:
+    """On what, with what and when something was computed here, for the file that keeps it."""
+    date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return {"device": device(), "versions": versions(), "date": date}
 
 
 @dataclass(frozen=True)

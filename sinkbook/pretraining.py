@@ -6,15 +6,12 @@ active on some texts and has to be dormant on others, as heads of large models a
 2410.13835, section 3.1), and one can see when it learns which.
 """
 
-import ast
 import hashlib
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +26,11 @@ from sinkbook import corpora, page, store
 from sinkbook.extremes import concentration, measure_checkpoint, residual_ratio, value_ratio
 from sinkbook.maps import attention_weights
 from sinkbook.optimizers import OPTIMIZERS
+from sinkbook.processes import in_processes
 from sinkbook.progress import progress
 from sinkbook.reduced_network import next_token_loss
-from sinkbook.runs import EVALUATION_SEED
+from sinkbook.runs import EVALUATION_SEED, hash_of_code, in_groups
+from sinkbook.tasks import generator_at
 from sinkbook.transformer import Transformer, TransformerConfig
 
 START = len(corpora.SYMBOLS)  # the id of <s>; ids below are characters
@@ -83,17 +82,10 @@ class PretrainingConfig:
     @property
     def folder(self) -> Path:
         """Where the store keeps the run: a hash of config, code, texts and torch's version."""
-        decides = [json.dumps(asdict(self), sort_keys=True), torch.__version__, _code()]
+        decides = [json.dumps(asdict(self), sort_keys=True), torch.__version__, hash_of_code(_CODE)]
         digest = hashlib.sha256("\n".join(decides).encode())
         digest.update(character_ids(held_out=False).numpy().tobytes())
         return store.runs_folder() / f"pretraining-{digest.hexdigest()[:16]}"
-
-
-@cache
-def _code() -> str:
-    folder = Path(__file__).parent
-    trees = [ast.parse((folder / f"{module}.py").read_text("utf-8")) for module in _CODE]
-    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
 
 
 # --- Texts -----------------------------------------------------------------------------------
@@ -126,8 +118,7 @@ class Characters:
         self, size: int, seed: int, step: int, device: torch.device | str = "cpu"
     ) -> Int[Tensor, "text position"]:
         """The texts of a training step, a function of (seed, step): `length + 1` tokens each."""
-        entropy = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
+        generator = generator_at(seed, step)
         repeats = torch.rand(size, generator=generator) < self.config.repeated
         return self._texts(self.ids, repeats, generator).to(device)
 
@@ -173,7 +164,8 @@ def measure_pretraining(model: Transformer, characters: Characters) -> xr.Datase
     """
     device, half = next(model.parameters()).device, characters.half
     found = []
-    for texts in characters.held_out().values():
+    held_out = characters.held_out()
+    for texts in held_out.values():
         texts = texts.to(device)
         tokens = texts[:, :-1]
         later = torch.zeros_like(tokens, dtype=torch.bool)
@@ -182,7 +174,7 @@ def measure_pretraining(model: Transformer, characters: Characters) -> xr.Datase
         losses = F.cross_entropy(model(tokens).mT, texts[:, 1:], reduction="none")
         found.append(measured.assign(second_half_loss=losses[later].mean().item()))
     kinds = xr.Variable("kind", ["plain", "repeated"])
-    few = characters.held_out()["plain"][:QUERIED_TEXTS, :-1].to(device)
+    few = held_out["plain"][:QUERIED_TEXTS, :-1].to(device)
     logits = measure_checkpoint(model, few, random_queries=64)
     queries = torch.arange(half + 1, tokens.shape[1], device=device)
     layers = [attention_weights(model, tokens, layer=i) for i in range(model.config.layers)]
@@ -209,11 +201,7 @@ def pretrain(config: PretrainingConfig, *, device: str = "auto") -> Pretraining:
     is one) or a device. Raises `SinkbookError` when the store cannot be written.
     """
     with store.locked(config.folder):
-        try:
-            kept = store.load_run(config.folder)
-        except store.DamagedError as damage:
-            store.set_aside(config.folder, str(damage))
-            kept = None
+        kept = store.sound_run(config.folder)
         if kept is None:
             _train(config, device)
             kept = store.load_run(config.folder)
@@ -226,17 +214,9 @@ def pretrain(config: PretrainingConfig, *, device: str = "auto") -> Pretraining:
 def pretrain_all(configs: list[PretrainingConfig]) -> list[Pretraining]:
     """The runs of several configs, in their order; on CPUs as many at a time as there are cores."""
     missing = [c for c in dict.fromkeys(configs) if not (c.folder / "run.json").exists()]
-    workers = min(len(missing), os.cpu_count() or 1)
-    if workers > 1 and not torch.cuda.is_available():
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["sinkbook.pretraining"])
-        settings = {n: value for n, value in os.environ.items() if n.startswith("SINKBOOK_")}
-        pool = ProcessPoolExecutor(workers, context, initializer=_set_up, initargs=(settings,))
-        with pool, progress("pretraining", len(missing)) as show:
-            futures = [pool.submit(_pretrain_there, config) for config in missing]
-            for done, future in enumerate(as_completed(futures), start=1):
-                future.result()
-                show(done)
+    several = len(missing) > 1 and (os.cpu_count() or 1) > 1
+    if several and not torch.cuda.is_available():
+        in_processes(_pretrain_there, missing, label="pretraining", preload="sinkbook.pretraining")
     return [pretrain(config) for config in configs]
 
 
@@ -244,13 +224,7 @@ def pretrain_groups(
     groups: dict[str, list[PretrainingConfig]],
 ) -> dict[str, list[Pretraining]]:
     """The runs of named groups of configs, trained as one list, so that no core waits."""
-    runs = iter(pretrain_all([config for configs in groups.values() for config in configs]))
-    return {name: [next(runs) for _ in configs] for name, configs in groups.items()}
-
-
-def _set_up(settings: dict[str, str]) -> None:
-    os.environ.update(settings | {"SINKBOOK_PROGRESS": "0"})
-    torch.set_num_threads(1)
+    return in_groups(pretrain_all, groups)
 
 
 def _pretrain_there(config: PretrainingConfig) -> None:
@@ -265,10 +239,10 @@ def _train(config: PretrainingConfig, device: str) -> None:
     model = Transformer(config.model).to(device)
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config)
     characters = Characters(config)
-    found = []
+    found, measured_steps = [], config.measured_steps
     with progress("pretraining", config.steps) as show:
         for step in range(config.steps + 1):
-            if step in config.measured_steps:
+            if step in measured_steps:
                 found.append(measure_pretraining(model, characters).expand_dims(step=[step]))
                 show(step)
             if step < config.steps:
@@ -279,19 +253,11 @@ def _train(config: PretrainingConfig, device: str) -> None:
     facts = {
         "config": asdict(config),
         "seconds": time.monotonic() - started,
-        "device": page.device(),
-        "versions": page.versions(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
+    } | page.provenance()
     store.save_run(config.folder, model.state_dict(), xr.concat(found, "step"), facts)
 
 
 # --- The head that learns to be dormant ------------------------------------------------------
-
-
-def seeds_of(config: PretrainingConfig, count: int) -> list[PretrainingConfig]:
-    """The config under `count` seeds, its own first."""
-    return [replace(config, seed=config.seed + i) for i in range(count)]
 
 
 def induction_head(run: Pretraining) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from sinkbook.maps import attention_weights
 from sinkbook.optimizers import OPTIMIZERS
 from sinkbook.reduced_network import train_on
 from sinkbook.runs import EVALUATION_SEED, TrainingConfig
-from sinkbook.tasks import Task, task
+from sinkbook.tasks import Task, generator_at, task
 from sinkbook.transformer import Block, SelfAttention, Transformer, TransformerConfig
 
 
@@ -128,8 +128,7 @@ class AveragingTask:
         self, size: int, seed: int, step: int, device: torch.device | str = "cpu"
     ) -> Int[Tensor, "text position"]:
         """The texts of a training step: a function of (seed, step), as `Task.batch_at`."""
-        entropy = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
+        generator = generator_at(seed, step, device)
         shape = (size, self.length)
         draw = {"generator": generator, "device": device}
         texts = torch.randint(self.symbols, shape, **draw)

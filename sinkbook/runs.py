@@ -3,9 +3,11 @@
 import ast
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,10 @@ from sinkbook.errors import SinkbookError
 from sinkbook.optimizers import OPTIMIZERS
 from sinkbook.tasks import Task, TaskConfig, task
 from sinkbook.transformer import Transformer, TransformerConfig
+
+Config = TypeVar("Config")  # a dataclass with a `seed`
+Trained = TypeVar("Trained")
+Name = TypeVar("Name", str, float)
 
 # The modules that decide what a training does.
 _TRAINING_CODE = ("attention", "norms", "tasks", "transformer", "optimizers", "runs", "training")
@@ -58,7 +64,8 @@ class TrainingConfig:
     @cached_property
     def key(self) -> str:
         """The run's name in the store: a hash of config, training code, statistics and torch."""
-        parts = [json.dumps(asdict(self), sort_keys=True), _training_code(), torch.__version__]
+        code = hash_of_code(_TRAINING_CODE)
+        parts = [json.dumps(asdict(self), sort_keys=True), code, torch.__version__]
         statistics = characters()
         digest = hashlib.sha256("\n".join(parts).encode())
         digest.update(statistics.unigrams.tobytes() + statistics.bigrams.tobytes())
@@ -112,9 +119,17 @@ class Run:
         return self.facts["seconds"]
 
 
-def seeds_of(config: TrainingConfig, count: int) -> list[TrainingConfig]:
+def seeds_of(config: Config, count: int) -> list[Config]:
     """The config under `count` seeds, its own first."""
     return [replace(config, seed=config.seed + i) for i in range(count)]
+
+
+def in_groups(
+    train: Callable[[list[Config]], list[Trained]], groups: dict[Name, list[Config]]
+) -> dict[Name, list[Trained]]:
+    """What `train` makes of named groups of configs, all in one list, so that no core waits."""
+    runs = iter(train([config for configs in groups.values() for config in configs]))
+    return {name: [next(runs) for _ in configs] for name, configs in groups.items()}
 
 
 def together(runs: list[Run]) -> xr.Dataset:
@@ -140,10 +155,10 @@ def stored(config: TrainingConfig) -> Run:
 
 
 @cache
-def _training_code() -> str:
-    """A hash of the code that decides a training: comments and docstrings do not count."""
+def hash_of_code(modules: tuple[str, ...]) -> str:
+    """A hash of modules of this package: comments and docstrings do not count."""
     digest = hashlib.sha256()
-    for module in _TRAINING_CODE:
+    for module in modules:
         tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)

@@ -145,6 +145,15 @@ def load_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
     return weights, measurements, facts
 
 
+def sound_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
+    """As `load_run`, but a damaged run is reported and set aside: then there is none."""
+    try:
+        return load_run(folder)
+    except DamagedError as damage:
+        set_aside(folder, str(damage))
+        return None
+
+
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):

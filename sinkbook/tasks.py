@@ -137,10 +137,7 @@ class Task:
         self, size: int, seed: int, steps: range, device: torch.device | str = "cpu"
     ) -> tuple[Int[Tensor, "batch position"], ...]:
         """The batches of several steps, the same as one by one, and for small ones much faster."""
-        generators = []
-        for step in steps:
-            entropy = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
-            generators.append(torch.Generator(device).manual_seed(int(entropy >> np.uint64(1))))
+        generators = [generator_at(seed, step, device) for step in steps]
         return self._draw(size, generators).split(size)
 
     def _draw(self, size: int, generators: list[torch.Generator | None]) -> Int[Tensor, "b t"]:
@@ -317,6 +314,12 @@ class _Rows:
     def _search(self, row: Int[Tensor, "..."], uniform: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
         found = torch.searchsorted(self.cumulative, row + uniform, right=True)
         return found - row * self.columns
+
+
+def generator_at(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of a training step, which depend on nothing but (seed, step)."""
+    entropy = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
 
 
 @cache

@@ -7,10 +7,10 @@ its last checkpoint and ends with the same weights, bit by bit, as an unbroken o
 import io
 import os
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, as_completed
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from sinkbook import clusters, page, store
 from sinkbook.errors import SinkbookError
 from sinkbook.optimizers import MATRIX_OPTIMIZERS, OPTIMIZERS
 from sinkbook.phenomena import measure_toy
+from sinkbook.processes import in_processes
 from sinkbook.progress import progress
 from sinkbook.runs import Run, TrainingConfig, is_finished, seeds_of, stored, together
 from sinkbook.tasks import task
@@ -82,7 +83,8 @@ def _train_here(
         several = len(missing) > 1 and (os.cpu_count() or 1) > 1
         way = "batched" if device.type == "cuda" else "processes" if several else "sequence"
     if way == "processes" and missing:
-        _train_in_processes(missing, checkpoint_seconds)
+        work = partial(_train_one, checkpoint_seconds=checkpoint_seconds)
+        in_processes(work, missing, label="training runs", preload="sinkbook.training")
     elif way == "batched":
         groups: dict[TrainingConfig, list[TrainingConfig]] = {}
         for config in missing:
@@ -130,27 +132,6 @@ def _trained(
     if not is_finished(config):
         _train_here([config], "sequence", _device(device), checkpoint_seconds)
     return store.load_run(config.folder)
-
-
-def _train_in_processes(configs: list[TrainingConfig], checkpoint_seconds: float) -> None:
-    # Not forked from here: a process that has used torch's threads can hang in its fork. The
-    # server imports torch once, for this call and for later ones.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["sinkbook.training"])
-    settings = {name: value for name, value in os.environ.items() if name.startswith("SINKBOOK_")}
-    workers = min(len(configs), os.cpu_count() or 1)
-    pool = ProcessPoolExecutor(workers, context, initializer=_set_up, initargs=(settings,))
-    with pool, progress("training runs", len(configs)) as show:
-        futures = [pool.submit(_train_one, config, checkpoint_seconds) for config in configs]
-        for done, future in enumerate(as_completed(futures), start=1):
-            future.result()
-            show(done)
-
-
-def _set_up(settings: dict[str, str]) -> None:
-    # The caller shows the progress of all.
-    os.environ.update(settings | {"SINKBOOK_PROGRESS": "0"})
-    torch.set_num_threads(1)
 
 
 def _train_one(config: TrainingConfig, checkpoint_seconds: float) -> None:
@@ -309,10 +290,7 @@ class _Program:
                 "config": asdict(run.config),
                 # Runs trained as one program share its time.
                 "seconds": seconds / len(self.runs),
-                "device": page.device(),
-                "versions": page.versions(),
-                "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            }
+            } | page.provenance()
             measurements = xr.concat(run.measurements, "step")
             store.save_run(run.config.folder, self._weights_of(i), measurements, facts)
 

@@ -10,6 +10,7 @@ import xarray as xr
 from sinkbook import corpora, extremes, pretraining, resting, store
 from sinkbook.maps import attention_weights
 from sinkbook.pretraining import START, Characters, PretrainingConfig
+from sinkbook.runs import seeds_of
 from sinkbook.transformer import Transformer
 
 TINY = PretrainingConfig(
@@ -109,7 +110,7 @@ def test_a_run_is_trained_once_measured_on_schedule_and_read_back(monkeypatch):
 
 
 def test_processes_give_what_one_process_gives():
-    configs = pretraining.seeds_of(replace(TINY, steps=6), 2)
+    configs = seeds_of(replace(TINY, steps=6), 2)
     apart = pretraining.pretrain_all(configs)
     for config, run in zip(configs, apart, strict=True):
         (config.folder / "run.json").unlink()
