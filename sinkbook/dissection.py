@@ -45,10 +45,9 @@ def writes(model: nn.Module, input_ids: Tokens, *, position: int = 0) -> xr.Data
     - `share` (batch, dimension): share of each dimension in the squared length of the peak.
     """
     found = layers(model)
-    states: list[Tensor] = []
     kept_parts: list[dict[str, Tensor]] = [{} for _ in found]
     with ExitStack() as hooks:
-        hooks.enter_context(_residual_states(model, states))
+        states = hooks.enter_context(residual_states(model))
         for layer, written in zip(found, kept_parts, strict=True):
             hooks.enter_context(_part_writes(layer, written))
         measure(model, input_ids, ("residual_norm",))
@@ -99,8 +98,9 @@ def _length(vectors: xr.DataArray) -> xr.DataArray:
 
 
 @contextmanager
-def _residual_states(model: nn.Module, states: list[Tensor]) -> Iterator[None]:
-    """While the body runs the model once, append its residual states, the embedding first."""
+def residual_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep the residual states while the body runs the model once, the embedding first."""
+    states: list[Tensor] = []
 
     def enter(_block, arguments, keywords):
         states.append(arguments[0] if arguments else keywords["hidden_states"])
@@ -114,7 +114,7 @@ def _residual_states(model: nn.Module, states: list[Tensor]) -> Iterator[None]:
                 lambda *call: states.append(state_of(call[2]))
             )
             hooks.callback(leave.remove)
-        yield
+        yield states
 
 
 @contextmanager
@@ -148,8 +148,7 @@ def compression(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
     direction in the squared length of all states of the text, with position 0 and without.
     Source: the compression of arXiv 2510.06477, without subtracting the mean.
     """
-    states: list[Tensor] = []
-    with _residual_states(model, states):
+    with residual_states(model) as states:
         measure(model, input_ids, ("residual_norm",))
 
     def share(states: Float[Tensor, "batch position width"]) -> Float[Tensor, " batch"]:

@@ -58,9 +58,7 @@ def domain_tokens(
         texts = corpora.texts(domain, minimum_characters=4 * length)
         rows[name] = windows.of_texts(language_model, texts, count=count, length=length)
     generator = np.random.default_rng(seed)
-    ordinary = np.setdiff1d(
-        np.arange(len(language_model.tokenizer)), language_model.tokenizer.all_special_ids
-    )
+    ordinary = language_model.ordinary_tokens
     drawn = rows["prose"].clone()
     first = 0 if language_model.first_token is None else 1
     drawn[:, first:] = torch.from_numpy(generator.choice(ordinary, size=drawn[:, first:].shape))

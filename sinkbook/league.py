@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sinkbook import growth, probe
 from sinkbook.anatomy import blocks
+from sinkbook.dissection import residual_states
 from sinkbook.maps import attention_weights
 from sinkbook.mitigations import FAMILIES, MITIGATIONS
 from sinkbook.phenomena import measure_without
@@ -99,7 +100,9 @@ def standing(run: Run) -> xr.Dataset:
     others = xr.DataArray((torch.arange(tokens.shape[1]) != sink).numpy(), dims="position")
     found["peak_ratio"] = probe.residual_peak_ratio(of_ordinary, others).mean("batch")
     found["peak_height"] = probe.residual_peak_height(of_ordinary, others).mean("batch")
-    states = residual_states(model, tokens)
+    with residual_states(model) as kept:
+        risks = made.risks(model(tokens), tokens)
+    states = torch.stack(kept)
     of_tokens = probe.kurtosis_of_tokens(states)
     apart = torch.ones(tokens.shape[1], dtype=torch.bool)
     apart[sink] = False
@@ -111,7 +114,6 @@ def standing(run: Run) -> xr.Dataset:
         "int8_error": int8_error(states, first=sink + 1).mean(1),
     }
     found |= {name: ("residual_layer", values.numpy()) for name, values in residual.items()}
-    risks = made.risks(model(tokens), tokens)
     found |= {
         "backcopy_excess": risks.backcopy_excess.item(),
         "bigram_excess": risks.bigram_excess.item(),
@@ -119,23 +121,6 @@ def standing(run: Run) -> xr.Dataset:
         "seconds_per_step": run.seconds / run.config.steps,
     }
     return xr.Dataset({name: found[name] for name in COLUMNS}).drop_vars("sink", errors="ignore")
-
-
-@torch.no_grad()
-def residual_states(
-    model: Transformer, tokens: Int[Tensor, "text position"]
-) -> Float[Tensor, "residual_layer text position width"]:
-    """The residual states of texts: the embedding, then the state after each layer."""
-    states = []
-    with ExitStack() as hooks:
-        found = blocks(model)
-        first = found[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-        hooks.callback(first.remove)
-        for block in found:
-            hook = block.register_forward_hook(lambda *call: states.append(call[2]))
-            hooks.callback(hook.remove)
-        model(tokens)
-    return torch.stack(states)
 
 
 @torch.no_grad()

@@ -127,8 +127,7 @@ def random_repeated(
     what came after the last occurrence predicts what comes next.
     """
     generator = np.random.default_rng(seed)
-    special = language_model.tokenizer.all_special_ids
-    ordinary = np.setdiff1d(np.arange(len(language_model.tokenizer)), special)
+    ordinary = language_model.ordinary_tokens
     drawn = torch.from_numpy(
         np.stack([generator.choice(ordinary, length, replace=False) for _ in range(count)])
     )

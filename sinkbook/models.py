@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import logging as hub_logging
@@ -78,6 +79,11 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     first_token: int | None  # id of the token that each text begins with; None: its own first one
     card: str  # what the weights are and where they come from, in words for a page
+
+    @property
+    def ordinary_tokens(self) -> Int[np.ndarray, " token"]:
+        """The ids of all tokens that are not special, in their order."""
+        return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
     def encode(self, texts: Sequence[str], length: int) -> Int[Tensor, "text position"]:
         """Token ids of each text, the first token included, cut to exactly `length` tokens.

@@ -44,17 +44,17 @@ def losses_of(logits, tokens):
     return F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none").numpy()
 
 
-def close(found, expected, tolerance=1e-4):
+def assert_close(found, expected, tolerance=1e-4):
     np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
 
 
 def test_token_losses_are_the_models_own(model):
     losses = costs.token_losses(model, TOKENS)
-    close(losses, losses_of(model(TOKENS).logits, TOKENS))
-    close(losses.mean(), model(TOKENS, labels=TOKENS).loss)
-    close(costs.token_losses(model, TOKENS, last=7), losses[:, -7:])
+    assert_close(losses, losses_of(model(TOKENS).logits, TOKENS))
+    assert_close(losses.mean(), model(TOKENS, labels=TOKENS).loss)
+    assert_close(costs.token_losses(model, TOKENS, last=7), losses[:, -7:])
     toy = Transformer(TransformerConfig(vocab_size=50, length=40, width=16)).requires_grad_(False)
-    close(costs.token_losses(toy, TOKENS, last=7), losses_of(toy(TOKENS), TOKENS)[:, -7:])
+    assert_close(costs.token_losses(toy, TOKENS, last=7), losses_of(toy(TOKENS), TOKENS)[:, -7:])
 
 
 def test_losses_under_a_window_are_those_of_the_cache(model):
@@ -64,7 +64,7 @@ def test_losses_under_a_window_are_those_of_the_cache(model):
     for sinks in (0, 2):
         cache = SinkCache(model, sinks=sinks, window=9)
         steps = [model(TOKENS[:, i : i + 1], past_key_values=cache).logits for i in range(40)]
-        close(losses.sel(layout=str(sinks)), losses_of(torch.cat(steps, 1), TOKENS))
+        assert_close(losses.sel(layout=str(sinks)), losses_of(torch.cat(steps, 1), TOKENS))
     same = losses.sel(layout=["dense", "0", "2", "random"], position=slice(1, 9))
     assert float((same.max("layout") - same.min("layout")).max()) < 1e-4
     later = losses.sel(position=slice(14, None))
@@ -94,7 +94,7 @@ def test_reading_afresh_is_reading_a_text_that_begins_a_window_before(model):
     for position in (9, 10, 11, 12, 38):
         seen = 9 - 2 + (position - 9) % 3  # as far as its window has been filled
         alone = TOKENS[:, position - seen : position + 1]
-        close(found[:, position - 1], costs.token_losses(model, alone)[:, -1])
+        assert_close(found[:, position - 1], costs.token_losses(model, alone)[:, -1])
     with pytest.raises(SinkbookError, match="steps of 10 with a window of 9"):
         costs.recomputed_losses(model, TOKENS, window=9, stride=10)
 
@@ -103,7 +103,7 @@ def test_perplexity_is_over_the_tokens_past_a_position():
     losses = xr.DataArray(
         np.log([[9.0, 2.0, 8.0]]), dims=("text", "position"), coords={"position": [1, 2, 3]}
     )
-    close(costs.perplexity(losses, after=2), [4.0])
+    assert_close(costs.perplexity(losses, after=2), [4.0])
 
 
 def test_a_window_that_leaves_no_room_is_refused(model):
@@ -135,13 +135,13 @@ def test_what_is_evicted_is_hidden_and_nothing_else():
         visible[:, :, prompt:, :prompt] &= kept[:, :, None]
         mask = torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
         expected = losses_of(model(TOKENS, attention_mask=mask).logits, TOKENS)[:, prompt:]
-        close(losses.sel(policy=policy, budget=budget), expected.mean(1))
+        assert_close(losses.sel(policy=policy, budget=budget), expected.mean(1))
 
 
 def test_with_nothing_evicted_the_text_goes_on_as_it_was(model):
     losses = eviction.eviction_losses(model, TOKENS, prompt=24, budgets=(8,))
     whole = costs.token_losses(model, TOKENS)[:, 24:].mean(1)
-    close(losses.sel(policy="all", budget=8), whole)
+    assert_close(losses.sel(policy="all", budget=8), whole)
     assert float(abs(losses.sel(policy="window", budget=8) - whole).max()) > 0.01
 
 
@@ -173,17 +173,19 @@ def test_pruned_losses_are_those_without_the_first_heads_of_each_order(model):
     orders = {"up": np.arange(8), "down": np.arange(8)[::-1]}
     losses = pruning.pruning_losses(model, TOKENS, orders, (0.25, 0.625, 1.0), draws=2, seed=5)
     assert losses.removed.values.tolist() == [0.0, 0.25, 0.625, 1.0]
-    close(losses.sel(removed=0.0), np.tile(costs.token_losses(model, TOKENS).mean(1), (3, 1)))
+    assert_close(
+        losses.sel(removed=0.0), np.tile(costs.token_losses(model, TOKENS).mean(1), (3, 1))
+    )
     with zero(model, "head", layer=0, head=range(4)), zero(model, "head", layer=1, head=0):
         expected = costs.token_losses(model, TOKENS).mean(1)
-    close(losses.sel(order="up", removed=0.625), expected)
+    assert_close(losses.sel(order="up", removed=0.625), expected)
     with zero(model, "attention", layer=range(2)):
-        close(losses.sel(removed=1.0)[1], costs.token_losses(model, TOKENS).mean(1))
+        assert_close(losses.sel(removed=1.0)[1], costs.token_losses(model, TOKENS).mean(1))
     generator = np.random.default_rng(5)
     drawn = {str(i): generator.permutation(8) for i in range(2)}
     each = pruning.pruning_losses(model, TOKENS, drawn, (0.25,), draws=1).sel(removed=0.25)
     mean = each.sel(order=["0", "1"]).mean("order")
-    close(losses.sel(order="random", removed=0.25), mean)
+    assert_close(losses.sel(order="random", removed=0.25), mean)
 
 
 def test_each_domain_is_read_without_the_heads_that_the_other_one_chose(model):
@@ -194,7 +196,7 @@ def test_each_domain_is_read_without_the_heads_that_the_other_one_chose(model):
         expected = {"own": orders[domain]["up"], "other": orders[stranger]["up"]}
         losses = pruning.pruning_losses(model, texts[domain], expected, (0.25,), seed=3)
         assert found[domain].order.values.tolist() == ["up", "same, other domain", "random"]
-        close(found[domain], losses)
+        assert_close(found[domain], losses)
 
 
 def test_heads_are_cut_apart_by_the_layers_that_they_are_in(model):
@@ -202,13 +204,15 @@ def test_heads_are_cut_apart_by_the_layers_that_they_are_in(model):
     assert found.attrs == {"cut": 4, "early": 2}
     with zero(model, "head", layer=0, head=[1, 2]):
         early = measure(model, TOKENS, ("loss", "sink_attention"))
-    close(found.loss.sel(cut="early"), early.loss)
-    close(found.sink_rate.sel(cut="early"), (early.sink_attention > 0.3).mean(("layer", "head")))
+    assert_close(found.loss.sel(cut="early"), early.loss)
+    assert_close(
+        found.sink_rate.sel(cut="early"), (early.sink_attention > 0.3).mean(("layer", "head"))
+    )
     with zero(model, "head", layer=1, head=[2, 3]):
-        close(found.loss.sel(cut="late"), measure(model, TOKENS, ("loss",)).loss)
+        assert_close(found.loss.sel(cut="late"), measure(model, TOKENS, ("loss",)).loss)
         with zero(model, "head", layer=0, head=[1, 2]):
-            close(found.loss.sel(cut="all"), measure(model, TOKENS, ("loss",)).loss)
-    close(found.loss.sel(cut="none"), measure(model, TOKENS, ("loss",)).loss)
+            assert_close(found.loss.sel(cut="all"), measure(model, TOKENS, ("loss",)).loss)
+    assert_close(found.loss.sel(cut="none"), measure(model, TOKENS, ("loss",)).loss)
 
 
 def test_other_peaks_are_counted_where_the_first_token_is_longest(model):
@@ -218,17 +222,19 @@ def test_other_peaks_are_counted_where_the_first_token_is_longest(model):
     tokens[:, [0, 3, 9]] = 7
     model.model.embed_tokens.weight[7] *= 1000
     found = pruning.without_early_or_late(model, tokens, np.array([0]))
-    close(found.other_peaks.sel(cut="none"), np.full(3, 2 / 39))
+    assert_close(found.other_peaks.sel(cut="none"), np.full(3, 2 / 39))
     norms = measure(model, tokens, ("residual_norm",)).residual_norm
-    close(found.first_norm.sel(cut="none"), norms.isel(position=0).max("residual_layer"), 0.1)
+    assert_close(
+        found.first_norm.sel(cut="none"), norms.isel(position=0).max("residual_layer"), 0.1
+    )
 
 
 def test_eight_bit_losses_stand_beside_the_exact_ones(model):
     losses = costs.rounding_losses(model, TOKENS)
     exact = costs.token_losses(model, TOKENS)
-    close(losses.sel(numbers="exact"), exact, 0)
+    assert_close(losses.sel(numbers="exact"), exact, 0)
     with quantized(model, "token"):
-        close(losses.sel(numbers="token"), costs.token_losses(model, TOKENS), 0)
+        assert_close(losses.sel(numbers="token"), costs.token_losses(model, TOKENS), 0)
     assert float(abs(losses.sel(numbers="weights alone") - exact).max()) > 0
 
 
@@ -241,9 +247,9 @@ def test_bigram_excess_is_measured_while_a_change_holds():
     runs = [Run(config, model, xr.Dataset(), {})]
     changes = {"whole": nullcontext, "window": partial(streaming, window=4, kept=0)}
     found = costs.bigram_excess({"toy": runs}, changes)
-    close(found["whole"]["toy"], excess_risks(runs)["bigram"], 0)
+    assert_close(found["whole"]["toy"], excess_risks(runs)["bigram"], 0)
     assert abs(found["window"]["toy"] - found["whole"]["toy"]) > 1e-3
-    close(excess_risks(runs)["bigram"], found["whole"]["toy"], 0)
+    assert_close(excess_risks(runs)["bigram"], found["whole"]["toy"], 0)
 
 
 def test_a_toys_rounding_errors_are_those_of_its_own_texts_in_one_range():
@@ -259,9 +265,9 @@ def test_a_toys_rounding_errors_are_those_of_its_own_texts_in_one_range():
         run.model.token_embedding(run.evaluation_tokens) + run.model.position_embedding.weight
         for run in runs
     ]
-    close(found[:, 0], [int8_error(states, first=1).mean() for states in embedded], 1e-6)
+    assert_close(found[:, 0], [int8_error(states, first=1).mean() for states in embedded], 1e-6)
 
 
 def test_the_interval_of_a_mean_is_students():
     low, high = costs.interval_of_mean(np.array([1.0, 2.0, 3.0]))
-    close([low, high], [2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5])
+    assert_close([low, high], [2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5])

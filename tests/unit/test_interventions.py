@@ -8,6 +8,7 @@ from sinkbook.anatomy import layers
 from sinkbook.errors import SinkbookError
 from sinkbook.interventions import replace, zero
 from sinkbook.probe import measure
+from sinkbook.resuming import logits_of
 from sinkbook.transformer import Transformer, TransformerConfig
 from tiny import EACH_LAYOUT
 
@@ -17,11 +18,6 @@ TOKENS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0)
 @pytest.fixture(params=EACH_LAYOUT)
 def model(request):
     return EACH_LAYOUT[request.param]().requires_grad_(False)
-
-
-def logits(model):
-    output = model(TOKENS)
-    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def residuals(model):
@@ -69,9 +65,9 @@ def test_a_head_at_one_position_leaves_earlier_positions_alone(model):
 
 def test_negative_positions_count_from_the_end(model):
     with zero(model, "mlp", layer=0, position=-1):
-        last = logits(model)
+        last = logits_of(model, TOKENS)
     with zero(model, "mlp", layer=0, position=8):
-        torch.testing.assert_close(last, logits(model))
+        torch.testing.assert_close(last, logits_of(model, TOKENS))
 
 
 def test_a_replaced_residual_is_what_the_next_layer_sees(model):
@@ -80,8 +76,8 @@ def test_a_replaced_residual_is_what_the_next_layer_sees(model):
         after = residuals(model)[1]
     assert torch.equal(after[:, [0, 3]], state.expand(2, 2, 16))
     with replace(model, "residual", residuals(model)[1], layer=0):
-        patched = logits(model)
-    torch.testing.assert_close(patched, logits(model))
+        patched = logits_of(model, TOKENS)
+    torch.testing.assert_close(patched, logits_of(model, TOKENS))
 
 
 def test_without_values_a_layer_attends_for_nothing(model):
@@ -113,17 +109,17 @@ def test_one_value_head_is_cut_for_its_own_group(model):
 
 def test_several_layers_are_cut_at_once(model):
     with zero(model, "mlp", layer=[0, 2]):
-        together = logits(model)
+        together = logits_of(model, TOKENS)
     with zero(model, "mlp", layer=0), zero(model, "mlp", layer=2):
-        torch.testing.assert_close(together, logits(model))
+        torch.testing.assert_close(together, logits_of(model, TOKENS))
 
 
 def test_the_model_is_as_before_even_after_an_exception(model):
-    before = logits(model)
+    before = logits_of(model, TOKENS)
     with pytest.raises(RuntimeError, match="midway"), zero(model, "mlp", layer=1):
-        assert not torch.allclose(logits(model), before)
+        assert not torch.allclose(logits_of(model, TOKENS), before)
         raise RuntimeError("midway")
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits_of(model, TOKENS), before)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +134,7 @@ def test_the_model_is_as_before_even_after_an_exception(model):
 )
 def test_what_is_not_there_cannot_be_cut(model, part, where, said):
     with pytest.raises(SinkbookError, match=said), zero(model, part, **where):
-        logits(model)
+        logits_of(model, TOKENS)
 
 
 def test_an_absent_part_cannot_be_cut():

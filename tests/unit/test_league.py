@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 
 from sinkbook import experiments, league
+from sinkbook.dissection import residual_states
 from sinkbook.errors import SinkbookError
 from sinkbook.growth import excess_risk
 from sinkbook.interventions import zero
@@ -79,7 +80,9 @@ def test_without_a_gate_values_are_the_same_before_and_after(runs, standings):
 
 def test_residual_states_are_those_that_the_probe_measures(runs):
     run = runs["softmax"][0]
-    states = league.residual_states(run.model, run.evaluation_tokens)
+    with residual_states(run.model) as kept:
+        run.model(run.evaluation_tokens)
+    states = torch.stack(kept)
     measured = measure(run.model, run.evaluation_tokens, ("residual_norm",)).residual_norm
     np.testing.assert_allclose(states.norm(dim=-1).transpose(0, 1), measured, rtol=1e-5)
 

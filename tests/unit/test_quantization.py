@@ -13,6 +13,7 @@ from sinkbook.quantization import (
     round_int8,
     split_error,
 )
+from sinkbook.resuming import logits_of
 from tiny import EACH_LAYOUT
 
 TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -21,11 +22,6 @@ TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0)
 @pytest.fixture(params=EACH_LAYOUT)
 def model(request):
     return EACH_LAYOUT[request.param]().requires_grad_(False)
-
-
-def logits(model):
-    output = model(TOKENS)
-    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 def hidden(positions=64, width=96):
@@ -98,7 +94,7 @@ def test_layer_errors_are_those_of_the_states_that_each_layer_reads(model):
         )
         for layer in layers(model)
     ]
-    logits(model)
+    logits_of(model, TOKENS)
     for hook in hooks:
         hook.remove()
     errors = layer_errors(model, TOKENS, batch_size=2)
@@ -112,17 +108,17 @@ def test_layer_errors_are_those_of_the_states_that_each_layer_reads(model):
 
 def test_a_quantised_model_has_255_weights_a_matrix_and_is_put_back_after_an_exception(model):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    exact = logits(model)
+    exact = logits_of(model, TOKENS)
     with pytest.raises(ZeroDivisionError), quantized(model):
         for layer in layers(model):
             weight = layer.output.weight
             steps = weight / (weight.abs().max() / 127)
             torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
-        assert not torch.equal(logits(model), exact)
+        assert not torch.equal(logits_of(model, TOKENS), exact)
         raise ZeroDivisionError
     after = model.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert torch.equal(logits(model), exact)
+    assert torch.equal(logits_of(model, TOKENS), exact)
 
 
 def test_what_the_linear_maps_get_is_rounded_and_the_first_token_apart_is_not(model):
@@ -132,7 +128,7 @@ def test_what_the_linear_maps_get_is_rounded_and_the_first_token_apart_is_not(mo
     output.register_forward_pre_hook(lambda _, arguments: exact.append(arguments[0].clone()))
     with quantized(model, "sink apart", weights=False):
         output.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
-        logits(model)
+        logits_of(model, TOKENS)
     whole, rounded = exact[0], seen[0]
     assert torch.equal(rounded[:, 0], whole[:, 0])
     assert not torch.equal(rounded[:, 1:], whole[:, 1:])
@@ -143,9 +139,9 @@ def test_what_the_linear_maps_get_is_rounded_and_the_first_token_apart_is_not(mo
 def test_finer_ranges_come_closer_to_the_exact_model(model):
     def distance(ranges):
         with quantized(model, ranges, weights=False):
-            return (logits(model) - exact).norm()
+            return (logits_of(model, TOKENS) - exact).norm()
 
-    exact = logits(model)
+    exact = logits_of(model, TOKENS)
     assert 0 < distance("token") < distance("tensor")
 
 
