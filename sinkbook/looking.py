@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkbook.anatomy import layers
+from sinkbook.implementations import attending_by
 from sinkbook.models import LanguageModel
 from sinkbook.probe import measure, residual_peak_ratio
 
@@ -214,10 +215,8 @@ def _maps(model: nn.Module, tokens: Tokens) -> list[Float[Tensor, "_head query q
         if weights and weights[-1].shape[-2:] == (length, length):
             maps[number] = weights[-1][0]
 
-    before = model.config._attn_implementation
     with ExitStack() as undo:
-        model.set_attn_implementation("eager")
-        undo.callback(model.set_attn_implementation, before)
+        undo.enter_context(attending_by(model, "eager"))
         for number, layer in enumerate(layers(model)):
             if layer.attention is not None:
                 handle = layer.attention.register_forward_hook(partial(keep, number))

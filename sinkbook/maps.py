@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from sinkbook.anatomy import layers
 from sinkbook.attention import scores_and_mask
 from sinkbook.errors import SinkbookError
+from sinkbook.implementations import attending_by
 from sinkbook.transformer import SelfAttention, Transformer
 
 LONGEST = 1024
@@ -31,12 +32,8 @@ def attention_weights(
             "use sinkbook.measure."
         )
     if hasattr(model, "set_attn_implementation"):
-        before = model.config._attn_implementation
-        model.set_attn_implementation("eager")
-        try:
+        with attending_by(model, "eager"):
             output = model(input_ids, output_attentions=True, use_cache=False)
-        finally:
-            model.set_attn_implementation(before)
         return output.attentions[layer]
     scores, weights = _listen(model, input_ids, found[layer].attention)
     return scores.softmax(dim=-1) if weights is None else weights

@@ -24,6 +24,7 @@ from sinkbook import formed, fused
 from sinkbook.anatomy import layers
 from sinkbook.attention import KERNELS
 from sinkbook.errors import SinkbookError
+from sinkbook.implementations import attending_by
 from sinkbook.scope import Heads, KeyHeads, Outputs, Scope, Spans, Values, causal_spans, find_spans
 
 NAME = "sinkbook"  # of our attention function in transformers' registries
@@ -321,23 +322,12 @@ def _interface_attention(
 @contextlib.contextmanager
 def _transformers_attention(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Have a model of transformers call `_interface_attention`, or overhear it."""
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    from transformers.masking_utils import sdpa_mask
-
     if not model._can_set_attn_implementation():
         with _Overhearing(recorder):
             yield
         return
-    AttentionInterface.register(NAME, _interface_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # without it padding and windows are dropped
-    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [(part.config, part.config._attn_implementation) for part in parts]
-    try:
-        model.set_attn_implementation(NAME)
+    with attending_by(model, NAME, _interface_attention):
         yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
 
 
 class _Overhearing(TorchFunctionMode):

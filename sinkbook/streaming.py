@@ -18,11 +18,11 @@ from functools import partial
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import sdpa_mask
 
 from sinkbook.errors import SinkbookError
+from sinkbook.implementations import attending_by
 from sinkbook.transformer import Transformer
 
 States = Float[Tensor, "batch head position width"]
@@ -192,26 +192,13 @@ def streaming(model: nn.Module, *, window: int, kept: int | Sequence[int] = 4) -
                     module.attention_function = partial(_attend_masked, own, window, positions)
         else:
             how = {"window": window, "kept": positions, "rotation": Rotation(model)}
-            undo.enter_context(_replaced(model, partial(_attend_streaming, **how)))
+            if not model._can_set_attn_implementation():
+                raise SinkbookError(
+                    f"{type(model).__name__} does not let its attention be replaced. "
+                    "Take a model whose attention goes through transformers' AttentionInterface."
+                )
+            undo.enter_context(attending_by(model, NAME, partial(_attend_streaming, **how)))
         yield
-
-
-@contextmanager
-def _replaced(model: PreTrainedModel, attend) -> Iterator[None]:
-    """Have a model of transformers call `attend` for its attention."""
-    if not model._can_set_attn_implementation():
-        raise SinkbookError(
-            f"{type(model).__name__} does not let its attention be replaced. "
-            "Take a model whose attention goes through transformers' AttentionInterface."
-        )
-    before = model.config._attn_implementation
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    try:
-        model.set_attn_implementation(NAME)
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def visible_keys(length: int, window: int, kept: Int[Tensor, " kept"]) -> Bool[Tensor, "query key"]:
