@@ -2,16 +2,17 @@
 
 A kernel turns query, key and value states into head outputs. Because the signature is the one
 that `transformers.AttentionInterface` expects, the same kernel runs in the toy transformer and
-in a pretrained model. `KERNELS` is the registry: adding a kernel is one function and one line.
-
-Most kernels are a function from logits to weights, in terms of one query's row of logits `S` that
-carries `-inf` where a key is hidden. Three of them give the row a null slot, a logit whose weight
-goes to no key. Those that learn something find it in the module that calls them, under the names
-that `PARAMETERS` gives.
+in a pretrained model. `KERNELS` is the registry, and a kernel is one function that a decorator
+enters there: `@kernel` an attention function, `@kernel_of_weights` a function from logits to
+weights, in terms of one query's row of logits `S` that carries `-inf` where a key is hidden, and
+`@kernel_of_null_logit` one that gives the row a null slot, a logit whose weight goes to no key.
+Kernels that learn something find it in the module that calls them, under the names that
+`PARAMETERS` gives.
 """
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,63 @@ Keys = Float[Tensor, "batch key_head key width"]
 Outputs = Float[Tensor, "batch query head width"]
 Weights = Float[Tensor, "*batch query key"]
 NullLogits = float | Float[Tensor, "*#batch #query 1"]
+Function = TypeVar("Function", bound=Callable)
+
+KERNELS: dict[str, Callable] = {}
 
 
+def kernel(name: str) -> Callable[[Function], Function]:
+    """Enter the attention function that follows in `KERNELS`."""
+
+    def enter(attention: Function) -> Function:
+        KERNELS[name] = attention
+        return attention
+
+    return enter
+
+
+def kernel_of_weights(name: str) -> Callable[[Function], Function]:
+    """Enter the kernel whose weights are the function that follows, `weights(scores)`."""
+
+    def enter(weights_of: Function) -> Function:
+        KERNELS[name] = _explicit(weights_of)
+        return weights_of
+
+    return enter
+
+
+def kernel_of_null_logit(name: str) -> Callable[[Function], Function]:
+    """Enter softmax with a null slot whose logit is the function that follows.
+
+    It is called as `null_logit(module, query, scaling)`.
+    """
+
+    def enter(null_logit: Function) -> Function:
+        KERNELS[name] = _explicit(null_slot_weights, null_logit)
+        return null_logit
+
+    return enter
+
+
+def _explicit(weights_of: Callable[..., Weights], null_logit: Callable | None = None) -> Callable:
+    """The attention function of a kernel that is given by its weights as a function of scores.
+
+    `null_logit(module, query, scaling)` gives the second argument of `weights_of` if it takes one.
+    """
+
+    def attention(
+        module, query: Queries, key: Keys, value: Keys, attention_mask=None, scaling=None, **_
+    ) -> tuple[Outputs, Weights]:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        more = () if null_logit is None else (null_logit(module, query, scaling),)
+        weights = weights_of(scores_and_mask(query, key, attention_mask, scaling), *more)
+        return _attend(weights, value), weights
+
+    attention.__doc__ = (null_logit or weights_of).__doc__
+    return attention
+
+
+@kernel("softmax")
 def softmax_attention(
     module, query: Queries, key: Keys, value: Keys, attention_mask=None, scaling=None, **_
 ) -> tuple[Outputs, None]:
@@ -46,6 +102,7 @@ def softmax_attention(
     return output.transpose(1, 2), None
 
 
+@kernel_of_weights("relu")
 def relu_weights(scores: Weights) -> Weights:
     """ReLU attention: `A[n, i] = relu(S[n, i]) / (n + 1)`, with no renormalisation.
 
@@ -56,6 +113,7 @@ def relu_weights(scores: Weights) -> Weights:
     return scores.relu() / _visible_keys(scores)
 
 
+@kernel_of_weights("sigmoid")
 def sigmoid_weights(scores: Weights) -> Weights:
     """Sigmoid attention: `A[n, i] = sigmoid(S[n, i] - log(n + 1))`, with no renormalisation.
 
@@ -66,6 +124,7 @@ def sigmoid_weights(scores: Weights) -> Weights:
     return torch.sigmoid(scores - _visible_keys(scores).log())
 
 
+@kernel_of_weights("softpick")
 def softpick_weights(scores: Weights) -> Weights:
     """Softpick: `A = relu(e^S - 1) / (sum |e^S - 1| + 1e-6)`.
 
@@ -78,6 +137,7 @@ def softpick_weights(scores: Weights) -> Weights:
     return excess.relu() / (excess.abs().sum(dim=-1, keepdim=True) + 1e-6)
 
 
+@kernel_of_weights("clipped-softmax")
 def clipped_softmax_weights(scores: Weights, alpha: float = 4.0) -> Weights:
     """Clipped softmax: `A = clip((1 - g) softmax(S) + g, 0, 1)`, `g = -alpha / T`.
 
@@ -88,6 +148,7 @@ def clipped_softmax_weights(scores: Weights, alpha: float = 4.0) -> Weights:
     return ((1 - gamma) * softmax_weights(scores) + gamma).clamp(0.0, 1.0)
 
 
+@kernel_of_weights("softmax-1")
 def null_slot_weights(scores: Weights, null_logit: NullLogits = 0.0) -> Weights:
     """Softmax over the keys and a null slot: `A[n, i] = e^S[n, i] / (e^b + sum_j e^S[n, j])`.
 
@@ -99,11 +160,13 @@ def null_slot_weights(scores: Weights, null_logit: NullLogits = 0.0) -> Weights:
     return torch.cat([scores, slot], dim=-1).softmax(dim=-1)[..., :-1]
 
 
+@kernel_of_null_logit("sink-logit")
 def sink_logit(module, query: Queries, scaling: float) -> Float[Tensor, "head 1 1"]:
     """The learned sink logit: `b_h`, one number for each head. Source: OpenAI's gpt-oss."""
     return module.null_slot_speed * module.null_logit[:, None, None]
 
 
+@kernel_of_null_logit("key-bias")
 def key_bias_logit(module, query: Queries, scaling: float) -> Float[Tensor, "batch head query 1"]:
     """The logit of a learned key whose value is zero: `scaling * q . k*_h`.
 
@@ -113,6 +176,7 @@ def key_bias_logit(module, query: Queries, scaling: float) -> Float[Tensor, "bat
     return module.null_slot_speed * scaling * query @ module.null_key[:, :, None]
 
 
+@kernel("differential")
 def differential_attention(
     module, query: Queries, key: Keys, value: Keys, attention_mask=None, scaling=None, **_
 ) -> tuple[Outputs, Weights]:
@@ -155,24 +219,6 @@ def scores_and_mask(query: Queries, key: Keys, attention_mask, scaling) -> Weigh
     return scores.masked_fill(hidden, float("-inf"))
 
 
-def explicit(weights_of: Callable[..., Weights], null_logit: Callable | None = None) -> Callable:
-    """The attention function of a kernel that is given by its weights as a function of scores.
-
-    `null_logit(module, query, scaling)` gives the second argument of `weights_of` if it takes one.
-    """
-
-    def attention(
-        module, query: Queries, key: Keys, value: Keys, attention_mask=None, scaling=None, **_
-    ) -> tuple[Outputs, Weights]:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        more = () if null_logit is None else (null_logit(module, query, scaling),)
-        weights = weights_of(scores_and_mask(query, key, attention_mask, scaling), *more)
-        return _attend(weights, value), weights
-
-    attention.__doc__ = (null_logit or weights_of).__doc__
-    return attention
-
-
 def _attend(weights: Weights, value: Keys) -> Outputs:
     value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
     return (weights @ value).transpose(1, 2)
@@ -182,18 +228,6 @@ def _visible_keys(scores: Weights) -> Int[Tensor, "*batch query 1"]:
     # At least 1: a row of padding may see none, and has to stay finite.
     return (~scores.isneginf()).sum(dim=-1, keepdim=True).clamp(min=1)
 
-
-KERNELS: dict[str, Callable] = {
-    "softmax": softmax_attention,
-    "relu": explicit(relu_weights),
-    "sigmoid": explicit(sigmoid_weights),
-    "softmax-1": explicit(null_slot_weights),
-    "sink-logit": explicit(null_slot_weights, sink_logit),
-    "key-bias": explicit(null_slot_weights, key_bias_logit),
-    "softpick": explicit(softpick_weights),
-    "clipped-softmax": explicit(clipped_softmax_weights),
-    "differential": differential_attention,
-}
 
 # What a kernel learns besides W_Q, W_K, W_V and W_O, by name, with its first values: a function
 # of the number of heads, their width, and the layer.

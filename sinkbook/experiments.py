@@ -284,7 +284,11 @@ def league(profile: str, seed: int = 0, *, layers: int) -> dict[str, list[Traini
     In `quick` the language has 32 characters, as in `variation`, and two seeds have to do.
     """
     base = _league_base(profile, seed, layers)
-    count = 2 if check_profile(profile) == "quick" else sizes(profile).seeds
+    return under_mitigations(base, 2 if check_profile(profile) == "quick" else sizes(profile).seeds)
+
+
+def under_mitigations(base: TrainingConfig, count: int) -> dict[str, list[TrainingConfig]]:
+    """A training under every mitigation of the registry, with `count` seeds, by its name there."""
     return {name: seeds_of(m.applied_to(base), count) for name, m in MITIGATIONS.items()}
 
 
@@ -308,13 +312,20 @@ def null_slots(profile: str, seed: int = 0) -> dict[str, dict[str, list[Training
 
     Those of "as it is" are in `league`. The slot of softmax-1 learns nothing and has no speed.
     """
+    return under_slot_controls(league(profile, seed, layers=1))
+
+
+def under_slot_controls(
+    groups: dict[str, list[TrainingConfig]],
+) -> dict[str, dict[str, list[TrainingConfig]]]:
+    """Those of a league's trainings that have a null slot, under each of `SLOT_CONTROLS`."""
     names = [name for name, m in MITIGATIONS.items() if m.family == "null slot"]
     found: dict[str, dict[str, list[TrainingConfig]]] = {}
     for control, changes in SLOT_CONTROLS.items():
         change = Mitigation(control, "control", "", **changes)
         found[control] = {
             name: [change.applied_to(config) for config in configs]
-            for name, configs in league(profile, seed, layers=1).items()
+            for name, configs in groups.items()
             if name in names and not (name == "softmax-1" and "model" in changes)
         }
     return found

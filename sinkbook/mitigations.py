@@ -1,8 +1,8 @@
 """Every known way of being rid of extreme tokens, by name: what it changes in a training.
 
 `MITIGATIONS` is the registry of the league table. A mitigation is a few changes to the configs of
-task, model and training; adding one that needs a new kernel is one function in `attention.py`, and
-a line in the registries there and here.
+task, model and training: adding one is a line here, and a function in `attention.py` if it needs a
+new kernel.
 """
 
 from dataclasses import dataclass, field, replace
@@ -108,5 +108,8 @@ MITIGATIONS: dict[str, Mitigation] = {
     ),
     "orthoadam": Mitigation(
         "OrthoAdam", "optimizer", "Kaul et al., 2410.17174", training={"optimizer": "orthoadam"}
+    ),
+    "soap": Mitigation(
+        "SOAP", "optimizer", "Vyas et al., 2409.11321", training={"optimizer": "soap"}
     ),
 }

@@ -7,6 +7,7 @@ arXiv 2410.13835.
 from functools import cache, partial
 
 import torch
+from pytorch_optimizer import SOAP
 from torch import Tensor
 
 
@@ -39,6 +40,21 @@ def _rmsprop(parameters, config, alpha: float = 0.99) -> torch.optim.Optimizer:
     )
 
 
+def _soap(parameters, config) -> torch.optim.Optimizer:
+    """AdamW in the eigenbases of Shampoo's statistics, for every dimension of every matrix.
+
+    Source: Vyas et al. (arXiv 2409.11321). Betas are those of our AdamW, so that the basis is what
+    differs; it is renewed every ten steps, as in the source.
+    """
+    return SOAP(
+        parameters,
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=config.weight_decay,
+        precondition_frequency=10,
+    )
+
+
 class _MuonAndAdamW:
     """Muon for the matrices inside the layers and AdamW for the rest, as Muon is meant to be used.
 
@@ -58,10 +74,12 @@ class _MuonAndAdamW:
         )
         self.parts = (muon, _adamw(rest, config))
 
-    @property
-    def state(self) -> dict[Tensor, dict[str, Tensor]]:
-        groups = ((part, group) for part in self.parts for group in part.param_groups)
-        return {p: part.state[p] for part, group in groups for p in group["params"]}
+    def state_dict(self) -> dict[str, list[dict]]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict[str, list[dict]]) -> None:
+        for part, kept in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(kept)
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -116,7 +134,8 @@ OPTIMIZERS = {
     "signsgd": partial(_rmsprop, alpha=0.0),  # the mean square is the last square: step * sign(g)
     "muon": _MuonAndAdamW,
     "orthoadam": partial(_adamw, made=_OrthoAdam),
+    "soap": _soap,
 }
 
 # Those that take a parameter for a matrix: stacked runs are none.
-MATRIX_OPTIMIZERS = ("muon", "orthoadam")
+MATRIX_OPTIMIZERS = ("muon", "orthoadam", "soap")

@@ -6,26 +6,75 @@ device, date, duration and the command that makes it again as attributes. It is 
 """
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from sinkbook import page, store
+from sinkbook import league, page, store
 from sinkbook.errors import SinkbookError
-from sinkbook.experiments import one_layer
-from sinkbook.runs import TrainingConfig
+from sinkbook.experiments import (
+    one_layer,
+    three_layers,
+    train_groups,
+    train_sweep,
+    under_mitigations,
+    under_slot_controls,
+)
+from sinkbook.mitigations import MITIGATIONS
 from sinkbook.training import train
 
-_PAPER = replace(one_layer("paper")[0], evaluation_size=64)
 
-RECORDS: dict[str, TrainingConfig] = {
-    # The paper's width, length and optimizer on two CPU cores, with a quarter of its batch.
-    "one-layer-batch-128": replace(_PAPER, batch_size=128, steps=1_000),
-    # The same with the paper's batch, as far as it gets in the same time.
-    "one-layer-batch-512": replace(_PAPER, batch_size=512, steps=300),
+def _one_layer(batch_size: int, steps: int) -> xr.Dataset:
+    """The paper's one-layer run on two CPU cores: its width, length and optimizer."""
+    (config, *_) = one_layer("paper")
+    run = train(replace(config, batch_size=batch_size, steps=steps, evaluation_size=64))
+    return run.measurements.assign_attrs(
+        _provenance(asdict(run.config), run.facts, run.seconds), seed=run.config.seed
+    )
+
+
+def _league(seeds: int = 5) -> xr.Dataset:
+    """The league table at the size of chapter 05's three layers, in one layer and in three.
+
+    `destinations` are those of `league.destinations`, its mitigations along `slot`.
+    """
+    (deep, *_) = three_layers("quick")
+    bases = {1: replace(deep, model=replace(deep.model, layers=1)), 3: deep}
+    configs = {layers: under_mitigations(base, seeds) for layers, base in bases.items()}
+    runs = {layers: train_groups(groups) for layers, groups in configs.items()}
+    slots = train_sweep(under_slot_controls(configs[1]))
+    where = league.destinations(slots).rename(mitigation="slot")
+    found = league.depths({layers: league.table(of_depth) for layers, of_depth in runs.items()})
+    groups = [group for inner in (*runs.values(), *slots.values()) for group in inner.values()]
+    trained = {run.config: run for group in groups for run in group}
+    facts = runs[1]["softmax"][0].facts
+    config = {"base": asdict(deep), "layers": list(bases), "mitigations": list(MITIGATIONS)}
+    return found.assign(destinations=where.assign_coords(seed=found.seed)).assign_attrs(
+        _provenance(config, facts, sum(run.seconds for run in trained.values()))
+    )
+
+
+def _provenance(config: dict, facts: dict, seconds: float) -> dict:
+    return {
+        "config": json.dumps(config),
+        "versions": json.dumps(facts["versions"]),
+        "device": facts["device"],
+        "date": facts["date"],
+        "seconds": round(seconds),
+    }
+
+
+RECORDS: dict[str, Callable[[], xr.Dataset]] = {
+    # A quarter of the paper's batch.
+    "one-layer-batch-128": partial(_one_layer, batch_size=128, steps=1_000),
+    # The paper's batch, as far as it gets in the same time.
+    "one-layer-batch-512": partial(_one_layer, batch_size=512, steps=300),
+    "league": _league,
 }
 
 
@@ -45,22 +94,12 @@ def path_of(name: str) -> Path:
 
 
 def make(name: str) -> Path:
-    """Train a record's run, or go on where an interrupted one stopped, and write the record."""
+    """Train a record's runs, or go on where an interrupted one stopped, and write the record."""
     path = path_of(name)
-    run = train(RECORDS[name])
-    measurements = run.measurements.astype(np.float32)
-    measurements.attrs = {
-        "record": name,
-        "command": f"sinkbook record {name}",
-        "config": json.dumps(run.facts["config"]),
-        "seed": run.config.seed,
-        "versions": json.dumps(run.facts["versions"]),
-        "device": run.facts["device"],
-        "date": run.facts["date"],
-        "seconds": round(run.seconds),
-    }
+    measured = RECORDS[name]().assign_attrs(record=name, command=f"sinkbook record {name}")
+    numbers = {n: v.astype(np.float32) for n, v in measured.data_vars.items()}
     path.parent.mkdir(exist_ok=True)
-    store.write(path, lambda part: measurements.to_netcdf(part, engine="h5netcdf"))
+    store.write(path, lambda part: measured.assign(numbers).to_netcdf(part, engine="h5netcdf"))
     return path
 
 

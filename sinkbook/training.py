@@ -160,7 +160,7 @@ class _Unfinished:
     config: TrainingConfig
     step: int
     weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # by parameter and name; one of bytes for MATRIX_OPTIMIZERS
     measurements: list[xr.Dataset]
     seconds: float
 
@@ -210,11 +210,8 @@ class _Program:
             self.model.load_state_dict(self.weights)
             self.weights = dict(self.model.named_parameters())
         self.optimizer = OPTIMIZERS[self.config.optimizer](self.weights.values(), self.config)
-        for name, key in [n.rsplit("/", 1) for n in runs[0].optimizer]:
-            tensors = [run.optimizer[f"{name}/{key}"] for run in runs]
-            # The step count is one scalar for a whole tensor, stacked or not.
-            joined = tensors[0].clone() if tensors[0].ndim == 0 else self._join(tensors)
-            self.optimizer.state[self.weights[name]][key] = joined
+        if runs[0].optimizer:
+            self._restore_optimizer()
 
     def run(self, checkpoint_seconds: float) -> None:
         """Train from the runs' step to the end, measuring and checkpointing on the way."""
@@ -303,7 +300,24 @@ class _Program:
     def _weights_of(self, run: int) -> dict[str, Tensor]:
         return {name: self._part(tensor, run) for name, tensor in self.weights.items()}
 
+    def _restore_optimizer(self) -> None:
+        kept = [run.optimizer for run in self.runs]
+        if self.config.optimizer in MATRIX_OPTIMIZERS:
+            whole = io.BytesIO(kept[0]["whole"].cpu().numpy().tobytes())
+            self.optimizer.load_state_dict(torch.load(whole, map_location=self.device))
+            return
+        for name, key in [n.rsplit("/", 1) for n in kept[0]]:
+            tensors = [of_run[f"{name}/{key}"] for of_run in kept]
+            # The step count is one scalar for a whole tensor, stacked or not.
+            joined = tensors[0].clone() if tensors[0].ndim == 0 else self._join(tensors)
+            self.optimizer.state[self.weights[name]][key] = joined
+
     def _optimizer_of(self, run: int) -> dict[str, Tensor]:
+        if self.config.optimizer in MATRIX_OPTIMIZERS:
+            # Their state may be lists and numbers, and is that of one run.
+            whole = io.BytesIO()
+            torch.save(self.optimizer.state_dict(), whole)
+            return {"whole": torch.frombuffer(bytearray(whole.getvalue()), dtype=torch.uint8)}
         return {
             f"{name}/{key}": value if value.ndim == 0 else self._part(value, run)
             for name, weight in self.weights.items()

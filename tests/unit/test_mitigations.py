@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from sinkbook import attention, measure
-from sinkbook.attention import explicit
 from sinkbook.errors import SinkbookError
 from sinkbook.maps import attention_weights
 from sinkbook.mitigations import FAMILIES, MITIGATIONS, Mitigation
@@ -46,12 +45,14 @@ def test_no_two_mitigations_are_the_same_and_none_but_softmax_is_the_default():
     assert {mitigation.family for mitigation in MITIGATIONS.values()} == set(FAMILIES)
 
 
-def test_another_mitigation_is_a_function_and_its_names(monkeypatch):
+def test_another_mitigation_is_a_function_and_a_line(monkeypatch):
+    monkeypatch.setitem(attention.KERNELS, "cubic", None)  # and out again after the test
+
+    @attention.kernel_of_weights("cubic")
     def cubic_weights(scores):
         """`A = relu(S)^3`."""
         return scores.relu() ** 3
 
-    monkeypatch.setitem(attention.KERNELS, "cubic", explicit(cubic_weights))
     cubic = Mitigation("cubic", "no normalisation", "this test", {"attention": "cubic"})
     monkeypatch.setitem(MITIGATIONS, "cubic", cubic)
     run = train(MITIGATIONS["cubic"].applied_to(BASE))

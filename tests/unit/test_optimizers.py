@@ -15,10 +15,10 @@ class Settings:
     weight_decay: float = 0.1
 
 
-def steps(name, start, gradient, count=5):
+def steps(name, start, gradient, count=5, weight_decay=0.1):
     """A parameter after some steps with gradients that depend on where it is."""
     parameter = start.clone().requires_grad_()
-    made = OPTIMIZERS[name]([parameter], Settings())
+    made = OPTIMIZERS[name]([parameter], Settings(weight_decay=weight_decay))
     for _ in range(count):
         made.zero_grad()
         parameter.grad = gradient(parameter.detach())
@@ -48,3 +48,21 @@ def test_bases_are_orthogonal_and_differ_between_parameters():
     first, second = optimizers._basis(7, 0, 0), optimizers._basis(7, 1, 0)
     torch.testing.assert_close(first @ first.T, torch.eye(7), atol=1e-6, rtol=0)
     assert (first - second).abs().max() > 0.1
+
+
+def test_soap_turns_with_the_basis_and_adamw_does_not():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 4), torch.randn(30, 4, 4)
+    basis = optimizers._basis(4, 0, 0)
+    for name, turns in (("soap", True), ("adamw", False)):
+        given, turned = iter(gradients), iter(basis @ gradients)
+        plain = steps(name, start, lambda x, given=given: next(given), count=30)
+        found = steps(name, basis @ start, lambda x, turned=turned: next(turned), count=30)
+        assert torch.allclose(found, basis @ plain, atol=1e-4) == turns
+
+
+def test_soap_on_a_vector_is_adamw_one_step_later():
+    start, target = torch.randn(6), torch.randn(6)
+    found = steps("soap", start, lambda x: x - target, count=6, weight_decay=0.0)
+    expected = steps("adamw", start, lambda x: x - target, count=5, weight_decay=0.0)
+    torch.testing.assert_close(found, expected)

@@ -342,3 +342,15 @@ def test_facts_tell_versions_device_and_time(unbroken):
     assert unbroken.facts["config"]["seed"] == TINY.seed
     assert 0 < unbroken.seconds < 60
     assert time.strptime(unbroken.facts["date"], "%Y-%m-%dT%H:%M:%S%z")
+
+
+@pytest.mark.parametrize("optimizer", MATRIX_OPTIMIZERS)
+def test_an_interrupted_run_of_a_matrix_optimizer_ends_as_an_unbroken_one(optimizer, monkeypatch):
+    config = replace(TINY, optimizer=optimizer)
+    unbroken = train(config)
+    shutil.rmtree(store.runs_folder())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, checkpoint_seconds=0.0)
+    assert_same_run(train(config), unbroken)
