@@ -131,7 +131,7 @@ def load(
     device = _device(device)
     path = Path(name).expanduser()
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    with _quiet():
+    with quiet():
         if name in KNOWN:
             source, card = prepared(name), KNOWN[name].card
             if (source / GGUF_FILE).exists():
@@ -292,7 +292,7 @@ def _unknown(name: str, where: str = "") -> SinkbookError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep notices and progress bars off stderr while a model loads; failures are raised.
 
     On a terminal the bars stay: a download of many gigabytes should show that it moves.

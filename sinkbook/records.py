@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from sinkbook import league, page, store
+from sinkbook import league, page, small_llama, store
 from sinkbook.errors import SinkbookError
 from sinkbook.experiments import (
     one_layer,
@@ -59,6 +59,21 @@ def _league(seeds: int = 5) -> xr.Dataset:
     )
 
 
+def _levers() -> xr.Dataset:
+    """Short pretrainings of a Llama-style model, one lever at a time."""
+    found = small_llama.sweep()
+    config = {"base": asdict(small_llama.SmallLlama()), "levers": small_llama.LEVERS}
+    return found.assign_attrs(_provenance(config, page.provenance(), found.seconds.sum().item()))
+
+
+def _small_llama() -> xr.Dataset:
+    """The longer pretraining under the best lever of the record of short ones."""
+    config = small_llama.long_run(load("small-llama-levers"))
+    seconds = small_llama.pretrain(config)
+    facts = _provenance(asdict(config), page.provenance(), seconds)
+    return small_llama.measure(config).assign_attrs(facts, seed=config.seed)
+
+
 def _provenance(config: dict, facts: dict, seconds: float) -> dict:
     return {
         "config": json.dumps(config),
@@ -75,6 +90,8 @@ RECORDS: dict[str, Callable[[], xr.Dataset]] = {
     # The paper's batch, as far as it gets in the same time.
     "one-layer-batch-512": partial(_one_layer, batch_size=512, steps=300),
     "league": _league,
+    "small-llama-levers": _levers,
+    "small-llama": _small_llama,
 }
 
 
