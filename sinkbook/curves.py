@@ -178,16 +178,17 @@ def fitted(
 
 
 def against(
-    ours: Float[xr.DataArray, " step"],
+    ours: dict[str, Float[xr.DataArray, " step"]],
     theirs: Float[xr.DataArray, " step"],
     ax: Axes | None = None,
     *,
     ylabel: str,
     colour: str,
 ) -> Axes:
-    """A curve of ours as a line, the paper's as dots."""
+    """Curves of ours by label, as a full, a dashed and a dotted line, and the paper's as dots."""
     ax = axes_or_new(ax)
-    ax.plot(ours.step, ours, color=colour, label="ours")
+    for (label, curve), style in zip(ours.items(), ("-", "--", ":"), strict=False):
+        ax.plot(curve.step, curve, style, color=colour, label=label)
     ax.plot(theirs.step, theirs, "o", color="black", ms=4.5, mfc="white", label="paper")
     ax.set(xlabel="training step", ylabel=ylabel)
     ax.legend()

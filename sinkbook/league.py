@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from sinkbook import growth, probe
@@ -333,6 +334,19 @@ def worst_layer(standings: xr.Dataset, column: str) -> Float[xr.DataArray, "miti
     how = CRITERIA[column][1]
     values = abs(standings[column])
     return getattr(values, how)([d for d in values.dims if "layer" in d]) if how else values
+
+
+def agreement(standings: xr.Dataset, others: xr.Dataset) -> pd.Series:
+    """How alike two tables order the mitigations: Spearman's rank correlation by criterion.
+
+    Of means over seeds, in the worst layer of each training, of the mitigations in both.
+    """
+    common = [name for name in standings.mitigation.values if name in others.mitigation]
+    found = {}
+    for column, (label, _) in CRITERIA.items():
+        means = [worst_layer(of, column).mean("seed") for of in (standings, others)]
+        found[label] = spearmanr(*(mean.sel(mitigation=common) for mean in means)).statistic
+    return pd.Series(found, name="rank correlation")
 
 
 def ranking(standings: xr.Dataset) -> pd.DataFrame:

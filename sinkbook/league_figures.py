@@ -168,16 +168,21 @@ def mitigation_rows(
     xlabel: str,
     names: bool = True,
     log: bool = False,
+    over: Float[xr.DataArray, "mitigation other_seed"] | None = None,
 ) -> Axes:
     """One row a mitigation in the order of `values`: a dot for every seed, a line at the control.
 
-    `values` carries the coordinates `label` and `family`.
+    `values` carries the coordinates `label` and `family`. The mean of `over`, of other trainings of
+    the same mitigations, is laid over the dots as a hollow diamond.
     """
     ax = axes_or_new(ax, figsize=(5, 6))
     for row, name in enumerate(values.mitigation.values):
         seeds = values.sel(mitigation=name)
         colour = FAMILY_COLOURS[seeds.family.item()]
         ax.plot(seeds, np.full(seeds.size, row), "o", color=colour, ms=4, alpha=0.8)
+        if over is not None:
+            other = over.sel(mitigation=name).mean().item()
+            ax.plot(other, row, "D", color="black", mfc="none", mew=0.9, ms=5.5)
     if "softmax" in values.mitigation:
         control = values.sel(mitigation="softmax").mean().item()
         ax.axvline(control, color=OTHER, lw=0.9, ls="--")
@@ -196,18 +201,26 @@ def mitigation_rows(
     return ax
 
 
-def league_board(standings: xr.Dataset, *, order: list[str]) -> list[Axes]:
+def league_board(
+    standings: xr.Dataset, *, order: list[str], over: xr.Dataset | None = None
+) -> list[Axes]:
     """The criteria of the league table side by side, a row for each mitigation in `order`.
 
-    `order` holds labels, the best first. A dashed line marks softmax.
+    `order` holds labels, the best first. A dashed line marks softmax. The means of another table
+    are laid `over` it; steps are then left out, since those of two sizes cannot be compared.
     """
-    by_label = standings.swap_dims(mitigation="label").sel(label=order)
-    _, panels = plt.subplots(1, len(CRITERIA), figsize=(9, 5.2))
-    for panel, (column, (label, _)) in zip(panels, CRITERIA.items(), strict=True):
-        values = worst_layer(by_label, column).swap_dims(label="mitigation")
-        log = column in ("value_ratio", "peak_ratio", "kurtosis_text", "int8_error")
-        label = label.replace(" ", "\n", 1)
-        mitigation_rows(values, panel, xlabel=label, names=panel is panels[0], log=log)
+    names = standings.swap_dims(mitigation="label").mitigation.sel(label=order).values
+    columns = [c for c in CRITERIA if over is None or c != "steps_to_loss"]
+    _, panels = plt.subplots(1, len(columns), figsize=(9, 5.2))
+    for panel, column in zip(panels, columns, strict=True):
+        mitigation_rows(
+            worst_layer(standings, column).sel(mitigation=names),
+            panel,
+            xlabel=CRITERIA[column][0].replace(" ", "\n", 1),
+            names=panel is panels[0],
+            log=column in ("value_ratio", "peak_ratio", "kurtosis_text", "int8_error"),
+            over=None if over is None else worst_layer(over, column),
+        )
         panel.tick_params(axis="x", labelsize=7)
     return list(panels)
 

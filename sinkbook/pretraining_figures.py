@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 from sinkbook.curves import over_training
+from sinkbook.extremes import residual_ratio
 from sinkbook.figures import DRAIN, OTHER, PEAK, SINK, TRIGGER, axes_or_new
 from sinkbook.fits import Plateau
 from sinkbook.pretraining import Pretraining, follow_induction_head
+from sinkbook.small_llama import strongest_sink
 
 COPYING = TRIGGER
 
@@ -169,4 +171,50 @@ def beside_olmo(head: xr.Dataset, olmo: xr.Dataset) -> list[Axes]:
             axes[row, column].set_ylim(min(0, axes[row, column].get_ylim()[0]), None)
     axes[0, 0].set_ylabel("ours")
     axes[1, 0].set_ylabel("paper, OLMo-7B")
+    return list(axes.flat)
+
+
+def levers(ends: xr.Dataset) -> list[Axes]:
+    """Three panels with a row for each lever: strongest sink, highest peak, loss by domain.
+
+    `ends` is what `small_llama.sweep` gives.
+    """
+    _, panels = plt.subplots(1, 3, figsize=(7.6, 2.6), sharey=True)
+    rows = np.arange(ends.sizes["lever"])
+    peak = residual_ratio(ends).mean(["domain", "text"]).max("residual_layer")
+    panels[0].plot(strongest_sink(ends), rows, "o", color=SINK)
+    panels[1].plot(peak, rows, "o", color=PEAK)
+    for domain, marker in zip(ends.domain.values, "os", strict=False):
+        loss = ends.loss.sel(domain=domain).mean("text")
+        panels[2].plot(loss, rows, marker, color=OTHER, mfc="none", label=domain)
+    panels[2].legend(fontsize=8)
+    labels = ("strongest sink", "highest peak", "loss (nats)")
+    for panel, label in zip(panels, labels, strict=True):
+        panel.set(xlabel=label)
+        panel.grid(axis="y", alpha=0.25)
+    panels[0].set_yticks(rows, ends.lever.values, fontsize=8)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    panels[0].set_xlim(0, None)
+    panels[1].set_xlim(1, None)
+    return list(panels)
+
+
+def life_of_a_llama(head: xr.Dataset) -> list[Axes]:
+    """Six panels along training of what `small_llama.follow_strongest_head` found, by domain."""
+    quantities = {
+        "next-token loss (nats)": (head.loss, OTHER),
+        "attention on <s>": (head.sink_attention, SINK),
+        "sink logit": (head.sink_logit, SINK),
+        "value norm, <s> / others": (head.value_ratio, DRAIN),
+        "residual norm, <s> / others": (head.residual_ratio, PEAK),
+        "spread of sink logits, relative": (head.concentration, SINK),
+    }
+    _, axes = plt.subplots(2, 3, figsize=(8.4, 5.0))
+    for ax, (label, (values, colour)) in zip(axes.flat, quantities.items(), strict=True):
+        for domain, style in zip(head.domain.values, ("-", "--"), strict=True):
+            ax.plot(head.step, values.sel(domain=domain), style, color=colour, label=domain)
+        ax.set(xlabel="training step", ylabel=label, xlim=(0, None))
+        ax.xaxis.set_major_formatter(_short)
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].set_ylim(0, 1)
     return list(axes.flat)

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from sinkbook import corpora, page, store
+from sinkbook.extremes import concentration, residual_ratio, value_ratio
 from sinkbook.models import quiet
 from sinkbook.progress import progress
 from sinkbook.sweeps import choose_texts
@@ -64,7 +65,7 @@ class SmallLlama:
     def saved_steps(self) -> tuple[int, ...]:
         """The numbers of steps after which the model becomes a revision."""
         later = np.geomspace(self.steps / 40, self.steps, self.checkpoints).round().astype(int)
-        return (0, *np.unique(later).tolist())
+        return tuple(np.unique([0, *later]).tolist())
 
     @property
     def folder(self) -> Path:
@@ -259,6 +260,30 @@ def strongest_sink(measured: xr.Dataset) -> xr.DataArray:
     return measured.sink_attention.mean(["domain", "text"]).max(["layer", "head"])
 
 
+def follow_strongest_head(measured: xr.Dataset) -> xr.Dataset:
+    """The head with the strongest sink at the end of a pretraining, along `step`.
+
+    Means over texts, by domain: its `sink_attention`, `sink_logit`, `value_ratio` and
+    `concentration`; of the residual states the highest `residual_ratio` of all layers, and `loss`,
+    nats. `residual_ratio` compares the first token with the median of the others.
+    """
+    along = measured.swap_dims(revision="step")
+    attention = along.sink_attention.mean("text")
+    last = attention.isel(step=-1).mean("domain").transpose("layer", "head")
+    layer, head = np.unravel_index(last.values.argmax(), last.shape)
+    of_head = along.isel(layer=int(layer), head=int(head))
+    return xr.Dataset(
+        {
+            "sink_attention": of_head.sink_attention.mean("text"),
+            "sink_logit": of_head.sink_logit.mean("text"),
+            "value_ratio": value_ratio(of_head).mean("text"),
+            "concentration": of_head.groupby("domain").map(concentration),
+            "residual_ratio": residual_ratio(along).mean("text").max("residual_layer"),
+            "loss": along.loss.mean("text"),
+        }
+    )
+
+
 def sweep() -> xr.Dataset:
     """A short pretraining under each of `LEVERS`, one seed each: their ends, over `lever`.
 
@@ -272,7 +297,12 @@ def sweep() -> xr.Dataset:
     return xr.concat(ends, dim=xr.Variable("lever", list(LEVERS)), join="outer")
 
 
-def long_run(levers: xr.Dataset, steps: int = 6_000, checkpoints: int = 24) -> SmallLlama:
-    """The longer pretraining, under the lever with the strongest sink at the end of `sweep`."""
-    best = str(levers.lever[int(strongest_sink(levers).argmax())].item())
-    return replace(SmallLlama(), steps=steps, checkpoints=checkpoints, **LEVERS[best])
+def best_lever(levers: xr.Dataset) -> str:
+    """The lever with the strongest sink at the end of `sweep`."""
+    return str(levers.lever[int(strongest_sink(levers).argmax())].item())
+
+
+def long_run(levers: xr.Dataset, steps: int = 4_000, checkpoints: int = 24) -> SmallLlama:
+    """The longer pretraining, under the best lever of `sweep`."""
+    changes = LEVERS[best_lever(levers)]
+    return replace(SmallLlama(), steps=steps, checkpoints=checkpoints, **changes)
