@@ -233,7 +233,7 @@ def record(
 
     if name is None:
         for known in records.RECORDS:
-            print(f"{known}: {'made' if records.path_of(known).exists() else 'not made yet'}")
+            print(records.about(known))
     else:
         print(records.make(name))
 

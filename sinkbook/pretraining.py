@@ -1,9 +1,9 @@
 """A pretraining small enough to watch: a character-level language model on real Shakespeare.
 
-Half of its texts repeat their first half. There a head that finds what came before (an induction
-head) is worth a lot; in the other half there is nothing to find. So the model has a head that is
-active on some texts and has to be dormant on others, as heads of large models are (arXiv
-2410.13835, section 3.1), and one can see when it learns which.
+Half of its texts repeat their first half. There a head that copies what came half a text before is
+worth a lot; in the other half there is nothing to copy. So the model has a head that is active on
+some texts and has to be dormant on others, as heads of large models are (arXiv 2410.13835, section
+3.1), and one can see when it learns which.
 """
 
 import hashlib
@@ -157,7 +157,7 @@ def measure_pretraining(model: Transformer, characters: Characters) -> xr.Datase
     The variables of `extremes.measure_checkpoint`, means over texts, with a dimension `kind`. Also:
 
     - `second_half_loss`: mean next-token loss there, nats, over (kind).
-    - `induction`: mean attention, on repeated texts, on the token after the one that was the same
+    - `copying`: mean attention, on repeated texts, on the token after the one that was the same
       half a text ago, over (layer, head).
     - `concentration`: that of the logits from 64 random queries to the beginnings of four plain
       texts (see `extremes.concentration`), over (layer, head).
@@ -180,7 +180,7 @@ def measure_pretraining(model: Transformer, characters: Characters) -> xr.Datase
     layers = [attention_weights(model, tokens, layer=i) for i in range(model.config.layers)]
     scores = torch.stack([w[:, :, queries, queries - half + 1].mean((0, 2)) for w in layers])
     return xr.concat(found, dim=kinds).assign(
-        induction=(("layer", "head"), scores.cpu().numpy()),
+        copying=(("layer", "head"), scores.cpu().numpy()),
         concentration=concentration(logits),
     )
 
@@ -260,22 +260,22 @@ def _train(config: PretrainingConfig, device: str) -> None:
 # --- The head that learns to be dormant ------------------------------------------------------
 
 
-def induction_head(run: Pretraining) -> tuple[int, int]:
-    """Layer and head with the highest induction score at the end of a run."""
-    scores = run.measurements.induction.isel(step=-1).transpose("layer", "head").values
+def copying_head(run: Pretraining) -> tuple[int, int]:
+    """Layer and head with the highest copying score at the end of a run."""
+    scores = run.measurements.copying.isel(step=-1).transpose("layer", "head").values
     layer, head = np.unravel_index(scores.argmax(), scores.shape)
     return int(layer), int(head)
 
 
-def follow_induction_head(runs: list[Pretraining]) -> xr.Dataset:
-    """The variables of each run's induction head, over (seed, step), and (kind) where it matters.
+def follow_copying_head(runs: list[Pretraining]) -> xr.Dataset:
+    """The variables of each run's copying head, over (seed, step), and (kind) where it matters.
 
-    The head is chosen by its induction score on repeated texts alone. Residual states are those
+    The head is chosen by its copying score on repeated texts alone. Residual states are those
     that its layer reads. `value_ratio` and `residual_ratio` compare `<s>` with other tokens.
     """
     found = []
     for run in runs:
-        layer, head = induction_head(run)
+        layer, head = copying_head(run)
         whole = run.measurements
         of_head = whole.isel(layer=layer, head=head, residual_layer=layer)
         found.append(

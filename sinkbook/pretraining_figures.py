@@ -14,7 +14,7 @@ from sinkbook.curves import over_training
 from sinkbook.extremes import residual_ratio
 from sinkbook.figures import DRAIN, OTHER, PEAK, SINK, TRIGGER, axes_or_new
 from sinkbook.fits import Plateau
-from sinkbook.pretraining import Pretraining, follow_induction_head
+from sinkbook.pretraining import Pretraining, follow_copying_head
 from sinkbook.small_llama import strongest_sink
 
 COPYING = TRIGGER
@@ -37,7 +37,7 @@ def every_head(runs: list[Pretraining], *, kind: str = "plain") -> list[Axes]:
 
 
 def life_of_a_head(head: xr.Dataset) -> list[Axes]:
-    """Six panels along training of what `pretraining.follow_induction_head` found.
+    """Six panels along training of what `pretraining.follow_copying_head` found.
 
     Means over seeds, and bands from the lowest seed to the highest.
     """
@@ -50,7 +50,7 @@ def life_of_a_head(head: xr.Dataset) -> list[Axes]:
                 "repeated": (repeated.second_half_loss, COPYING),
             },
         ),
-        ("copying score", {"copying": (head.induction, COPYING)}),
+        ("copying score", {"copying": (head.copying, COPYING)}),
         (
             "attention on <s>",
             {
@@ -80,12 +80,12 @@ def controls(runs: dict[str, list[Pretraining]]) -> list[Axes]:
     """
     _, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.1), sharex=True, sharey=True)
     for (name, group), colour in zip(runs.items(), CONTROLS, strict=False):
-        head = follow_induction_head(group)
+        head = follow_copying_head(group)
         bold = {"lw": 2.2 if colour == CONTROLS[0] else 1.3, "color": colour, "alpha": 0.85}
         for number in range(head.sizes["seed"]):
             one = head.isel(seed=number)
             label = name if number == 0 else None
-            left.plot(one.step, one.induction, label=label, **bold)
+            left.plot(one.step, one.copying, label=label, **bold)
             right.plot(one.step, one.sink_attention.sel(kind="plain"), **bold)
     left.set(xlabel="training step", ylabel="copying score", ylim=(0, 1))
     right.set(xlabel="training step", ylabel="attention on position 0, plain text")
@@ -152,7 +152,7 @@ def key_logits(
 def beside_olmo(head: xr.Dataset, olmo: xr.Dataset) -> list[Axes]:
     """Four quantities along training: on the left our head, on the right the paper's OLMo-7B.
 
-    `head` is what `pretraining.follow_induction_head` found, `olmo` what `records.paper_olmo` is.
+    `head` is what `pretraining.follow_copying_head` found, `olmo` what `records.paper_olmo` is.
     """
     plain = head.sel(kind="plain")
     rows = [

@@ -120,6 +120,15 @@ def make(name: str) -> Path:
     return path
 
 
+def about(name: str) -> str:
+    """One line on a record: when and on what it was made, and how long that took."""
+    if not path_of(name).exists():
+        return f"{name}: not made yet"
+    facts = load(name).attrs
+    minutes = facts["seconds"] / 60
+    return f"{name}: made {facts['date'][:10]} in {minutes:.0f} minutes on {facts['device']}"
+
+
 def load(name: str) -> xr.Dataset:
     """A record's measurements; `attrs` hold its provenance.
 

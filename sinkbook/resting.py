@@ -7,17 +7,17 @@ import xarray as xr
 
 from sinkbook.corpora import SYMBOLS
 from sinkbook.maps import attention_weights
-from sinkbook.pretraining import Characters, Pretraining, induction_head
+from sinkbook.pretraining import Characters, Pretraining, copying_head
 
 
 def attention_by_character(run: Pretraining) -> xr.Dataset:
-    """What a run's induction head looks at in plain held-out texts, over (character).
+    """What a run's copying head looks at in plain held-out texts, over (character).
 
     `attention` is the mean attention that queries of the second half give all keys of that
     character together; `share` is the character's share of the tokens. `<s>`, if the texts begin
     with it, is a character as well. They add up to 1.
     """
-    layer, head = induction_head(run)
+    layer, head = copying_head(run)
     characters = Characters(run.config)
     tokens = characters.held_out()["plain"][:, :-1]
     weights = attention_weights(run.model, tokens, layer=layer)[:, head, characters.half + 1 :]
@@ -41,7 +41,7 @@ def other_distances(runs: list[Pretraining]) -> xr.Dataset:
     """
     found = []
     for run in runs:
-        layer, head = induction_head(run)
+        layer, head = copying_head(run)
         characters = Characters(run.config)
         plain, half = characters.held_out()["plain"], characters.half
         starts = int(run.config.starts)

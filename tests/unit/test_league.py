@@ -150,6 +150,17 @@ def test_the_best_of_every_criterion_is_first():
     assert "control" not in relative.index
 
 
+def test_two_tables_agree_as_far_as_their_orders_do():
+    names = ["softmax", "relu", "muon", "sgd"]
+    rising = xr.DataArray([1.0, 2.0, 3.0, 4.0], {"mitigation": names}).expand_dims(seed=2)
+    table = xr.Dataset({column: rising for column in league.CRITERIA})
+    other = table.assign(sink_mass=-rising, peak_ratio=rising**3).isel(mitigation=[3, 1, 0])
+    agree = league.agreement(table, other)
+    assert agree["highest peak"] == agree["deepest drain"] == 1
+    assert agree["strongest sink"] == 1  # attention counts by its magnitude
+    assert league.agreement(table, other.assign(sink_mass=1 / rising))["strongest sink"] == -1
+
+
 def test_nothing_is_lost_on_the_way_to_the_files(standings, tmp_path):
     both = league.depths({1: standings.isel(layer=[0], residual_layer=[0, 1]), 2: standings})
     path = tmp_path / "league.nc"

@@ -74,8 +74,8 @@ def test_a_head_that_looks_back_half_a_text_less_one_scores_1(monkeypatch):
 
     monkeypatch.setattr(pretraining, "attention_weights", looking_back)
     found = pretraining.measure_pretraining(model, characters)
-    assert found.induction.sel(layer=1, head=1) == 1
-    assert (found.induction.sel(layer=0) < 0.5).all()
+    assert found.copying.sel(layer=1, head=1) == 1
+    assert (found.copying.sel(layer=0) < 0.5).all()
 
 
 def test_measurements_are_those_of_the_second_halves():
@@ -145,12 +145,12 @@ def test_a_changed_config_is_another_run(change):
     assert store.runs_folder() in TINY.folder.parents
 
 
-def test_the_followed_head_is_the_one_with_the_highest_induction_score():
+def test_the_followed_head_is_the_one_with_the_highest_copying_score():
     run = pretraining.pretrain(TINY)
-    scores = run.measurements.induction.isel(step=-1).values
-    layer, head = pretraining.induction_head(run)
+    scores = run.measurements.copying.isel(step=-1).values
+    layer, head = pretraining.copying_head(run)
     assert scores[layer, head] == scores.max()
-    followed = pretraining.follow_induction_head([run, run])
+    followed = pretraining.follow_copying_head([run, run])
     whole = run.measurements
     np.testing.assert_array_equal(
         followed.sink_attention.isel(seed=1).transpose("step", "kind"),
@@ -167,7 +167,7 @@ def test_attention_by_character_adds_up_and_is_that_of_the_weights():
     found = resting.attention_by_character(run)
     assert float(found.attention.sum()) == pytest.approx(1, abs=1e-5)
     assert float(found.share.sum()) == pytest.approx(1, abs=1e-5)
-    layer, head = pretraining.induction_head(run)
+    layer, head = pretraining.copying_head(run)
     tokens = Characters(TINY).held_out()["plain"][:, :-1]
     weights = attention_weights(run.model, tokens, layer=layer)[:, head, 9:]
     assert float(found.attention.sel(character="<s>")) == pytest.approx(
@@ -186,7 +186,7 @@ def test_at_the_distance_trained_on_the_two_ways_to_copy_look_at_the_same_token(
     usual = found.isel(distance=-1)
     np.testing.assert_allclose(usual.by_content, usual.by_place, rtol=1e-6)
     texts = Characters(TINY).held_out()["repeated"]
-    layer, head = pretraining.induction_head(run)
+    layer, head = pretraining.copying_head(run)
     weights = attention_weights(run.model, texts[:, :-1], layer=layer)[:, head]
     queries = torch.arange(12, 16)
     looking_back = weights[:, queries, queries - 7].mean().item()
