@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from sinkbook import league, page, small_llama, store
+from sinkbook import league, page, reemergence, small_llama, store
 from sinkbook.errors import SinkbookError
 from sinkbook.experiments import (
     one_layer,
@@ -92,6 +92,7 @@ RECORDS: dict[str, Callable[[], xr.Dataset]] = {
     "league": _league,
     "small-llama-levers": _levers,
     "small-llama": _small_llama,
+    "reemergence": reemergence.record,
 }
 
 

@@ -299,7 +299,7 @@ def sweep() -> xr.Dataset:
 
 def best_lever(levers: xr.Dataset) -> str:
     """The lever with the strongest sink at the end of `sweep`."""
-    return str(levers.lever[int(strongest_sink(levers).argmax())].item())
+    return str(levers.lever[int(strongest_sink(levers).values.argmax())].item())
 
 
 def long_run(levers: xr.Dataset, steps: int = 4_000, checkpoints: int = 24) -> SmallLlama:

@@ -37,7 +37,7 @@ def unit_writes(
     `weight` (batch, unit) is the component of the unit's weights along that write. Raises
     `SinkbookError` if the layer has no MLP that ends in a linear map, as mixtures of experts.
     """
-    projection = _down_projection(model, input_ids, layer)
+    projection = down_projection(model, input_ids, layer)
     runs: list[tuple[Tensor, Tensor]] = []
     with _heard(projection, lambda _, inputs, output: runs.append((inputs[0], output))):
         measure(model, input_ids, ("residual_norm",))
@@ -85,7 +85,7 @@ def cut_units(
         chosen[f"random {draw}"] = lambda count: generator.choice(
             order[count:], count, replace=False
         )
-    projection = _down_projection(model, input_ids, layer)
+    projection = down_projection(model, input_ids, layer)
     with kept(model) as outputs:
         whole = symptoms(model, input_ids)
     below = layer if can_resume(model, input_ids) else 0
@@ -115,7 +115,7 @@ def _without_units(units: Tensor, _projection, inputs: tuple) -> tuple:
     return (read, *inputs[1:])
 
 
-def _down_projection(model: nn.Module, input_ids: Tokens, layer: int) -> nn.Module:
+def down_projection(model: nn.Module, input_ids: Tokens, layer: int) -> nn.Module:
     """The linear map that an MLP runs last, if it is as wide as what the MLP writes."""
     found = layers(model)
     mlp = found[layer].mlp if 0 <= layer < len(found) else None
