@@ -112,6 +112,18 @@ def test_formulas_are_typeset_and_none_is_left_as_tex(visit, name):
 
 
 @pytest.mark.parametrize("name", PAGES)
+def test_no_start_token_strikes_the_page_out(pages, name):
+    html = (pages / "book" / f"{name}.html").read_text(encoding="utf-8")
+    assert "<s>" not in html and "<d>" not in html
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "api"])  # it names the role
+def test_no_role_is_left_as_text(pages, name):
+    html = (pages / "book" / f"{name}.html").read_text(encoding="utf-8")
+    assert "{glue:" not in html and "{doc}" not in html
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_every_image_says_what_it_shows(visit, name):
     assert visit(name, "wide")["unnamed"] == []
 
