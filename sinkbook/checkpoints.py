@@ -221,12 +221,8 @@ class _Job:
 def _measure(job: _Job) -> xr.Dataset:
     """The measurement of a job: from the store, or else made and kept there."""
     try:
-        with _one_model, store.locked(job.folder):
-            kept = store.sound_run(job.folder)
-            if kept is None:
-                _keep(job, _measure_now(job))
-                kept = store.load_run(job.folder)
-        _, result, _ = kept
+        with _one_model:
+            _, result, _ = store.finished(job.folder, lambda: _keep(job, _measure_now(job)))
         if job.free:
             _free(job)
         return result

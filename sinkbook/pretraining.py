@@ -200,12 +200,7 @@ def pretrain(config: PretrainingConfig, *, device: str = "auto") -> Pretraining:
     It trains in memory: one that is interrupted begins anew. `device` is "auto" (CUDA where there
     is one) or a device. Raises `SinkbookError` when the store cannot be written.
     """
-    with store.locked(config.folder):
-        kept = store.sound_run(config.folder)
-        if kept is None:
-            _train(config, device)
-            kept = store.load_run(config.folder)
-    weights, measurements, facts = kept
+    weights, measurements, facts = store.finished(config.folder, lambda: _train(config, device))
     model = Transformer(config.model)
     model.load_state_dict(weights)
     return Pretraining(config, model.eval().requires_grad_(False), measurements, facts["seconds"])

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from sinkbook import league, page, reemergence, small_llama, store
+from sinkbook import page, store
 from sinkbook.errors import SinkbookError
 from sinkbook.experiments import (
     one_layer,
@@ -27,6 +27,8 @@ from sinkbook.experiments import (
 )
 from sinkbook.mitigations import MITIGATIONS
 from sinkbook.training import train
+
+# What only makes records is imported there: chapters read them, and transformers takes seconds.
 
 
 def _one_layer(batch_size: int, steps: int) -> xr.Dataset:
@@ -43,6 +45,8 @@ def _league(seeds: int = 5) -> xr.Dataset:
 
     `destinations` are those of `league.destinations`, its mitigations along `slot`.
     """
+    from sinkbook import league
+
     (deep, *_) = three_layers("quick")
     bases = {1: replace(deep, model=replace(deep.model, layers=1)), 3: deep}
     configs = {layers: under_mitigations(base, seeds) for layers, base in bases.items()}
@@ -61,17 +65,30 @@ def _league(seeds: int = 5) -> xr.Dataset:
 
 def _levers() -> xr.Dataset:
     """Short pretrainings of a Llama-style model, one lever at a time."""
-    found = small_llama.sweep()
-    config = {"base": asdict(small_llama.SmallLlama()), "levers": small_llama.LEVERS}
-    return found.assign_attrs(_provenance(config, page.provenance(), found.seconds.sum().item()))
+    from sinkbook import small_llama
+
+    found, base = small_llama.sweep(), small_llama.SmallLlama()
+    config = {"base": asdict(base), "levers": small_llama.LEVERS}
+    facts = small_llama.pretrain(base)  # trained in the sweep
+    return found.assign_attrs(_provenance(config, facts, found.seconds.sum().item()))
 
 
 def _small_llama() -> xr.Dataset:
     """The longer pretraining under the best lever of the record of short ones."""
+    from sinkbook import small_llama
+
     config = small_llama.long_run(load("small-llama-levers"))
-    seconds = small_llama.pretrain(config)
-    facts = _provenance(asdict(config), page.provenance(), seconds)
-    return small_llama.measure(config).assign_attrs(facts, seed=config.seed)
+    facts = small_llama.pretrain(config)
+    return small_llama.measure(config).assign_attrs(
+        _provenance(asdict(config), facts, facts["seconds"]), seed=config.seed
+    )
+
+
+def _reemergence() -> xr.Dataset:
+    """Fine-tunings of SmolLM2 without the writer of its peak, and whole."""
+    from sinkbook import reemergence
+
+    return reemergence.record()
 
 
 def _provenance(config: dict, facts: dict, seconds: float) -> dict:
@@ -92,7 +109,7 @@ RECORDS: dict[str, Callable[[], xr.Dataset]] = {
     "league": _league,
     "small-llama-levers": _levers,
     "small-llama": _small_llama,
-    "reemergence": reemergence.record,
+    "reemergence": _reemergence,
 }
 
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +50,9 @@ CONDITIONS = (  # label, whether cut, optimizer
     ("cut, SGD", True, "sgd"),
     ("whole, AdamW", False, "adamw"),
 )
+CUT, WHOLE = [label for label, cut, _ in CONDITIONS if cut], "whole, AdamW"
+
+Measured = TypeVar("Measured", xr.Dataset, xr.DataArray)
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,8 @@ def _output_weights(model: nn.Module, tokens: Tensor, layer: int) -> Tensor:
 def passages(domain: str, length: int) -> dict[str, list[str]]:
     """The texts of a domain by what they are for: one of SETS, or "trained"."""
     found = corpora.texts(domain, minimum_characters=7 * length)
-    purposes = dict(enumerate(SETS))
-    return {
-        purpose: [
-            t for i, t in enumerate(found) if purposes.get(i % HELD_OUT, "trained") == purpose
-        ]
-        for purpose in (*SETS, "trained")
-    }
+    trained = [text for i, text in enumerate(found) if i % HELD_OUT >= len(SETS)]
+    return {name: found[i::HELD_OUT] for i, name in enumerate(SETS)} | {"trained": trained}
 
 
 def batch_at(reader: LanguageModel, config: Config, step: int) -> Int[Tensor, "text position"]:
@@ -212,12 +210,7 @@ def fine_tune(config: Config) -> xr.Dataset:
     the writer and reads the peak in the whole model. Attributes hold the writer and the provenance.
     An interrupted run begins anew. Shows progress on a terminal.
     """
-    with store.locked(config.folder):
-        kept = store.sound_run(config.folder)
-        if kept is None:
-            _train(config)
-            kept = store.load_run(config.folder)
-    _, measured, facts = kept
+    _, measured, facts = store.finished(config.folder, lambda: _train(config))
     provenance = {name: facts[name] for name in ("device", "date", "seconds")}
     versions = json.dumps(facts["versions"])
     return measured.assign_attrs(facts["writer"] | provenance, versions=versions)
@@ -304,6 +297,11 @@ def record(base: Config | None = None, seeds: int = 2) -> xr.Dataset:
     )
 
 
+def runs_of(measured: Measured, *conditions: str) -> Measured:
+    """The runs under some of `CONDITIONS`, by label."""
+    return measured.isel(run=np.flatnonzero(measured.condition.isin(conditions)))
+
+
 def above_the_cut(measured: xr.Dataset) -> xr.Dataset:
     """Loss, sink attention, value ratio and residual ratio, along the dimensions of the runs.
 
@@ -328,9 +326,7 @@ def recovered(measured: xr.Dataset) -> xr.Dataset:
     """
     means = above_the_cut(measured)
     means["residual_ratio"] = np.log(means.residual_ratio)
-    cut = measured.condition.str.startswith("cut")
-    (whole, *_) = np.flatnonzero(~cut)
-    before = means.isel(run=whole, step=0, drop=True)
-    runs = means.isel(run=np.flatnonzero(cut))
+    before = runs_of(means, WHOLE).isel(run=0, step=0, drop=True)
+    runs = runs_of(means, *CUT)
     right_after = runs.isel(step=0, drop=True)
     return (runs - right_after) / (before - right_after)

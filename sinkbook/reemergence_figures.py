@@ -4,14 +4,13 @@ Both take what `reemergence.record` gives. See `figures.py`.
 """
 
 import matplotlib.pyplot as plt
-import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from sinkbook.curves import OPTIMIZER_COLOURS
 from sinkbook.figures import OTHER, SINK, axes_or_new
-from sinkbook.reemergence import above_the_cut
+from sinkbook.reemergence import CUT, WHOLE, above_the_cut, runs_of
 
 COLOURS = {
     "cut, AdamW": OPTIMIZER_COLOURS["AdamW"],
@@ -28,7 +27,7 @@ def phases(record: xr.Dataset, axes: list[Axes] | None = None) -> list[Axes]:
     if axes is None:
         axes = list(plt.subplots(2, 2, figsize=(7.4, 5.2), sharex=True)[1].flat)
     means = above_the_cut(record)
-    whole = means.isel(run=np.flatnonzero(record.condition.str.startswith("whole"))[0], step=0)
+    whole = runs_of(means, WHOLE).isel(run=0, step=0)
     panels = {
         "loss": {"ylabel": "held-out loss (nats)"},
         "sink_attention": {"ylabel": "attention on the first token", "ylim": (0, 1)},
@@ -55,9 +54,9 @@ def peak_by_layer(record: xr.Dataset, ax: Axes | None = None) -> Axes:
     """
     ax = axes_or_new(ax, figsize=(7.4, 3.2))
     ratio = record.residual_ratio
-    cut = record.condition.str.startswith("cut")
-    for which, line, label in ((~cut, "--", "whole, before"), (cut, ":", "right after the cut")):
-        start = ratio.isel(run=np.flatnonzero(which)[0], step=0)
+    starts = (([WHOLE], "--", "whole, before"), (CUT, ":", "right after the cut"))
+    for conditions, line, label in starts:
+        start = runs_of(ratio, *conditions).isel(run=0, step=0)
         ax.plot(ratio.residual_layer, start, ls=line, color=OTHER, label=label)
     _lines(ratio.isel(step=-1), ax)
     ax.set(xlabel="residual state (0 is the embedding)", yscale="log")

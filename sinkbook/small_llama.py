@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray as xr
+from huggingface_hub.file_download import repo_folder_name
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from torch.utils.data import Dataset
@@ -147,11 +148,12 @@ class Windows(Dataset):
 # --- Training --------------------------------------------------------------------------------
 
 
-def pretrain(config: SmallLlama) -> float:
-    """Train a model, or go on where an interrupted training stopped; returns its seconds.
+def pretrain(config: SmallLlama) -> dict:
+    """Train a model, or go on where an interrupted training stopped.
 
     What it leaves are the revisions `step0`, `step12`, ... of `MODEL_ID` in the hub cache
-    `config.folder / "hub"`.
+    `config.folder / "hub"`. Returns versions, device, date and the `seconds` that it took, since
+    the last interruption if there was one.
     """
     finished = config.folder / "finished.json"
     with store.locked(config.folder):
@@ -159,9 +161,9 @@ def pretrain(config: SmallLlama) -> float:
             started = time.monotonic()
             with quiet():
                 _train(config)
-            facts = {"seconds": time.monotonic() - started} | page.provenance()
-            page.write_json(finished, facts)
-    return json.loads(finished.read_text())["seconds"]
+            seconds = time.monotonic() - started
+            page.write_json(finished, {"seconds": seconds} | page.provenance())
+    return json.loads(finished.read_text())
 
 
 def _train(config: SmallLlama) -> None:
@@ -225,7 +227,8 @@ class _Revisions(TrainerCallback):
     def _save(self, step: int, model) -> None:
         if step not in self.config.saved_steps:
             return
-        repository = self.config.folder / "hub" / f"models--{MODEL_ID.replace('/', '--')}"
+        name = repo_folder_name(repo_id=MODEL_ID, repo_type="model")
+        repository = self.config.folder / "hub" / name
         commit = hashlib.sha1(f"{self.config} {step}".encode()).hexdigest()
         snapshot = repository / "snapshots" / commit
         model.save_pretrained(snapshot)
@@ -292,7 +295,7 @@ def sweep() -> xr.Dataset:
     ends = []
     for changes in LEVERS.values():
         config = replace(SmallLlama(), **changes)
-        seconds = pretrain(config)
+        seconds = pretrain(config)["seconds"]
         ends.append(measure(config).isel(revision=-1, drop=True).assign(seconds=seconds))
     return xr.concat(ends, dim=xr.Variable("lever", list(LEVERS)), join="outer")
 

@@ -145,13 +145,21 @@ def load_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
     return weights, measurements, facts
 
 
-def sound_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
-    """As `load_run`, but a damaged run is reported and set aside: then there is none."""
-    try:
-        return load_run(folder)
-    except DamagedError as damage:
-        set_aside(folder, str(damage))
-        return None
+def finished(folder: Path, make: Callable[[], None]) -> tuple[dict[str, Tensor], xr.Dataset, dict]:
+    """The finished run of a folder, as `load_run`: what is there, or else what `make` leaves there.
+
+    A second process that asks for it waits. A damaged run is reported, set aside and made again.
+    """
+    with locked(folder):
+        try:
+            kept = load_run(folder)
+        except DamagedError as damage:
+            set_aside(folder, str(damage))
+            kept = None
+        if kept is None:
+            make()
+            kept = load_run(folder)
+    return kept
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
