@@ -14,14 +14,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
 from sinkbook.errors import SinkbookError
 from sinkbook.optimizers import OPTIMIZERS
 from sinkbook.reduced_network import next_token_loss
-from sinkbook.runs import EVALUATION_SEED, Run, TrainingConfig
+from sinkbook.runs import EVALUATION_SEED, Run, TrainingConfig, together
 from sinkbook.tasks import task
 from sinkbook.transformer import Transformer
 
@@ -144,7 +144,12 @@ def at_loss(
     measurements it is interpolated. NaN if the run never gets there.
     """
     risks = excess_risk(run) if risk == "all" else run.measurements[f"{risk}_excess"].values
-    values = run.measurements[variable].values
+    return _first_below(risks, run.measurements[variable].values, loss)
+
+
+def _first_below(
+    risks: Float64[np.ndarray, " step"], values: Float[np.ndarray, "step *rest"], loss: float
+) -> Float64[np.ndarray, "*rest"]:
     below = np.flatnonzero(risks <= loss)
     if not len(below) or below[0] == 0:
         return np.full(values.shape[1:], np.nan)
@@ -158,3 +163,34 @@ def excess_risk(run: Run) -> Float64[np.ndarray, " step"]:
     share = run.task.at_triggers(run.evaluation_tokens).float().mean().item()
     found = run.measurements
     return (share * found.backcopy_excess + (1 - share) * found.bigram_excess).values
+
+
+def optimizer_table(runs: dict[str, list[Run]]) -> xr.Dataset:
+    """Trainings that differ in their optimizer, by its name, along `optimizer` and `seed`.
+
+    Along `step` as well, `excess_risk` in nats, `residual_peak` with `residual_layer` and
+    `sink_attention` with `layer`. `distance_moved` is that of the first layer's attention.
+    """
+    found = []
+    for of_optimizer in runs.values():
+        measured = together(of_optimizer)[["residual_peak", "sink_attention"]].isel(head=0)
+        risks = [excess_risk(run) for run in of_optimizer]
+        moved = [distance_moved(run, layer=0) for run in of_optimizer]
+        more = {"excess_risk": (("seed", "step"), risks), "distance_moved": ("seed", moved)}
+        found.append(measured.assign(more).transpose("seed", "step", ...))
+    return xr.concat(found, dim=xr.Variable("optimizer", list(runs)), join="override")
+
+
+def at_equal_loss(table: xr.Dataset, variable: str) -> xr.DataArray:
+    """A variable of an `optimizer_table` where each optimizer reaches the excess risk that the
+    slowest one of the table ends with, seed by seed."""
+    losses = table.excess_risk.isel(step=-1).max("optimizer")
+    values = table[variable].transpose(..., "step")
+    return xr.apply_ufunc(
+        _first_below,
+        table.excess_risk,
+        values,
+        losses,
+        input_core_dims=[["step"], ["step"], []],
+        vectorize=True,
+    )

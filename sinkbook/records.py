@@ -19,6 +19,7 @@ from sinkbook import page, store
 from sinkbook.errors import SinkbookError
 from sinkbook.experiments import (
     one_layer,
+    optimizer_sweep,
     three_layers,
     train_groups,
     train_sweep,
@@ -26,7 +27,8 @@ from sinkbook.experiments import (
     under_slot_controls,
 )
 from sinkbook.mitigations import MITIGATIONS
-from sinkbook.training import train
+from sinkbook.phenomena import measure_toy
+from sinkbook.training import seeds_of, train
 
 # What only makes records is imported there: chapters read them, and transformers takes seconds.
 
@@ -91,6 +93,33 @@ def _reemergence() -> xr.Dataset:
     return reemergence.record()
 
 
+def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
+    """The optimizers of chapter 08 for the paper's number of steps, on the chapter's small model.
+
+    Variables are those of `growth.optimizer_table`, and under AdamW the norms of
+    `growth.step_norms` along `norm_step`, and `damped_peak`, the peak at the end if the gradient
+    through the values is damped tenfold.
+    """
+    from sinkbook import growth, rivals
+
+    sweep = {
+        name: seeds_of(replace(config, steps=steps, measurements=48), seeds)
+        for name, config in optimizer_sweep("quick").items()
+    }
+    runs = train_groups(sweep)
+    norms, damped = [], []
+    for run in runs["AdamW"]:
+        norms.append(growth.step_norms(run.config).rename(step="norm_step"))
+        changed = rivals.train_changed(run.config, lambda m: rivals.with_damped_values(m, 0.1))
+        damped.append(measure_toy(changed, run.task, run.evaluation_tokens).residual_peak)
+    table = growth.optimizer_table(runs)
+    norms_of_seeds = xr.concat(norms, dim=table.seed)
+    found = table.merge(norms_of_seeds).assign(damped_peak=xr.concat(damped, dim=table.seed))
+    config = {name: asdict(configs[0]) for name, configs in sweep.items()}
+    seconds = sum(run.seconds for group in runs.values() for run in group)
+    return found.assign_attrs(_provenance(config, runs["AdamW"][0].facts, seconds))
+
+
 def _provenance(config: dict, facts: dict, seconds: float) -> dict:
     return {
         "config": json.dumps(config),
@@ -110,6 +139,7 @@ RECORDS: dict[str, Callable[[], xr.Dataset]] = {
     "small-llama-levers": _levers,
     "small-llama": _small_llama,
     "reemergence": _reemergence,
+    "optimizers": _optimizers,
 }
 
 

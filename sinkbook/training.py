@@ -31,7 +31,7 @@ from sinkbook.transformer import Transformer
 
 __all__ = ["Run", "TrainingConfig", "add_gradients", "seeds_of", "together", "train", "train_all"]
 
-TOKENS_AT_ONCE = 4096  # whose activations stay in a CPU's cache
+NUMBERS_AT_ONCE = 2**18  # of a residual state whose layer's activations stay in a CPU's cache
 STEPS_AT_ONCE = 16  # whose batches are drawn together
 
 
@@ -331,8 +331,8 @@ def add_gradients(model: Transformer, texts: Int[Tensor, "text position"]) -> No
     CPUs take a few texts at a time: their activations stay in the cache, and in memory that the
     process has already.
     """
-    inputs = texts.shape[1] - 1
-    at_once = max(1, TOKENS_AT_ONCE // inputs) if texts.device.type == "cpu" else len(texts)
+    of_a_text = (texts.shape[1] - 1) * model.config.width
+    at_once = max(1, NUMBERS_AT_ONCE // of_a_text) if texts.device.type == "cpu" else len(texts)
     for part in texts.split(at_once):
         loss = _loss(model(part[:, :-1]), part) * (len(part) / len(texts))
         loss.backward()

@@ -131,7 +131,8 @@ class MLP(nn.Module):
         self.w2 = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Float[Tensor, "batch position width"]):
-        return self.w2(self.w1(x).relu())
+        # In place: the widest states of a layer are written once instead of twice.
+        return self.w2(self.w1(x).relu_())
 
 
 class Block(nn.Module):

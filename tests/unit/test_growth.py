@@ -12,7 +12,7 @@ from sinkbook import growth
 from sinkbook.errors import SinkbookError
 from sinkbook.runs import TrainingConfig
 from sinkbook.tasks import TaskConfig
-from sinkbook.training import train
+from sinkbook.training import seeds_of, train, train_all
 from sinkbook.transformer import TransformerConfig
 
 FEW = settings(max_examples=15, deadline=None)
@@ -82,3 +82,19 @@ def test_a_run_has_moved_as_far_as_its_weights_say_and_reached_its_losses():
     later = int(np.argmin(risks))
     found = growth.at_loss(run, "residual_peak", risks[later])
     np.testing.assert_allclose(found, run.measurements.residual_peak.values[later], rtol=1e-6)
+
+
+def test_a_table_of_optimizers_compares_them_where_they_are_equally_good():
+    configs = {"fast": SMALL, "slow": replace(SMALL, learning_rate=1e-3)}
+    runs = {name: train_all(seeds_of(config, 2)) for name, config in configs.items()}
+    table = growth.optimizer_table(runs)
+    sizes = {"optimizer": 2, "seed": 2, "step": 7, "residual_layer": 3, "layer": 2}
+    assert table.sizes == sizes
+    at = growth.at_equal_loss(table, "residual_peak")
+    for seed in range(2):
+        reached = max(growth.excess_risk(group[seed])[-1] for group in runs.values())
+        for name, group in runs.items():
+            expected = growth.at_loss(group[seed], "residual_peak", reached)
+            np.testing.assert_allclose(at.sel(optimizer=name)[seed], expected, rtol=1e-6)
+    moved = growth.distance_moved(runs["slow"][1], layer=0)
+    assert table.distance_moved.sel(optimizer="slow")[1] == pytest.approx(moved)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -58,3 +59,24 @@ def test_the_record_of_the_league_is_made_of_its_runs(tmp_path, monkeypatch):
     trained = len(list((tmp_path / "runs").glob("*/run.json")))
     assert trained == 2 * (2 * 3 + 3)  # both depths, and the three controls of the key bias
     xr.testing.assert_identical(records.load("league"), made)
+
+
+def test_the_record_of_the_optimizers_is_made_of_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(records, "path_of", lambda name: tmp_path / f"{name}.nc")
+    whole = experiments.optimizer_sweep("quick")
+    small = {
+        name: replace(c, model=replace(c.model, width=8), batch_size=4, evaluation_size=2)
+        for name, c in whole.items()
+        if name in ("AdamW", "SGD")
+    }
+    monkeypatch.setattr(records, "optimizer_sweep", lambda profile: small)
+    making = partial(records._optimizers, seeds=2, steps=4)
+    monkeypatch.setitem(records.RECORDS, "optimizers", making)
+    made = xr.load_dataset(records.make("optimizers"), engine="h5netcdf")
+    assert made.optimizer.values.tolist() == list(small)
+    assert made.step.values.tolist() == [0, 1, 2, 3, 4]
+    assert made.norm_step.values.tolist() == [1, 2, 3, 4]
+    assert made.damped_peak.dims == ("seed", "residual_layer")
+    assert np.isfinite(made.damped_peak).all() and (made.update_norm > 0).all()
+    xr.testing.assert_identical(records.load("optimizers"), made)

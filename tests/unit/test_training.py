@@ -325,7 +325,7 @@ def test_gradients_taken_a_few_texts_at_a_time_are_those_of_the_whole_batch(monk
     texts = TINY.evaluation_tokens.repeat(3, 1)[:7]
     found = []
     for tokens_at_once in (4096, 45):  # 15 inputs a text: all, and three at a time with one left
-        monkeypatch.setattr(training, "TOKENS_AT_ONCE", tokens_at_once)
+        monkeypatch.setattr(training, "NUMBERS_AT_ONCE", tokens_at_once * TINY.model.width)
         model.zero_grad()
         training.add_gradients(model, texts)
         found.append([weight.grad.clone() for weight in model.parameters()])
