@@ -45,6 +45,24 @@ def over_training(
     return ax
 
 
+def by_optimizer(table: xr.Dataset, labels: dict[str, str]) -> list[Axes]:
+    """Variables of a `growth.optimizer_table` over training steps, with their labels.
+
+    A panel for each variable, a colour for each optimizer: mean and range of the seeds.
+    """
+    _, axes = plt.subplots(1, len(labels), figsize=(7.4, 3.4))
+    for ax, (name, label) in zip(axes, labels.items(), strict=True):
+        series = {
+            optimizer: (table[name].sel(optimizer=optimizer), OPTIMIZER_COLOURS[optimizer])
+            for optimizer in table.optimizer.values.tolist()
+        }
+        over_training(series, ax, ylabel=label, logx=False).get_legend().remove()
+        ax.set(xscale="log", xlim=(1, None))
+    handles, names = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(handles, names, ncols=4, fontsize=8, loc="outside upper center")
+    return list(axes)
+
+
 def fan(
     x: Float[np.ndarray, " point"],
     lines: Float[np.ndarray, "point line"],

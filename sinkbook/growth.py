@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Float64
+from jaxtyping import Float64, Num
 from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
@@ -127,6 +127,17 @@ def step_norms(config: TrainingConfig, measurements: int = 24, many: int = 256) 
     )
 
 
+def exponents(norms: xr.Dataset) -> xr.Dataset:
+    """The powers of the number of steps as which norms of `step_norms` grow: negative if they fade.
+
+    Fitted to their logarithms, over the second half of the logarithmic axis of steps.
+    """
+    late = norms.sel(step=norms.step >= norms.step[-1] ** 0.5)
+    logs = np.log(late).assign_coords(step=np.log(late.step))
+    slopes = logs.polyfit("step", deg=1).sel(degree=1, drop=True)
+    return slopes.rename({f"{name}_polyfit_coefficients": name for name in norms.data_vars})
+
+
 def distance_moved(run: Run, layer: int) -> float:
     """How far a layer's attention has moved in training: norm of its weights minus their start."""
     torch.manual_seed(run.config.seed)
@@ -148,7 +159,7 @@ def at_loss(
 
 
 def _first_below(
-    risks: Float64[np.ndarray, " step"], values: Float[np.ndarray, "step *rest"], loss: float
+    risks: Float64[np.ndarray, " step"], values: Num[np.ndarray, "step *rest"], loss: float
 ) -> Float64[np.ndarray, "*rest"]:
     below = np.flatnonzero(risks <= loss)
     if not len(below) or below[0] == 0:
@@ -165,15 +176,27 @@ def excess_risk(run: Run) -> Float64[np.ndarray, " step"]:
     return (share * found.backcopy_excess + (1 - share) * found.bigram_excess).values
 
 
+# What an `optimizer_table` takes from the measurements of its runs.
+MEASURED = [
+    "residual_peak",
+    "residual_norm",
+    "other_residual_norm",
+    "value_norm",
+    "other_value_norm",
+    "sink_attention",
+]
+
+
 def optimizer_table(runs: dict[str, list[Run]]) -> xr.Dataset:
     """Trainings that differ in their optimizer, by its name, along `optimizer` and `seed`.
 
-    Along `step` as well, `excess_risk` in nats, `residual_peak` with `residual_layer` and
-    `sink_attention` with `layer`. `distance_moved` is that of the first layer's attention.
+    Along `step` as well, `excess_risk` in nats, the norms and the peak of residual states, with
+    `residual_layer`, and those of value states and the sink attention, with `layer`.
+    `distance_moved` is that of the first layer's attention.
     """
     found = []
     for of_optimizer in runs.values():
-        measured = together(of_optimizer)[["residual_peak", "sink_attention"]].isel(head=0)
+        measured = together(of_optimizer)[MEASURED].isel(head=0)
         risks = [excess_risk(run) for run in of_optimizer]
         moved = [distance_moved(run, layer=0) for run in of_optimizer]
         more = {"excess_risk": (("seed", "step"), risks), "distance_moved": ("seed", moved)}

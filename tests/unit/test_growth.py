@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +72,16 @@ def test_plain_gradient_descent_steps_are_the_rate_times_the_gradient():
     config = replace(SMALL, optimizer="sgd-without-momentum", weight_decay=0.0)
     norms = growth.step_norms(config, many=8)
     np.testing.assert_allclose(norms.update_norm, 1e-2 * norms.batch_norm, rtol=1e-3, atol=1e-7)
+
+
+def test_exponents_are_those_of_powers_of_the_step():
+    step = xr.DataArray(np.unique(np.geomspace(1, 400, 30).round()), dims="step")
+    powers = xr.DataArray([-1.5, 0.0, 0.25], dims="parameter")
+    early = step < 15  # the first half of the axis does not count
+    norms = xr.Dataset({"gradient_norm": xr.where(early, 7.0, 3 * step**powers)}, {"step": step})
+    found = growth.exponents(norms.assign(update_norm=step + 0 * powers))
+    np.testing.assert_allclose(found.gradient_norm, powers, atol=1e-12)
+    np.testing.assert_allclose(found.update_norm, 1.0)
 
 
 def test_a_run_has_moved_as_far_as_its_weights_say_and_reached_its_losses():
