@@ -23,6 +23,7 @@ from sinkbook.optimizers import OPTIMIZERS
 from sinkbook.reduced_network import next_token_loss
 from sinkbook.runs import EVALUATION_SEED, Run, TrainingConfig, together
 from sinkbook.tasks import task
+from sinkbook.theory import log_slope
 from sinkbook.transformer import Transformer
 
 
@@ -133,9 +134,10 @@ def exponents(norms: xr.Dataset) -> xr.Dataset:
     Fitted to their logarithms, over the second half of the logarithmic axis of steps.
     """
     late = norms.sel(step=norms.step >= norms.step[-1] ** 0.5)
-    logs = np.log(late).assign_coords(step=np.log(late.step))
-    slopes = logs.polyfit("step", deg=1).sel(degree=1, drop=True)
-    return slopes.rename({f"{name}_polyfit_coefficients": name for name in norms.data_vars})
+    step = late.step.values.astype(float)
+    return np.log(late.astype(float)).reduce(
+        lambda logs, axis: log_slope(step, np.moveaxis(logs, axis, 0)), dim="step"
+    )
 
 
 def distance_moved(run: Run, layer: int) -> float:
@@ -201,7 +203,7 @@ def optimizer_table(runs: dict[str, list[Run]]) -> xr.Dataset:
         moved = [distance_moved(run, layer=0) for run in of_optimizer]
         more = {"excess_risk": (("seed", "step"), risks), "distance_moved": ("seed", moved)}
         found.append(measured.assign(more).transpose("seed", "step", ...))
-    return xr.concat(found, dim=xr.Variable("optimizer", list(runs)), join="override")
+    return xr.concat(found, dim=xr.Variable("optimizer", list(runs)), join="exact")
 
 
 def at_equal_loss(table: xr.Dataset, variable: str) -> xr.DataArray:

@@ -31,7 +31,7 @@ from sinkbook.transformer import Transformer
 
 __all__ = ["Run", "TrainingConfig", "add_gradients", "seeds_of", "together", "train", "train_all"]
 
-NUMBERS_AT_ONCE = 2**18  # of a residual state whose layer's activations stay in a CPU's cache
+NUMBERS_AT_ONCE = 2**18  # in the residual states of a layer: its activations fit a CPU's cache
 STEPS_AT_ONCE = 16  # whose batches are drawn together
 
 

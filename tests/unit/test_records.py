@@ -35,9 +35,15 @@ def test_unknown_and_missing_records_say_what_to_do(tmp_path, monkeypatch):
     assert records.about("league") == "league: not made yet"
 
 
-def test_the_record_of_the_league_is_made_of_its_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Runs and records go to a folder of the test."""
     monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(records, "path_of", lambda name: tmp_path / f"{name}.nc")
+    return tmp_path
+
+
+def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
     few = {name: MITIGATIONS[name] for name in NAMES}
     monkeypatch.setattr(experiments, "MITIGATIONS", few)
     (deep, *_) = experiments.three_layers("quick")
@@ -56,14 +62,12 @@ def test_the_record_of_the_league_is_made_of_its_runs(tmp_path, monkeypatch):
     assert made.depth.values.tolist() == [1, 3]
     assert made.sink_mass.sel(depth=1).isel(layer=slice(1, None)).isnull().all()
     np.testing.assert_allclose(made.destinations.sum("destination"), 1, atol=1e-5)
-    trained = len(list((tmp_path / "runs").glob("*/run.json")))
+    trained = len(list((elsewhere / "runs").glob("*/run.json")))
     assert trained == 2 * (2 * 3 + 3)  # both depths, and the three controls of the key bias
     xr.testing.assert_identical(records.load("league"), made)
 
 
-def test_the_record_of_the_optimizers_is_made_of_its_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(records, "path_of", lambda name: tmp_path / f"{name}.nc")
+def test_the_record_of_the_optimizers_is_made_of_its_runs(elsewhere, monkeypatch):
     whole = experiments.optimizer_sweep("quick")
     small = {
         name: replace(c, model=replace(c.model, width=8), batch_size=4, evaluation_size=2)
