@@ -12,7 +12,7 @@ import sysconfig
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,9 @@ class CharacterStatistics:
     bigrams: Int64[np.ndarray, "symbol symbol"]  # bigrams[i, j]: how often j follows i
 
 
+@cache
 def characters() -> CharacterStatistics:
-    """Character counts over the nine plays that tiny Shakespeare is cut from, whole.
+    """Character counts over the nine plays that tiny Shakespeare is cut from, whole, made once.
 
     The 65 symbols are those of tiny Shakespeare, and all of them occur. Speakers stand on a line
     of their own with a colon, a blank line parts the speeches, stage directions and headings are

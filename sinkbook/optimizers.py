@@ -7,7 +7,6 @@ arXiv 2410.13835.
 from functools import cache, partial
 
 import torch
-from pytorch_optimizer import SOAP
 from torch import Tensor
 
 
@@ -46,6 +45,9 @@ def _soap(parameters, config) -> torch.optim.Optimizer:
     Source: Vyas et al. (arXiv 2409.11321). Betas are those of our AdamW, so that the basis is what
     differs; it is renewed every ten steps, as in the source.
     """
+    # Here, as it imports transformers, which takes longer than all the rest of sinkbook.
+    from pytorch_optimizer import SOAP
+
     return SOAP(
         parameters,
         lr=config.learning_rate,

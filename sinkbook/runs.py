@@ -138,17 +138,15 @@ def together(runs: list[Run]) -> xr.Dataset:
     return xr.concat([run.measurements for run in runs], dim=seeds)
 
 
-def is_finished(config: TrainingConfig) -> bool:
-    """Whether the store holds the run, whole."""
+def stored(config: TrainingConfig) -> Run | None:
+    """The finished run of a config, read from the store; None if it is not there, whole."""
     try:
-        return store.load_run(config.folder) is not None
+        found = store.load_run(config.folder)
     except store.DamagedError:
-        return False
-
-
-def stored(config: TrainingConfig) -> Run:
-    """The finished run of a config, read from the store."""
-    weights, measurements, facts = store.load_run(config.folder)
+        return None
+    if found is None:
+        return None
+    weights, measurements, facts = found
     model = Transformer(config.model)
     model.load_state_dict(weights)
     return Run(config, model.eval().requires_grad_(False), measurements, facts)

@@ -25,7 +25,7 @@ from sinkbook.optimizers import MATRIX_OPTIMIZERS, OPTIMIZERS
 from sinkbook.phenomena import measure_toy
 from sinkbook.processes import in_processes
 from sinkbook.progress import progress
-from sinkbook.runs import Run, TrainingConfig, is_finished, seeds_of, stored, together
+from sinkbook.runs import Run, TrainingConfig, seeds_of, stored, together
 from sinkbook.tasks import task
 from sinkbook.transformer import Transformer
 
@@ -65,7 +65,8 @@ def train_all(
     With an `executor`, or a Dask scheduler whose address is in `SINKBOOK_DASK`, each missing run
     is a task of its own there, and comes back into the store here. Workers need no store in common.
     """
-    missing = [c for c in dict.fromkeys(configs) if not is_finished(c)]
+    runs = {config: stored(config) for config in configs}
+    missing = [config for config, run in runs.items() if run is None]
     with ExitStack() as stack:
         if executor is None and missing:
             executor = stack.enter_context(clusters.asked_for())
@@ -73,7 +74,8 @@ def train_all(
             _train_elsewhere(missing, executor, device, checkpoint_seconds)
         else:
             _train_here(missing, way, _device(device), checkpoint_seconds)
-    return [stored(config) for config in configs]
+    runs |= {config: stored(config) for config in missing}
+    return [runs[config] for config in configs]
 
 
 def _train_here(
@@ -129,7 +131,7 @@ def _trained(
             "a worker has another version of sinkbook's training code, or of torch, than the "
             "machine that asks. Install the same on all of them."
         )
-    if not is_finished(config):
+    if stored(config) is None:
         _train_here([config], "sequence", _device(device), checkpoint_seconds)
     return store.load_run(config.folder)
 
@@ -185,7 +187,7 @@ def _resume(config: TrainingConfig, device: torch.device) -> _Unfinished | None:
         parts[part][rest] = tensor.to(device) if part != "other" else tensor
     other = parts["other"]
     netcdf = io.BytesIO(other["measurements"].numpy().tobytes())
-    measured = xr.load_dataset(netcdf, engine="h5netcdf")
+    measured = xr.load_dataset(netcdf)
     measurements = [measured.isel(step=[i]) for i in range(measured.sizes["step"])]
     seconds = other["seconds"].item()
     return _Unfinished(config, step, parts["weights"], parts["optimizer"], measurements, seconds)
@@ -274,7 +276,7 @@ class _Program:
 
     def _keep(self, step: int, seconds: float) -> None:
         for i, run in enumerate(self.runs):
-            netcdf = bytes(xr.concat(run.measurements, "step").to_netcdf(engine="h5netcdf"))
+            netcdf = bytes(xr.concat(run.measurements, "step").to_netcdf(engine=store.ENGINE))
             tensors = {f"weights/{n}": t for n, t in self._weights_of(i).items()}
             tensors |= {f"optimizer/{n}": t for n, t in self._optimizer_of(i).items()}
             tensors["other/measurements"] = torch.frombuffer(bytearray(netcdf), dtype=torch.uint8)

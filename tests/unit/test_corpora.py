@@ -47,7 +47,7 @@ def test_characters_that_are_no_symbols_part_their_neighbours():
 
 def test_character_statistics_take_less_than_two_seconds():
     start = time.perf_counter()
-    characters()
+    characters.__wrapped__()
     assert time.perf_counter() - start < 2
 
 
