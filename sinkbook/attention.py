@@ -126,11 +126,11 @@ def sigmoid_weights(scores: Weights) -> Weights:
 
 @kernel_of_weights("softpick")
 def softpick_weights(scores: Weights) -> Weights:
-    """Softpick: `A = relu(e^S - 1) / (sum |e^S - 1| + 1e-6)`.
+    """Softpick: `A = relu(e^S - 1) / (sum |e^S - 1| + 1e-6 e^m)`.
 
     Keys with a logit below 0 get nothing, and still count in the sum, so that a row may add up to
     less than 1. Evaluated with `e^-m` drawn out, m the larger of 0 and the row's largest logit,
-    as in the source: Zuhri et al. (arXiv 2504.20966).
+    as in the source: Zuhri et al. (arXiv 2504.20966), where 1e-6 is added after that.
     """
     largest = scores.amax(dim=-1, keepdim=True).clamp(min=0.0)
     excess = ((scores - largest).exp() - (-largest).exp()).masked_fill(scores.isneginf(), 0.0)

@@ -7,10 +7,14 @@ arXiv 2410.13835, for one GPU. A profile changes sizes only; code paths are the 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+
+import xarray as xr
 
 from sinkbook.mitigations import MITIGATIONS, Mitigation
 from sinkbook.page import check_profile
 from sinkbook.pretraining import PretrainingConfig
+from sinkbook.reduced_network import over_seeds, train_reduced, train_sink
 from sinkbook.runs import Name, in_groups
 from sinkbook.tasks import TaskConfig, task
 from sinkbook.training import Run, TrainingConfig, seeds_of, train_all
@@ -156,6 +160,26 @@ def optimizer_sweep(profile: str, seed: int = 0) -> dict[str, TrainingConfig]:
         )
         for label, (name, rate, paper_rate) in rates.items()
     }
+
+
+def reduced_networks(profile: str, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Reduced networks trained on Bigram-Backcopy, along the profile's seeds from `seed` on.
+
+    "sgd" and "adam" train the sink logits alone, and so does "adam-long", whose mean square
+    remembers 10,000 steps instead of 100. "whole" is AdamW on all of the network.
+    """
+    sgd, adam = (
+        partial(train_sink, optimizer=name, **sink_training(profile, name))
+        for name in ("sgd", "adam")
+    )
+    trainings = {
+        "sgd": sgd,
+        "adam": adam,
+        "adam-long": partial(adam, second_beta=0.9999),
+        "whole": partial(train_reduced, **reduced_training(profile)),
+    }
+    seeds = range(seed, seed + sizes(profile).seeds)
+    return over_seeds(bigram_backcopy(profile), trainings, seeds)
 
 
 def averaging(profile: str) -> dict:

@@ -109,12 +109,12 @@ def step_norms(config: TrainingConfig, measurements: int = 24, many: int = 256) 
     measured = np.unique(np.geomspace(1, config.steps, measurements).round().astype(int))
     fresh = texts_of.batch_at(many, EVALUATION_SEED, 0)
     found: dict[str, list] = {"gradient_norm": [], "batch_norm": [], "update_norm": []}
-    for step in range(1, config.steps + 1):
+    batches = texts_of.batches(config.batch_size, config.seed, config.steps)
+    for step, texts in enumerate(batches, start=1):
         if step in measured:
             gradients = torch.autograd.grad(next_token_loss(model, fresh), list(named.values()))
             found["gradient_norm"].append([g.norm().item() for g in gradients])
             before = [p.detach().clone() for p in named.values()]
-        texts = texts_of.batch_at(config.batch_size, config.seed, step - 1)
         optimizer.zero_grad()
         next_token_loss(model, texts).backward()
         optimizer.step()

@@ -11,12 +11,13 @@ import torch
 from sinkbook.progress import progress
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def in_processes(
-    work: Callable[[Item], object], items: Sequence[Item], *, label: str, preload: str
-) -> None:
-    """Call `work` on every item, in as many processes as there are cores; shows progress.
+    work: Callable[[Item], Made], items: Sequence[Item], *, label: str, preload: str
+) -> list[Made]:
+    """What `work` makes of every item, in as many processes as there are cores; shows progress.
 
     `preload` names the module that defines `work`. What it raises is raised here.
     """
@@ -32,6 +33,7 @@ def in_processes(
         for done, future in enumerate(as_completed(futures), start=1):
             future.result()
             show(done)
+    return [future.result() for future in futures]
 
 
 def _set_up(settings: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ before it the logit λ, every other key gets 0. The value state of `<s>` is β, 
 u is ξ_u in direction u. An MLP reads the query's own token. Theorem 1 says that this is enough.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
+from sinkbook.processes import in_processes
 from sinkbook.runs import EVALUATION_SEED
-from sinkbook.tasks import Task
+from sinkbook.tasks import Task, TaskConfig, task
 
 
 class ReducedNetwork(nn.Module):
@@ -146,27 +147,23 @@ def next_token_loss(network: nn.Module, texts: Int[Tensor, "text position"]) -> 
 
 
 def train_on(
-    task,
+    batches: Iterable[Int[Tensor, "text position"]],
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     measure: Callable[[], dict[str, Float[Tensor, "..."]]],
     loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss,
     *,
     steps: int,
-    batch_size: int,
-    seed: int = 0,
     measurements: int = 60,
 ) -> xr.Dataset:
-    """Train a network on fresh texts, in memory; `measure` is called on a logarithmic schedule.
+    """Train a network on batches, in memory; `measure` is called on a logarithmic schedule.
 
-    What it returns is stacked over `step`, the number of steps done. `task.batch_at` gives the
-    texts of a step; `loss(network, texts)` is to be lowered.
+    What it returns is stacked over `step`, the number of steps done, up to `steps`, as many as
+    there are batches. `loss(network, texts)` is to be lowered.
     """
     measured = np.unique(np.geomspace(1, steps, measurements).round().astype(int))
-    device = next(network.parameters()).device
     found = []
-    for step in range(1, steps + 1):
-        texts = task.batch_at(batch_size, seed, step - 1, device)
+    for step, texts in enumerate(batches, start=1):
         optimizer.zero_grad()
         loss(network, texts).backward()
         optimizer.step()
@@ -188,7 +185,8 @@ def train_reduced(
     """Train the whole reduced network by AdamW from N(0, 1), as the paper does.
 
     Measured on 64 texts that it was not trained on: `backcopy_excess` and `bigram_excess` in nats,
-    `sink_attention` (mean over tokens that are no triggers), `value_norm` (‖β‖), `sink_logits`.
+    `sink_attention` (mean over tokens that are no triggers), `value_norm` (‖β‖), `sink_value` (β),
+    `sink_logits` (α).
     """
     torch.manual_seed(seed)
     network = ReducedNetwork(task).to(_device())
@@ -206,12 +204,12 @@ def train_reduced(
             "bigram_excess": risks.bigram_excess,
             "sink_attention": network.favoured_attention(tokens)[ordinary].mean(),
             "value_norm": network.sink_value.norm(),
+            "sink_value": network.sink_value,
             "sink_logits": network.sink_logits,
         }
 
-    return train_on(
-        task, network, optimizer, measure, steps=steps, batch_size=batch_size, seed=seed
-    )
+    batches = task.batches(batch_size, seed, steps, _device())
+    return train_on(batches, network, optimizer, measure, steps=steps)
 
 
 def train_sink(
@@ -224,13 +222,14 @@ def train_sink(
     steps: int,
     batch_size: int,
     seed: int,
+    second_beta: float = 0.99,
     moving: tuple[str, ...] = ("sink_logits",),
 ) -> xr.Dataset:
     """Train what the flow moves, on real texts: the sink logits α, and β if it is named.
 
     All α begin at `start`. The rest of the network is Theorem 1's, with ξ = `value`; `optimizer`
-    is "sgd" or "adam", both plain, without weight decay. The result has `sink_logits` over steps,
-    and `sink_value`.
+    is "sgd" or "adam", both plain, without weight decay; `second_beta` is Adam's. The result has
+    `sink_logits` over steps, and `sink_value`.
     """
     torch.manual_seed(seed)
     network = construction(task, logit=12.0, value=value).requires_grad_(False).to(_device())
@@ -240,11 +239,30 @@ def train_sink(
     moved = [parameters[name].requires_grad_() for name in moving]
     made = {
         "sgd": lambda: torch.optim.SGD(moved, lr=learning_rate),
-        "adam": lambda: torch.optim.Adam(moved, lr=learning_rate, betas=(0.9, 0.99)),
+        "adam": lambda: torch.optim.Adam(moved, lr=learning_rate, betas=(0.9, second_beta)),
     }[optimizer]()
-    return train_on(
-        task, network, made, lambda: parameters, steps=steps, batch_size=batch_size, seed=seed
-    )
+    batches = task.batches(batch_size, seed, steps, _device())
+    return train_on(batches, network, made, lambda: parameters, steps=steps)
+
+
+def over_seeds(
+    config: TaskConfig, trainings: dict[str, Callable[..., xr.Dataset]], seeds: Sequence[int]
+) -> dict[str, xr.Dataset]:
+    """Trainings on the texts of a task, by name, each along a first dimension `seed`.
+
+    A training is `train_sink` or `train_reduced` with its other arguments bound, by
+    `functools.partial`. All are one list of work for the CPU cores.
+    """
+    work = [(training, config, seed) for training in trainings.values() for seed in seeds]
+    label, preload = "reduced networks", "sinkbook.reduced_network"
+    found = iter(in_processes(_trained, work, label=label, preload=preload))
+    along = xr.Variable("seed", list(seeds))
+    return {name: xr.concat([next(found) for _ in seeds], dim=along) for name in trainings}
+
+
+def _trained(work: tuple[Callable[..., xr.Dataset], TaskConfig, int]) -> xr.Dataset:
+    training, config, seed = work
+    return training(task(config), seed=seed)
 
 
 def _device() -> torch.device:

@@ -169,7 +169,8 @@ def train_averaging(
     config = TransformerConfig(width=task.vocab_size, length=task.length, attention=attention)
     head = SelfAttention(config, layer_idx=0)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01, betas=(0.9, 0.99))
-    train_on(task, head, optimizer, dict, task.loss, steps=steps, batch_size=batch_size, seed=seed)
+    batches = (task.batch_at(batch_size, seed, step) for step in range(steps))
+    train_on(batches, head, optimizer, dict, task.loss, steps=steps)
     return head.requires_grad_(False)
 
 
@@ -228,15 +229,8 @@ def train_changed(
     torch.manual_seed(config.seed)
     model = change(Transformer(config.model))
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config)
-    train_on(
-        task(config.task),
-        model,
-        optimizer,
-        dict,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    batches = task(config.task).batches(config.batch_size, config.seed, config.steps)
+    train_on(batches, model, optimizer, dict, steps=config.steps)
     return model.eval().requires_grad_(False)
 
 

@@ -5,6 +5,7 @@ bigram statistics; after a *trigger*, one of the most frequent characters, the c
 the trigger is copied. A variant changes one field of `TaskConfig`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -20,6 +21,7 @@ from sinkbook.errors import SinkbookError
 
 START, DELIMITER = "<s>", "<d>"
 RULES = ("backcopy", "backward", "in-context", "markov")
+STEPS_AT_ONCE = 16  # whose batches are drawn together
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,14 @@ class Task:
         """The batches of several steps, the same as one by one, and for small ones much faster."""
         generators = [generator_at(seed, step, device) for step in steps]
         return self._draw(size, generators).split(size)
+
+    def batches(
+        self, size: int, seed: int, steps: int, device: torch.device | str = "cpu"
+    ) -> Iterator[Int[Tensor, "batch position"]]:
+        """The batches of a training from its first step on, drawn some steps at a time."""
+        for first in range(0, steps, STEPS_AT_ONCE):
+            several = range(first, min(first + STEPS_AT_ONCE, steps))
+            yield from self.batches_at(size, seed, several, device)
 
     def _draw(self, size: int, generators: list[torch.Generator | None]) -> Int[Tensor, "b t"]:
         """`size` texts from each generator, all of them position by position."""

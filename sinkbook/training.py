@@ -26,13 +26,12 @@ from sinkbook.phenomena import measure_toy
 from sinkbook.processes import in_processes
 from sinkbook.progress import progress
 from sinkbook.runs import Run, TrainingConfig, seeds_of, stored, together
-from sinkbook.tasks import task
+from sinkbook.tasks import STEPS_AT_ONCE, task
 from sinkbook.transformer import Transformer
 
 __all__ = ["Run", "TrainingConfig", "add_gradients", "seeds_of", "together", "train", "train_all"]
 
 NUMBERS_AT_ONCE = 2**18  # in the residual states of a layer: its activations fit a CPU's cache
-STEPS_AT_ONCE = 16  # whose batches are drawn together
 
 
 def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: float = 30.0) -> Run:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sinkbook.corpora import CharacterStatistics
 from sinkbook.errors import SinkbookError
-from sinkbook.tasks import Task, TaskConfig, _Rows, task
+from sinkbook.tasks import STEPS_AT_ONCE, Task, TaskConfig, _Rows, task
 
 tasks = st.builds(
     TaskConfig,
@@ -35,6 +35,14 @@ def test_every_text_obeys_the_backcopy_rule(config, seed, step):
     ordinary = ~triggers[:, 1:-1]
     drawn = made.transition[texts[:, 1:-1][ordinary], texts[:, 2:][ordinary]]
     assert (drawn > 0).all(), "a pair of characters that Shakespeare never wrote"
+
+
+def test_the_batches_of_a_training_are_those_of_its_steps():
+    made = task(TaskConfig(length=12))
+    drawn = list(made.batches(4, seed=5, steps=2 * STEPS_AT_ONCE + 3))
+    assert len(drawn) == 2 * STEPS_AT_ONCE + 3
+    for step, texts in enumerate(drawn):
+        assert torch.equal(texts, made.batch_at(4, seed=5, step=step))
 
 
 def test_a_random_first_character_goes_before_the_start_token():

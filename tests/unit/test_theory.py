@@ -1,9 +1,12 @@
 """The reduced model: closed forms against autograd, the flow, sampled texts and bad input."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +16,7 @@ from sinkbook.reduced_network import (
     construction,
     construction_excess,
     expected_excess,
+    over_seeds,
     train_sink,
 )
 from sinkbook.tasks import Task, TaskConfig
@@ -247,6 +251,19 @@ def test_sgd_on_texts_follows_the_flow(task):
     gap = model.average(trained.sink_logits.values[:, rows] - flow.sink_logits.values)
     assert np.abs(gap).max() < 0.1
     assert model.average(flow.sink_logits.values[-1]) > 4.4
+
+
+def test_trainings_over_seeds_are_those_of_each_seed():
+    config = TaskConfig(length=16)
+    training = partial(
+        train_sink, optimizer="adam", value=5.0, start=4.0, learning_rate=0.1, steps=5, batch_size=8
+    )
+    found = over_seeds(config, {"adam": training}, [0, 3])["adam"]
+    assert found.seed.values.tolist() == [0, 3]
+    assert not found.isel(seed=0).equals(found.isel(seed=1))
+    for seed in (0, 3):
+        alone = training(Task(config), seed=seed)
+        xr.testing.assert_allclose(found.sel(seed=seed, drop=True), alone)
 
 
 # --- what goes wrong ----------------------------------------------------------------------------
