@@ -109,7 +109,7 @@ def step_norms(config: TrainingConfig, measurements: int = 24, many: int = 256) 
     measured = np.unique(np.geomspace(1, config.steps, measurements).round().astype(int))
     fresh = texts_of.batch_at(many, EVALUATION_SEED, 0)
     found: dict[str, list] = {"gradient_norm": [], "batch_norm": [], "update_norm": []}
-    batches = texts_of.batches(config.batch_size, config.seed, config.steps)
+    batches = texts_of.batches(config.batch_size, config.seed, range(config.steps))
     for step, texts in enumerate(batches, start=1):
         if step in measured:
             gradients = torch.autograd.grad(next_token_loss(model, fresh), list(named.values()))

@@ -45,7 +45,7 @@ def _soap(parameters, config) -> torch.optim.Optimizer:
     Source: Vyas et al. (arXiv 2409.11321). Betas are those of our AdamW, so that the basis is what
     differs; it is renewed every ten steps, as in the source.
     """
-    # Here, as it imports transformers, which takes longer than all the rest of sinkbook.
+    # Here, as it imports transformers, which takes every process a second.
     from pytorch_optimizer import SOAP
 
     return SOAP(

@@ -208,7 +208,7 @@ def train_reduced(
             "sink_logits": network.sink_logits,
         }
 
-    batches = task.batches(batch_size, seed, steps, _device())
+    batches = task.batches(batch_size, seed, range(steps), _device())
     return train_on(batches, network, optimizer, measure, steps=steps)
 
 
@@ -241,7 +241,7 @@ def train_sink(
         "sgd": lambda: torch.optim.SGD(moved, lr=learning_rate),
         "adam": lambda: torch.optim.Adam(moved, lr=learning_rate, betas=(0.9, second_beta)),
     }[optimizer]()
-    batches = task.batches(batch_size, seed, steps, _device())
+    batches = task.batches(batch_size, seed, range(steps), _device())
     return train_on(batches, network, made, lambda: parameters, steps=steps)
 
 

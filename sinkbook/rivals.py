@@ -229,7 +229,7 @@ def train_changed(
     torch.manual_seed(config.seed)
     model = change(Transformer(config.model))
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config)
-    batches = task(config.task).batches(config.batch_size, config.seed, config.steps)
+    batches = task(config.task).batches(config.batch_size, config.seed, range(config.steps))
     train_on(batches, model, optimizer, dict, steps=config.steps)
     return model.eval().requires_grad_(False)
 

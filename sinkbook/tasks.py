@@ -143,11 +143,11 @@ class Task:
         return self._draw(size, generators).split(size)
 
     def batches(
-        self, size: int, seed: int, steps: int, device: torch.device | str = "cpu"
+        self, size: int, seed: int, steps: range, device: torch.device | str = "cpu"
     ) -> Iterator[Int[Tensor, "batch position"]]:
-        """The batches of a training from its first step on, drawn some steps at a time."""
-        for first in range(0, steps, STEPS_AT_ONCE):
-            several = range(first, min(first + STEPS_AT_ONCE, steps))
+        """The batches of a training's steps, one after the other, drawn some steps at a time."""
+        for first in range(0, len(steps), STEPS_AT_ONCE):
+            several = steps[first : first + STEPS_AT_ONCE]
             yield from self.batches_at(size, seed, several, device)
 
     def _draw(self, size: int, generators: list[torch.Generator | None]) -> Int[Tensor, "b t"]:

@@ -26,7 +26,7 @@ from sinkbook.phenomena import measure_toy
 from sinkbook.processes import in_processes
 from sinkbook.progress import progress
 from sinkbook.runs import Run, TrainingConfig, seeds_of, stored, together
-from sinkbook.tasks import STEPS_AT_ONCE, task
+from sinkbook.tasks import task
 from sinkbook.transformer import Transformer
 
 __all__ = ["Run", "TrainingConfig", "add_gradients", "seeds_of", "together", "train", "train_all"]
@@ -130,8 +130,7 @@ def _trained(
             "a worker has another version of sinkbook's training code, or of torch, than the "
             "machine that asks. Install the same on all of them."
         )
-    if stored(config) is None:
-        _train_here([config], "sequence", _device(device), checkpoint_seconds)
+    _train_here([config], "sequence", _device(device), checkpoint_seconds)
     return store.load_run(config.folder)
 
 
@@ -198,10 +197,12 @@ class _Program:
 
     def __init__(self, runs: list[_Unfinished], device: torch.device):
         self.runs, self.device, self.config = runs, device, runs[0].config
-        self.drawn: dict[int, tuple[Tensor, ...]] = {}
         self.stacked = len(runs) > 1
         self.task = task(self.config.task)
         self.tokens = self.config.evaluation_tokens.to(device)
+        size, steps = self.config.batch_size, range(runs[0].step, self.config.steps)
+        of_runs = [self.task.batches(size, run.config.seed, steps, device) for run in runs]
+        self.batches = zip(*of_runs, strict=True)
         self.model = Transformer(self.config.model).to(device)
         self.weights = {
             name: self._join([run.weights[name] for run in runs]).requires_grad_()
@@ -226,7 +227,7 @@ class _Program:
                     self._measure(step)
                 if step == steps:
                     break
-                self._step(step)
+                self._step(next(self.batches))
                 step += 1
                 now = time.monotonic()
                 if now - saved >= checkpoint_seconds and step < steps:
@@ -236,8 +237,8 @@ class _Program:
                     show(step)
         self._finish(before + time.monotonic() - start)
 
-    def _step(self, step: int) -> None:
-        texts = self._texts(step)
+    def _step(self, texts: tuple[Int[Tensor, "text position"], ...]) -> None:
+        """One step of all runs, each on its own texts."""
         self.optimizer.zero_grad()
         if self.stacked:
             # The fused CPU kernel has no batching rule: vmap would call it run by run.
@@ -247,17 +248,6 @@ class _Program:
         else:
             add_gradients(self.model, texts[0])
         self.optimizer.step()
-
-    def _texts(self, step: int) -> list[Int[Tensor, "text position"]]:
-        """The step's texts for each run, drawn together with those of the next steps."""
-        if step not in self.drawn:
-            steps = range(step, min(step + STEPS_AT_ONCE, self.config.steps))
-            size = self.config.batch_size
-            of_runs = [
-                self.task.batches_at(size, run.config.seed, steps, self.device) for run in self.runs
-            ]
-            self.drawn = dict(zip(steps, zip(*of_runs, strict=True), strict=True))
-        return list(self.drawn[step])
 
     def _loss_of(self, weights: dict[str, Tensor], texts: Tensor) -> Tensor:
         logits = torch.func.functional_call(self.model, weights, (texts[:, :-1],))

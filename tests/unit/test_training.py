@@ -61,10 +61,12 @@ def stop_at(monkeypatch, step):
     """Make the training fail before it takes a step, as if it were interrupted there."""
     take_step = training._Program._step
 
-    def interrupted(self, now):
-        if now == step:
+    def interrupted(self, texts):
+        self.done = getattr(self, "done", self.runs[0].step)
+        if self.done == step:
             raise KeyboardInterrupt
-        take_step(self, now)
+        take_step(self, texts)
+        self.done += 1
 
     monkeypatch.setattr(training._Program, "_step", interrupted)
 
