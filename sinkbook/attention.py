@@ -124,6 +124,18 @@ def sigmoid_weights(scores: Weights) -> Weights:
     return torch.sigmoid(scores - _visible_keys(scores).log())
 
 
+@kernel_of_weights("capped-softmax")
+def capped_softmax_weights(scores: Weights, cap: float = 0.1) -> Weights:
+    """Softmax whose weight on the first key is at most `cap`; the other keys share what is over.
+
+    A control: can values drain where nobody may look at the first token for long? The first query
+    sees nothing else and is left alone.
+    """
+    first = softmax_weights(scores)[..., :1]
+    first = torch.where(_visible_keys(scores) == 1, first, first.clamp(max=cap))
+    return torch.cat([first, (1 - first) * softmax_weights(scores[..., 1:])], dim=-1)
+
+
 @kernel_of_weights("softpick")
 def softpick_weights(scores: Weights) -> Weights:
     """Softpick: `A = relu(e^S - 1) / (sum |e^S - 1| + 1e-6 e^m)`.

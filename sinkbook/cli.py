@@ -227,15 +227,27 @@ def claims(
 @app.command()
 def record(
     name: Annotated[str | None, typer.Argument(help="Which one; without: list them.")] = None,
+    all_missing: Annotated[
+        bool, typer.Option("--all", help="Those that are missing or unfinished, in order of need.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Stop then and keep what there is.", show_default="none")
+    ] = float("inf"),
 ) -> None:
-    """Train a run that is too long for a page and keep its measurements in book/records."""
+    """Train runs that are too long for a page and keep their measurements in book/records."""
     from sinkbook import records
 
-    if name is None:
-        for known in records.RECORDS:
+    if all_missing:
+        for path in records.make_missing(device=device, minutes=minutes):
+            print(path)
+        for known in records.names():
+            print(records.about(known))
+    elif name is None:
+        for known in records.names():
             print(records.about(known))
     else:
-        print(records.make(name))
+        print(records.make(name, device=device, until=time.time() + 60 * minutes))
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 def _adamw(
     parameters, config, epsilon: float = 1e-8, made: type[torch.optim.AdamW] = torch.optim.AdamW
 ) -> torch.optim.Optimizer:
+    parameters = list(parameters)
     return made(
         parameters,
         lr=config.learning_rate,
@@ -20,6 +21,7 @@ def _adamw(
         eps=epsilon,
         weight_decay=config.weight_decay,
         fused=True,
+        capturable=parameters[0].is_cuda,  # a GPU replays its steps as one graph
     )
 
 

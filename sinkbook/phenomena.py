@@ -1,5 +1,6 @@
 """The three extreme-token phenomena and the two risks of a toy model, in one dataset."""
 
+import math
 from contextlib import ExitStack, nullcontext
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkbook.interventions import replace, zero
-from sinkbook.maps import attention_weights
+from sinkbook.maps import attention_logits, attention_weights
 from sinkbook.probe import measure
 from sinkbook.runs import Run
 from sinkbook.tasks import Risks, Task
@@ -62,6 +63,67 @@ def measure_toy(model: Transformer, task: Task, tokens: Int[Tensor, "text positi
             "residual_peak": sink_residual - others.mean(over_texts),
         }
     )
+
+
+@torch.no_grad()
+def measure_writers(
+    model: Transformer, task: Task, tokens: Int[Tensor, "text position"]
+) -> xr.Dataset:
+    """Who writes at the first token, and how its own query and the others read it, by `layer`.
+
+    - `attention_write`, `mlp_write`: norm of what the part adds to the residual state there;
+      `other_attention_write`, `other_mlp_write`: mean over the other positions.
+    - `first_self_logit`: the logit of the first token on itself, mean over heads.
+    - `paper_sink_logit`: Δlogit as the paper's code has it, without the query's own key among the
+      others; averaged over the occurrences of each character that is no trigger, then over those.
+
+    NaN where a layer has no such part. Norms are means over texts.
+    """
+    written: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for i, block in enumerate(model.layers):
+            for name, part in (("attention", block.attention), ("mlp", block.mlp)):
+                if part is not None:
+                    hook = part.register_forward_hook(
+                        lambda _, __, output, key=f"{name} {i}": written.update({key: output})
+                    )
+                    hooks.callback(hook.remove)
+        model(tokens)
+    layers = range(len(model.layers))
+    norms = {key: states.norm(dim=-1).mean(0) for key, states in written.items()}
+    nothing = tokens.new_full((tokens.shape[1],), math.nan, dtype=torch.float32)
+    found: dict[str, list[float]] = {}
+    for name in ("attention", "mlp"):
+        of_layers = [norms.get(f"{name} {i}", nothing) for i in layers]
+        found[f"{name}_write"] = [n[0].item() for n in of_layers]
+        found[f"other_{name}_write"] = [n[1:].mean().item() for n in of_layers]
+    logits = [
+        attention_logits(model, tokens, layer=i) if model.layers[i].attention is not None else None
+        for i in layers
+    ]
+    found["first_self_logit"] = [
+        math.nan if s is None else s[:, :, 0, 0].mean().item() for s in logits
+    ]
+    found["paper_sink_logit"] = [
+        math.nan if s is None else _paper_sink_logit(s, task, tokens) for s in logits
+    ]
+    return xr.Dataset({name: ("layer", np.array(values)) for name, values in found.items()})
+
+
+def _paper_sink_logit(
+    logits: Float[Tensor, "text head query key"], task: Task, tokens: Int[Tensor, "text position"]
+) -> float:
+    """`S[n, 0]` minus the mean of `S[n, i]` over `0 < i < n`, the mean over kinds of query."""
+    length = tokens.shape[1]
+    between = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril(-1)
+    between[:, 0] = False
+    mean = logits.masked_fill(~between, 0.0).sum(-1) / between.sum(-1)
+    contrast = (logits[..., 0] - mean).mean(1)[:, 2:].flatten()
+    kinds = F.one_hot(tokens[:, 2:].flatten(), task.vocab_size).to(contrast)
+    of_kinds = (contrast @ kinds) / kinds.sum(0)
+    characters = torch.arange(task.config.characters, device=tokens.device)
+    ordinary = characters[~task.at_triggers(characters)]
+    return of_kinds[ordinary].nanmean().item()
 
 
 def excess_risks(

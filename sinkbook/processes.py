@@ -15,18 +15,24 @@ Made = TypeVar("Made")
 
 
 def in_processes(
-    work: Callable[[Item], Made], items: Sequence[Item], *, label: str, preload: str
+    work: Callable[[Item], Made],
+    items: Sequence[Item],
+    *,
+    label: str,
+    preload: str,
+    most: int | None = None,
 ) -> list[Made]:
     """What `work` makes of every item, in as many processes as there are cores; shows progress.
 
-    `preload` names the module that defines `work`. What it raises is raised here.
+    There are at most `most` processes. `preload` names the module that defines `work`. What it
+    raises is raised here.
     """
     # Not forked from here: a process that has used torch's threads can hang in its fork. The
     # server imports torch once, for this call and for later ones.
     context = get_context("forkserver")
     context.set_forkserver_preload([preload])
     settings = {name: value for name, value in os.environ.items() if name.startswith("SINKBOOK_")}
-    workers = min(len(items), os.cpu_count() or 1)
+    workers = min(len(items), os.cpu_count() or 1, most or len(items))
     pool = ProcessPoolExecutor(workers, context, initializer=_set_up, initargs=(settings,))
     with pool, progress(label, len(items)) as show:
         futures = [pool.submit(work, item) for item in items]

@@ -6,6 +6,8 @@ device, date, duration and the command that makes it again as attributes. It is 
 """
 
 import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import xarray as xr
+from safetensors.torch import load_file, save_file
 
-from sinkbook import page, store
+from sinkbook import page, paper_scale, store
 from sinkbook.errors import SinkbookError
 from sinkbook.experiments import (
     one_layer,
@@ -28,7 +31,9 @@ from sinkbook.experiments import (
 )
 from sinkbook.mitigations import MITIGATIONS
 from sinkbook.phenomena import measure_toy
-from sinkbook.training import seeds_of, train
+from sinkbook.runs import in_groups
+from sinkbook.training import TimeIsUpError, seeds_of, train, train_all
+from sinkbook.transformer import Transformer
 
 # What only makes records is imported there: chapters read them, and transformers takes seconds.
 
@@ -143,13 +148,35 @@ RECORDS: dict[str, Callable[[], xr.Dataset]] = {
 }
 
 
+# The records whose weights stand beside them, one seed of each training, for later questions.
+WITH_WEIGHTS = ("one-layer", "three-layers")
+
+
+def names() -> list[str]:
+    """All records: those at the paper's scale first, in the order in which they are needed."""
+    return [*paper_scale.GROUPS, *RECORDS]
+
+
+def _at_the_papers_scale(name: str, device: str, until: float) -> tuple[xr.Dataset, dict]:
+    """The measurements of a record of `paper_scale`, and its first seed's weights by training."""
+    groups = paper_scale.GROUPS[name]()
+    runs = in_groups(partial(train_all, device=device, until=until), groups)
+    trained = [run for group in runs.values() for run in group]
+    config = {label: asdict(group[0].config) for label, group in runs.items()}
+    measured = paper_scale.measurements(runs).assign_attrs(
+        _provenance(config, trained[0].facts, sum(run.seconds for run in trained))
+    )
+    weights = {label: group[0].model.state_dict() for label, group in runs.items()}
+    return measured, weights if name in WITH_WEIGHTS else {}
+
+
 def path_of(name: str) -> Path:
     """Where a record lies in the repository.
 
     Raises `SinkbookError` for an unknown name and outside of a copy of the repository.
     """
-    if name not in RECORDS:
-        raise SinkbookError(f"no record named {name!r}. Known: {', '.join(RECORDS)}.")
+    if name not in names():
+        raise SinkbookError(f"no record named {name!r}. Known: {', '.join(names())}.")
     root = page.repository()
     if root is None:
         raise SinkbookError(
@@ -158,14 +185,73 @@ def path_of(name: str) -> Path:
     return root / "book" / "records" / f"{name}.nc"
 
 
-def make(name: str) -> Path:
-    """Train a record's runs, or go on where an interrupted one stopped, and write the record."""
+def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
+    """Train a record's runs, or go on where an interrupted one stopped, and write the record.
+
+    `until` is a time (`time.time()`) at which trainings at the paper's scale stop and keep what
+    they have. Raises `TimeIsUpError` then.
+    """
     path = path_of(name)
-    measured = RECORDS[name]().assign_attrs(record=name, command=f"sinkbook record {name}")
-    numbers = {n: v.astype(np.float32) for n, v in measured.data_vars.items()}
+    if name in paper_scale.GROUPS:
+        measured, weights = _at_the_papers_scale(name, device, until)
+    else:
+        measured, weights = RECORDS[name](), {}
+    measured = measured.assign_attrs(record=name, command=f"sinkbook record {name}")
+    floats = {n: v.astype(np.float32) for n, v in measured.data_vars.items()}
     path.parent.mkdir(exist_ok=True)
-    store.write(path, lambda part: measured.assign(numbers).to_netcdf(part, engine="h5netcdf"))
+    if weights:
+        halves = {
+            f"{training}/{parameter}": tensor.half().contiguous()
+            for training, of_training in weights.items()
+            for parameter, tensor in of_training.items()
+        }
+        store.write(weights_path(name), lambda part: save_file(halves, part))
+    store.write(path, lambda part: measured.assign(floats).to_netcdf(part, engine="h5netcdf"))
     return path
+
+
+def make_missing(*, device: str = "auto", minutes: float = math.inf) -> list[Path]:
+    """The records that are not there, made in order of need until the minutes are up.
+
+    What is unfinished then goes on with the next call.
+    """
+    until, made = time.time() + 60 * minutes, []
+    for name in names():
+        if path_of(name).exists():
+            continue
+        try:
+            made.append(make(name, device=device, until=until))
+        except TimeIsUpError:
+            break
+    return made
+
+
+def weights_path(name: str) -> Path:
+    """Where the weights of a record's first seed lie, in 16 bits."""
+    return path_of(name).with_name(f"{name}.safetensors")
+
+
+def model_of(name: str, training: str) -> Transformer:
+    """The toy that a record's first seed ended as: its weights in 16 bits, widened again.
+
+    Raises `SinkbookError` if the record has no weights, or none of that training.
+    """
+    if name not in WITH_WEIGHTS or not weights_path(name).exists():
+        raise SinkbookError(f"the record {name!r} has no weights. Make it: sinkbook record {name}")
+    kept = load_file(weights_path(name))
+    weights = {
+        key.partition("/")[2]: tensor.float()
+        for key, tensor in kept.items()
+        if key.partition("/")[0] == training
+    }
+    groups = paper_scale.GROUPS[name]()
+    if not weights or training not in groups:
+        raise SinkbookError(
+            f"the record {name!r} has no training {training!r}. Known: {', '.join(groups)}."
+        )
+    model = Transformer(groups[training][0].model)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
 
 
 def about(name: str) -> str:

@@ -29,6 +29,8 @@ Name = TypeVar("Name", str, float)
 # The modules that decide what a training does.
 _TRAINING_CODE = ("attention", "norms", "tasks", "transformer", "optimizers", "runs", "training")
 
+PRECISIONS = ("float32", "bfloat16")
+
 # The evaluation texts come from a seed that no training uses.
 EVALUATION_SEED = 2**31
 
@@ -47,8 +49,14 @@ class TrainingConfig:
     seed: int = 42  # of the initial weights and of the batches
     measurements: int = 40  # how often the model is measured, on a logarithmic schedule
     evaluation_size: int = 64  # texts that are measured
+    precision: str = "float32"  # of the matrix products; weights, norms and loss are in float32
+    details: bool = False  # also measure who writes at `<s>`, gradients and steps
 
     def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise SinkbookError(
+                f"no precision named {self.precision!r}. Known: {', '.join(PRECISIONS)}."
+            )
         if self.optimizer not in OPTIMIZERS:
             raise SinkbookError(
                 f"no optimizer named {self.optimizer!r}. Known: {', '.join(OPTIMIZERS)}."

@@ -132,15 +132,18 @@ class Task:
     def batch_at(
         self, size: int, seed: int, step: int, device: torch.device | str = "cpu"
     ) -> Int[Tensor, "batch position"]:
-        """The batch of a training step: a function of (seed, step) alone on one kind of device."""
+        """The batch of a training step: a function of (seed, step) alone, on every device."""
         return self.batches_at(size, seed, range(step, step + 1), device)[0]
 
     def batches_at(
         self, size: int, seed: int, steps: range, device: torch.device | str = "cpu"
     ) -> tuple[Int[Tensor, "batch position"], ...]:
-        """The batches of several steps, the same as one by one, and for small ones much faster."""
-        generators = [generator_at(seed, step, device) for step in steps]
-        return self._draw(size, generators).split(size)
+        """The batches of several steps, the same as one by one, and for small ones much faster.
+
+        They are drawn on the CPU and then moved, so that a GPU trains on the same texts.
+        """
+        generators = [generator_at(seed, step) for step in steps]
+        return self._draw(size, generators).to(device).split(size)
 
     def batches(
         self, size: int, seed: int, steps: range, device: torch.device | str = "cpu"

@@ -19,6 +19,7 @@ from sinkbook.norms import NORMS
 
 GATES = ("none", "head", "element", "value")
 NORM_PLACES = ("pre", "post", "sandwich")
+FIRST_VALUES = ("free", "ordinary")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TransformerConfig:
     qk_norm: bool = False  # root-mean-square norms of queries and keys
     gate: str = "none"  # sigmoid gate, one of GATES: on heads, their elements, or the values
     head_norm: bool = False  # root-mean-square norm of every head's output
+    first_value: str = "free"  # or "ordinary": as long, once written, as the others' mean
     norm: str = "layer"  # a name in norms.NORMS: of layers and output
     norm_place: str = "pre"  # one of NORM_PLACES: before a part, after the sum, or on both sides
     without_attention: tuple[int, ...] = ()  # layers whose attention is left out
@@ -44,6 +46,7 @@ class TransformerConfig:
     def __post_init__(self):
         _check_name("attention kernel", self.attention, KERNELS)
         _check_name("gate", self.gate, GATES)
+        _check_name("first value", self.first_value, FIRST_VALUES)
         _check_name("norm", self.norm, NORMS)
         _check_name("place of a norm", self.norm_place, NORM_PLACES)
         if self.width % self.heads:
@@ -82,6 +85,7 @@ class SelfAttention(nn.Module):
             nn.Linear(config.width, config.width, bias=False) for _ in range(4)
         )
         self.null_slot_speed = config.null_slot_speed
+        self.first_value = config.first_value
         made = PARAMETERS.get(config.attention, lambda *_: {})(self.heads, self.head_dim, layer_idx)
         for name, start in made.items():
             self.register_parameter(name, nn.Parameter(start))
@@ -106,12 +110,27 @@ class SelfAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if self.value_gate is not None:
             value = value * torch.sigmoid(self.value_gate(value))
+        if self.first_value == "ordinary":
+            value = self._with_ordinary_first(value)
         output, _ = self.attention_function(self, query, key, value, None, scaling=self.scaling)
         if self.head_norm is not None:
             output = self.head_norm(output)
         if self.output_gate is not None:
             output = output * torch.sigmoid(self.output_gate(x)).unflatten(-1, (self.heads, -1))
         return self.wo(output.flatten(-2))
+
+    def _with_ordinary_first(
+        self, value: Float[Tensor, "batch head position width"]
+    ) -> Float[Tensor, "batch head position width"]:
+        """The values, the first one as long as the others are on average, as W_O writes them.
+
+        Its direction is learned; its length is not, and teaches the others nothing.
+        """
+        output = self.wo.weight.unflatten(1, (self.heads, self.head_dim))
+        norms = torch.einsum("bhtd,whd->bhtw", value, output).float().norm(dim=-1, keepdim=True)
+        ordinary = norms[:, :, 1:].mean(dim=2, keepdim=True).detach()
+        scale = (ordinary / norms[:, :, :1].clamp(min=1e-12)).to(value)
+        return torch.cat([value[:, :, :1] * scale, value[:, :, 1:]], dim=2)
 
 
 def _half_open_gate(inputs: int, gates: int) -> nn.Linear:
