@@ -1,6 +1,6 @@
 """The run store: one folder per training, named by a hash of everything that decides its result.
 
-A finished run is `weights.safetensors`, `measurements.nc` and `run.json`, which is written last
+A finished run is `gguf.safetensors`, `measurements.nc` and `run.json`, which is written last
 and holds the checksums of the other two. An unfinished one is `checkpoint.safetensors`. Files are
 written under another name and moved into place, so that a kill leaves the old one or the new one.
 """
@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sinkbook.data.sources import cache_folder
 from sinkbook.errors import SinkbookError
-from sinkbook.sources import cache_folder
 
 # Writes netCDF 3, which is read in a twentieth of the time of netCDF 4.
 ENGINE = "scipy"

@@ -1,0 +1,335 @@
+"""Training the toy transformers: `train(config)` is a value, computed once and kept in the store.
+
+Batches are a function of (seed, step), so a config determines its run; a killed run goes on from
+its last checkpoint and ends with the same weights, bit by bit, as an unbroken one.
+"""
+
+import io
+import os
+import time
+from concurrent.futures import Executor, as_completed
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sinkbook import clusters, store
+from sinkbook.book import chapter
+from sinkbook.errors import SinkbookError
+from sinkbook.parallel import in_processes
+from sinkbook.progress import progress
+from sinkbook.toy.measurements import measure_toy
+from sinkbook.toy.optimizers import MATRIX_OPTIMIZERS, OPTIMIZERS
+from sinkbook.toy.runs import Run, TrainingConfig, seeds_of, stored, together
+from sinkbook.toy.tasks import task
+from sinkbook.toy.transformer import Transformer
+
+__all__ = ["Run", "TrainingConfig", "add_gradients", "seeds_of", "together", "train", "train_all"]
+
+NUMBERS_AT_ONCE = 2**18  # in the residual states of a layer: its activations fit a CPU's cache
+
+
+def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: float = 30.0) -> Run:
+    """The run of a config: read from the store, or else trained, resumed, and kept there.
+
+    `device` is "auto" (CUDA where there is one), "cpu" or a CUDA device. A kill loses at most
+    `checkpoint_seconds`. A damaged stored run is reported, set aside and trained again; a second
+    process that asks for the same run waits for the first.
+    Raises `SinkbookError` when the store cannot be written.
+    """
+    return train_all([config], device=device, checkpoint_seconds=checkpoint_seconds)[0]
+
+
+def train_all(
+    configs: list[TrainingConfig],
+    *,
+    way: str = "auto",
+    device: str = "auto",
+    checkpoint_seconds: float = 30.0,
+    executor: Executor | None = None,
+) -> list[Run]:
+    """The runs of several configs, in their order; those not in the store are trained.
+
+    `way` is how: "batched" trains runs that differ in their seed alone as one program (vmap),
+    "processes" one run per CPU core with one thread each, "sequence" one after the other. "auto"
+    takes batches on a GPU, and on CPUs processes if there is more than one run and core: there
+    the sizes of the toys are too large for batching to pay. Every way gives the same results
+    within floating-point error.
+
+    With an `executor`, or a Dask scheduler whose address is in `SINKBOOK_DASK`, each missing run
+    is a task of its own there, and comes back into the store here. Workers need no store in common.
+    """
+    runs = {config: stored(config) for config in configs}
+    missing = [config for config, run in runs.items() if run is None]
+    with ExitStack() as stack:
+        if executor is None and missing:
+            executor = stack.enter_context(clusters.asked_for())
+        if executor is not None:
+            _train_elsewhere(missing, executor, device, checkpoint_seconds)
+        else:
+            _train_here(missing, way, _device(device), checkpoint_seconds)
+    runs |= {config: stored(config) for config in missing}
+    return [runs[config] for config in configs]
+
+
+def _train_here(
+    missing: list[TrainingConfig], way: str, device: torch.device, checkpoint_seconds: float
+) -> None:
+    if way == "auto":
+        several = len(missing) > 1 and (os.cpu_count() or 1) > 1
+        way = "batched" if device.type == "cuda" else "processes" if several else "sequence"
+    if way == "processes" and missing:
+        work = partial(_train_one, checkpoint_seconds=checkpoint_seconds)
+        in_processes(work, missing, label="training runs", preload="sinkbook.toy.training")
+    elif way == "batched":
+        groups: dict[TrainingConfig, list[TrainingConfig]] = {}
+        for config in missing:
+            alike = config if config.optimizer in MATRIX_OPTIMIZERS else replace(config, seed=0)
+            groups.setdefault(alike, []).append(config)
+        for group in groups.values():
+            _train_together(group, device, checkpoint_seconds)
+    else:
+        for config in missing:
+            _train_together([config], device, checkpoint_seconds)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _train_elsewhere(
+    configs: list[TrainingConfig], executor: Executor, device: str, checkpoint_seconds: float
+) -> None:
+    futures = {
+        executor.submit(_trained, config, config.key, device, checkpoint_seconds): config
+        for config in configs
+    }
+    with progress("training runs", len(configs)) as show:
+        for done, future in enumerate(as_completed(futures), start=1):
+            weights, measurements, facts = future.result()
+            folder = futures[future].folder
+            with store.locked(folder):
+                store.save_run(folder, weights, measurements, facts)
+            show(done)
+
+
+def _trained(
+    config: TrainingConfig, key: str, device: str, checkpoint_seconds: float
+) -> tuple[dict[str, Tensor], xr.Dataset, dict]:
+    """What a worker sends back: the run's weights, measurements and facts."""
+    config = replace(config)  # without the key that came along with it
+    if config.key != key:
+        raise SinkbookError(
+            "a worker has another version of sinkbook's training code, or of torch, than the "
+            "machine that asks. Install the same on all of them."
+        )
+    _train_here([config], "sequence", _device(device), checkpoint_seconds)
+    return store.load_run(config.folder)
+
+
+def _train_one(config: TrainingConfig, checkpoint_seconds: float) -> None:
+    _train_together([config], torch.device("cpu"), checkpoint_seconds)
+
+
+def _train_together(
+    configs: list[TrainingConfig], device: torch.device, checkpoint_seconds: float
+) -> None:
+    """Train runs that differ in their seed alone as one program, and keep each in the store."""
+    with ExitStack() as locks:
+        for config in sorted(configs, key=lambda c: c.key):
+            locks.enter_context(store.locked(config.folder))
+        by_step: dict[int, list[_Unfinished]] = {}
+        for config in configs:
+            if (unfinished := _resume(config, device)) is not None:
+                by_step.setdefault(unfinished.step, []).append(unfinished)
+        for runs in by_step.values():
+            _Program(runs, device).run(checkpoint_seconds)
+
+
+@dataclass
+class _Unfinished:
+    """One run on its way: its step, its named weights and optimizer state, its measurements."""
+
+    config: TrainingConfig
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # by parameter and name; one of bytes for MATRIX_OPTIMIZERS
+    measurements: list[xr.Dataset]
+    seconds: float
+
+
+def _resume(config: TrainingConfig, device: torch.device) -> _Unfinished | None:
+    """Where a run goes on: its last checkpoint, or the start; None if it is finished."""
+    folder = config.folder
+    try:
+        if store.load_run(folder) is not None:
+            return None
+        tensors, step = store.load_checkpoint(folder)
+    except store.DamagedError as damage:
+        store.set_aside(folder, str(damage))
+        tensors, step = {}, 0
+    if not tensors:
+        torch.manual_seed(config.seed)
+        weights = Transformer(config.model).to(device).state_dict()
+        return _Unfinished(config, 0, weights, {}, [], 0.0)
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "other": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor.to(device) if part != "other" else tensor
+    other = parts["other"]
+    netcdf = io.BytesIO(other["measurements"].numpy().tobytes())
+    measured = xr.load_dataset(netcdf)
+    measurements = [measured.isel(step=[i]) for i in range(measured.sizes["step"])]
+    seconds = other["seconds"].item()
+    return _Unfinished(config, step, parts["weights"], parts["optimizer"], measurements, seconds)
+
+
+class _Program:
+    """Several runs at the same step, trained together: their weights are stacked if there are
+    more than one, and one optimizer steps them all, which is the same as stepping each."""
+
+    def __init__(self, runs: list[_Unfinished], device: torch.device):
+        self.runs, self.device, self.config = runs, device, runs[0].config
+        self.stacked = len(runs) > 1
+        self.task = task(self.config.task)
+        self.tokens = self.config.evaluation_tokens.to(device)
+        size, steps = self.config.batch_size, range(runs[0].step, self.config.steps)
+        of_runs = [self.task.batches(size, run.config.seed, steps, device) for run in runs]
+        self.batches = zip(*of_runs, strict=True)
+        self.model = Transformer(self.config.model).to(device)
+        self.weights = {
+            name: self._join([run.weights[name] for run in runs]).requires_grad_()
+            for name in runs[0].weights
+        }
+        if not self.stacked:
+            self.model.load_state_dict(self.weights)
+            self.weights = dict(self.model.named_parameters())
+        self.optimizer = OPTIMIZERS[self.config.optimizer](self.weights.values(), self.config)
+        if runs[0].optimizer:
+            self._restore_optimizer()
+
+    def run(self, checkpoint_seconds: float) -> None:
+        """Train from the runs' step to the end, measuring and checkpointing on the way."""
+        step, steps, measured = self.runs[0].step, self.config.steps, self.config.measured_steps
+        description = f"training {len(self.runs)} runs" if self.stacked else "training"
+        before = self.runs[0].seconds
+        start = saved = time.monotonic()
+        with progress(description, steps, step) as show:
+            while True:
+                if step in measured and not self._is_measured(step):
+                    self._measure(step)
+                if step == steps:
+                    break
+                self._step(next(self.batches))
+                step += 1
+                now = time.monotonic()
+                if now - saved >= checkpoint_seconds and step < steps:
+                    self._keep(step, before + now - start)
+                    saved = now
+                if step % 10 == 0:
+                    show(step)
+        self._finish(before + time.monotonic() - start)
+
+    def _step(self, texts: tuple[Int[Tensor, "text position"], ...]) -> None:
+        """One step of all runs, each on its own texts."""
+        self.optimizer.zero_grad()
+        if self.stacked:
+            # The fused CPU kernel has no batching rule: vmap would call it run by run.
+            with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+                loss = torch.vmap(self._loss_of)(self.weights, torch.stack(texts)).sum()
+            loss.backward()
+        else:
+            add_gradients(self.model, texts[0])
+        self.optimizer.step()
+
+    def _loss_of(self, weights: dict[str, Tensor], texts: Tensor) -> Tensor:
+        logits = torch.func.functional_call(self.model, weights, (texts[:, :-1],))
+        return _loss(logits, texts)
+
+    def _is_measured(self, step: int) -> bool:
+        return any(step in m.step for m in self.runs[0].measurements[-1:])
+
+    def _measure(self, step: int) -> None:
+        for i, run in enumerate(self.runs):
+            if self.stacked:
+                self.model.load_state_dict(self._weights_of(i))
+            measured = measure_toy(self.model, self.task, self.tokens)
+            run.measurements.append(measured.expand_dims(step=[step]))
+
+    def _keep(self, step: int, seconds: float) -> None:
+        for i, run in enumerate(self.runs):
+            netcdf = bytes(xr.concat(run.measurements, "step").to_netcdf(engine=store.ENGINE))
+            tensors = {f"weights/{n}": t for n, t in self._weights_of(i).items()}
+            tensors |= {f"optimizer/{n}": t for n, t in self._optimizer_of(i).items()}
+            tensors["other/measurements"] = torch.frombuffer(bytearray(netcdf), dtype=torch.uint8)
+            tensors["other/seconds"] = torch.tensor(seconds)
+            store.save_checkpoint(run.config.folder, tensors, step)
+
+    def _finish(self, seconds: float) -> None:
+        for i, run in enumerate(self.runs):
+            facts = {
+                "config": asdict(run.config),
+                # Runs trained as one program share its time.
+                "seconds": seconds / len(self.runs),
+            } | chapter.provenance()
+            measurements = xr.concat(run.measurements, "step")
+            store.save_run(run.config.folder, self._weights_of(i), measurements, facts)
+
+    def _join(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors) if self.stacked else tensors[0].clone()
+
+    def _part(self, tensor: Tensor, run: int) -> Tensor:
+        return tensor.detach()[run] if self.stacked else tensor.detach()
+
+    def _weights_of(self, run: int) -> dict[str, Tensor]:
+        return {name: self._part(tensor, run) for name, tensor in self.weights.items()}
+
+    def _restore_optimizer(self) -> None:
+        kept = [run.optimizer for run in self.runs]
+        if self.config.optimizer in MATRIX_OPTIMIZERS:
+            whole = io.BytesIO(kept[0]["whole"].cpu().numpy().tobytes())
+            self.optimizer.load_state_dict(torch.load(whole, map_location=self.device))
+            return
+        for name, key in [n.rsplit("/", 1) for n in kept[0]]:
+            tensors = [of_run[f"{name}/{key}"] for of_run in kept]
+            # The step count is one scalar for a whole tensor, stacked or not.
+            joined = tensors[0].clone() if tensors[0].ndim == 0 else self._join(tensors)
+            self.optimizer.state[self.weights[name]][key] = joined
+
+    def _optimizer_of(self, run: int) -> dict[str, Tensor]:
+        if self.config.optimizer in MATRIX_OPTIMIZERS:
+            # Their state may be lists and numbers, and is that of one run.
+            whole = io.BytesIO()
+            torch.save(self.optimizer.state_dict(), whole)
+            return {"whole": torch.frombuffer(bytearray(whole.getvalue()), dtype=torch.uint8)}
+        return {
+            f"{name}/{key}": value if value.ndim == 0 else self._part(value, run)
+            for name, weight in self.weights.items()
+            for key, value in self.optimizer.state[weight].items()
+        }
+
+
+def add_gradients(model: Transformer, texts: Int[Tensor, "text position"]) -> None:
+    """Add the gradients of the mean loss on `texts` to those of the model's weights.
+
+    CPUs take a few texts at a time: their activations stay in the cache, and in memory that the
+    process has already.
+    """
+    of_a_text = (texts.shape[1] - 1) * model.config.width
+    at_once = max(1, NUMBERS_AT_ONCE // of_a_text) if texts.device.type == "cpu" else len(texts)
+    for part in texts.split(at_once):
+        loss = _loss(model(part[:, :-1]), part) * (len(part) / len(texts))
+        loss.backward()
+
+
+def _loss(logits: Tensor, texts: Tensor) -> Tensor:
+    """Mean next-token cross-entropy over all positions, nats: what the paper trains on."""
+    return F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())
