@@ -68,12 +68,12 @@ def run(
     ] = None,
 ) -> None:
     """Run chapters and keep the executed copies, without rendering; prints their paths."""
-    from sinkbook import clusters
+    from sinkbook import parallel
     from sinkbook.book import build as book
 
     if dask is not None:
-        with clusters.cluster(dask):  # nobody there? Say so before the chapters start
-            os.environ[clusters.ADDRESS] = dask
+        with parallel.cluster(dask):  # nobody there? Say so before the chapters start
+            os.environ[parallel.ADDRESS] = dask
     place = book.workplace(profile, output)
     for execution in book.run_chapters(chapters, place=place, seed=seed, jobs=jobs):
         print(execution.path)

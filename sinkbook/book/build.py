@@ -23,9 +23,11 @@ from pathlib import Path
 
 import filelock
 
+from sinkbook import provenance
 from sinkbook.book import chapter, claims
 from sinkbook.book.execution import Execution, execute
 from sinkbook.errors import SinkbookError
+from sinkbook.files import write_json
 
 # Pages that tabulate what the chapters left behind: they run last, and always.
 APPENDICES = ("claims", "status")
@@ -63,7 +65,7 @@ def workplace(profile: str, output: Path | None = None) -> Workplace:
 
     Raises `SinkbookError` outside of a repository and for an unknown profile.
     """
-    root = chapter.repository()
+    root = provenance.repository()
     if root is None:
         raise SinkbookError(
             f"no book here: neither {Path.cwd()} nor a folder above it has a _toc.yml and a "
@@ -119,7 +121,7 @@ def content_hash(notebook: Path, place: Workplace, seed: int) -> str:
     for path in [notebook, *sources, *sorted(path for path in records if path.is_file())]:
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     of_chapter = [vars(c) for c in claims.known().values() if c.chapter == notebook.stem]
-    digest.update(json.dumps([of_chapter, place.profile, seed, chapter.versions()]).encode())
+    digest.update(json.dumps([of_chapter, place.profile, seed, provenance.versions()]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -170,7 +172,7 @@ def _remember(execution: Execution) -> None:
         claims.keep(record)
     for facts in execution.outputs("sinkbook.facts"):
         record = {"chapter": execution.chapter, "seconds": execution.seconds, **facts}
-        chapter.write_json(chapter.status_folder() / f"{execution.chapter}.json", record)
+        write_json(chapter.status_folder() / f"{execution.chapter}.json", record)
 
 
 # ---------------------------------------------------------------------------------------------

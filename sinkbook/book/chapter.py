@@ -5,21 +5,17 @@ that the chapter took, and keeps one record a chapter for the status page.
 """
 
 import json
-import os
-import platform
-import tempfile
-import time
 from base64 import b64encode
 from dataclasses import dataclass, field
 from datetime import date
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
 
-from sinkbook.data.corpora import cache_folder
 from sinkbook.errors import SinkbookError
+from sinkbook.files import cache_folder
+from sinkbook.provenance import device, repository, versions
 
 PROFILES = ("quick", "paper")
 
@@ -36,47 +32,6 @@ def check_profile(profile: str) -> str:
             "paper (the paper's own sizes, for one GPU)."
         )
     return profile
-
-
-def repository(start: Path | None = None) -> Path | None:
-    """The folder with the book's sources: the nearest one from `start` upwards, else the package's.
-
-    `start` defaults to the working directory. None: neither the working directory nor the
-    installed package lies in a copy of the repository.
-    """
-    beside_package = Path(__file__).resolve().parent.parent.parent
-    here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents, beside_package):
-        if (folder / "_toc.yml").is_file() and (folder / "book" / "claims.yml").is_file():
-            return folder
-    return None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, by package name."""
-    found = {"python": platform.python_version()}
-    for package in ("sinkbook", "torch", "transformers", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def device() -> str:
-    """The device that a chapter computes on, in words."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def provenance() -> dict:
-    """On what, with what and when something was computed here, for the file that keeps it."""
-    date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return {"device": device(), "versions": versions(), "date": date}
 
 
 @dataclass(frozen=True)
@@ -146,22 +101,6 @@ class Attachments:
 def attach(files: dict[str, bytes]) -> Attachments:
     """Offer files on the page, by name."""
     return Attachments(files)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of one."""
-    text = json.dumps(value, indent=2) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SinkbookError(
-            f"cannot write {path}: {error.strerror}. Make the folder writable, or name another "
-            "cache folder in SINKBOOK_CACHE."
-        ) from error
 
 
 def status_folder() -> Path:

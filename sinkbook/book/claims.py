@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sinkbook.book import chapter as page
-from sinkbook.data.corpora import cache_folder
+from sinkbook.book.chapter import check_profile
 from sinkbook.errors import SinkbookError
+from sinkbook.files import cache_folder, write_json
+from sinkbook.provenance import repository, versions
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 _BOUND = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER})")
@@ -73,13 +74,13 @@ class Claim:
 
     def __post_init__(self) -> None:
         for profile, criterion in self.criterion.items():
-            page.check_profile(profile)
+            check_profile(profile)
             satisfies(criterion, 0.0)
 
 
 def claims_file() -> Path:
     """`book/claims.yml` of the repository, or the copy that an installed package carries."""
-    root = page.repository()
+    root = repository()
     return (
         root / "book" / "claims.yml" if root else Path(str(files("sinkbook.book") / "claims.yml"))
     )
@@ -209,7 +210,7 @@ class Verdict:
             "profile": self.profile,
             "measured": list(self.measured),
             "date": self.date,
-            "versions": page.versions(),
+            "versions": versions(),
         }
 
 
@@ -232,7 +233,7 @@ def judge(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
     if not measured:
         raise SinkbookError(f"claim {claim_id!r} got no values. Hand in one number a seed.")
     today = date.today().isoformat()
-    return Verdict(claims[claim_id], page.check_profile(profile), measured, today)
+    return Verdict(claims[claim_id], check_profile(profile), measured, today)
 
 
 def check(claim_id: str, values: Iterable[float], *, profile: str) -> None:
@@ -249,7 +250,7 @@ def check(claim_id: str, values: Iterable[float], *, profile: str) -> None:
 
 def keep(record: dict) -> None:
     """Write one measurement, as `Verdict.record` gives it, to the ledger."""
-    page.write_json(ledger_folder() / f"{record['id']}.json", record)
+    write_json(ledger_folder() / f"{record['id']}.json", record)
 
 
 def report(**numbers: float | int | str) -> None:

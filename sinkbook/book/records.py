@@ -15,8 +15,6 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from sinkbook import store
-from sinkbook.book import chapter
 from sinkbook.book.experiments import (
     one_layer,
     optimizer_sweep,
@@ -27,7 +25,9 @@ from sinkbook.book.experiments import (
     under_slot_controls,
 )
 from sinkbook.errors import SinkbookError
+from sinkbook.files import write
 from sinkbook.mitigations.registry import MITIGATIONS
+from sinkbook.provenance import repository
 from sinkbook.toy.measurements import measure_toy
 from sinkbook.toy.training import seeds_of, train
 
@@ -153,7 +153,7 @@ def path_of(name: str) -> Path:
     """
     if name not in RECORDS:
         raise SinkbookError(f"no record named {name!r}. Known: {', '.join(RECORDS)}.")
-    root = chapter.repository()
+    root = repository()
     if root is None:
         raise SinkbookError(
             "records lie in the book's repository, and this is none. Go to a clone of it."
@@ -167,7 +167,7 @@ def make(name: str) -> Path:
     measured = RECORDS[name]().assign_attrs(record=name, command=f"sinkbook record {name}")
     numbers = {n: v.astype(np.float32) for n, v in measured.data_vars.items()}
     path.parent.mkdir(exist_ok=True)
-    store.write(path, lambda part: measured.assign(numbers).to_netcdf(part, engine="h5netcdf"))
+    write(path, lambda part: measured.assign(numbers).to_netcdf(part, engine="h5netcdf"))
     return path
 
 

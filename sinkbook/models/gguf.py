@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from sinkbook.data.sources import cache_folder, is_whole, unpack, writing
+from sinkbook.data.sources import unpack
+from sinkbook.files import cache_folder, is_whole, writing
 
 GGUF_FILE = "weights.gguf"
 _SUMS = "SHA256SUMS"

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sinkbook.book import chapter
+from sinkbook import provenance
 from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
 from sinkbook.figures import basic
@@ -92,9 +92,9 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
     result["token"] = ("batch", "position"), [[words[i] for i in row] for row in tokens.tolist()]
     result.attrs |= {
         "model": language_model.name,
-        "device": chapter.device(),
+        "device": provenance.device(),
         "seconds": round(sum(part.attrs["seconds"] for part in results), 1),
-        "sinkbook": chapter.versions()["sinkbook"],
+        "sinkbook": provenance.versions()["sinkbook"],
         "date": date.today().isoformat(),
     }
     return result

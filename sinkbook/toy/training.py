@@ -19,11 +19,11 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sinkbook import clusters, store
-from sinkbook.book import chapter
+from sinkbook import store
 from sinkbook.errors import SinkbookError
-from sinkbook.parallel import in_processes
+from sinkbook.parallel import asked_for, in_processes
 from sinkbook.progress import progress
+from sinkbook.provenance import provenance
 from sinkbook.toy.measurements import measure_toy
 from sinkbook.toy.optimizers import MATRIX_OPTIMIZERS, OPTIMIZERS
 from sinkbook.toy.runs import Run, TrainingConfig, seeds_of, stored, together
@@ -69,7 +69,7 @@ def train_all(
     missing = [config for config, run in runs.items() if run is None]
     with ExitStack() as stack:
         if executor is None and missing:
-            executor = stack.enter_context(clusters.asked_for())
+            executor = stack.enter_context(asked_for())
         if executor is not None:
             _train_elsewhere(missing, executor, device, checkpoint_seconds)
         else:
@@ -279,7 +279,7 @@ class _Program:
                 "config": asdict(run.config),
                 # Runs trained as one program share its time.
                 "seconds": seconds / len(self.runs),
-            } | chapter.provenance()
+            } | provenance()
             measurements = xr.concat(run.measurements, "step")
             store.save_run(run.config.folder, self._weights_of(i), measurements, facts)
 

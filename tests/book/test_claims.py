@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from sinkbook import files
 from sinkbook.book import chapter, claims
 from sinkbook.errors import SinkbookError
 
@@ -133,8 +134,8 @@ def test_the_facts_of_a_run_are_one_line_with_profile_seed_device_and_versions()
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "folder" / "record.json"
-    chapter.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        chapter.write_json(path, {"a": object()})
+        files.write_json(path, {"a": object()})
     assert list(path.parent.iterdir()) == [path]
     assert json.loads(path.read_text()) == {"a": 1}

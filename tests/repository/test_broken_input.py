@@ -89,8 +89,8 @@ def test_an_unknown_profile_is_answered_with_the_two(repository, sinkbook, comma
 
 def test_outside_a_repository_there_is_no_book_to_build(tmp_path, sinkbook, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    installed = tmp_path / "site-packages" / "sinkbook" / "book" / "chapter.py"
-    monkeypatch.setattr("sinkbook.book.chapter.__file__", str(installed))
+    installed = tmp_path / "site-packages" / "sinkbook" / "provenance.py"
+    monkeypatch.setattr("sinkbook.provenance.__file__", str(installed))
     status, _, stderr = sinkbook("build")
     assert status == 1 and f"neither {tmp_path} nor a folder above it" in one_message(stderr)
 

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sinkbook.book import build, chapter, claims
+from sinkbook import provenance
+from sinkbook.book import build, claims
 from sinkbook.book.execution import Execution, read_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def test_whatever_decides_a_chapters_numbers_decides_its_hash(repository, monkey
     hashes.append(build.content_hash(path, place, 0))
     (repository.root / "book" / "claims.yml").write_text("[]")
     hashes.append(build.content_hash(path, place, 0))
-    monkeypatch.setattr(chapter, "versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr(provenance, "versions", lambda: {"torch": "0.0"})
     hashes.append(build.content_hash(path, place, 0))
     assert len(set(hashes)) == len(hashes)
     assert build.content_hash(path, place, 0) == hashes[-1]
