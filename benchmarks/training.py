@@ -11,12 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.timing import alternate, row
-from sinkbook import experiments
-from sinkbook.optimizers import OPTIMIZERS
-from sinkbook.runs import TrainingConfig
-from sinkbook.tasks import Task, task
-from sinkbook.training import add_gradients, seeds_of, train, train_all
-from sinkbook.transformer import Transformer
+from sinkbook.book import experiments
+from sinkbook.toy.optimizers import OPTIMIZERS
+from sinkbook.toy.runs import TrainingConfig
+from sinkbook.toy.tasks import Task, task
+from sinkbook.toy.training import add_gradients, seeds_of, train, train_all
+from sinkbook.toy.transformer import Transformer
 
 # torch counts the fused attention of GPUs, and not yet that of CPUs.
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

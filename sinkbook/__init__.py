@@ -15,7 +15,7 @@ __all__ = ["measure"]
 def __getattr__(name: str) -> object:
     """Import the probe, and torch with it, only when it is asked for."""
     if name == "measure":
-        from sinkbook.probe import measure
+        from sinkbook.probe.measure import measure
 
         return measure
     raise AttributeError(f"module 'sinkbook' has no attribute {name!r}")

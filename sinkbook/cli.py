@@ -42,7 +42,7 @@ def build(
     ] = False,
 ) -> None:
     """Run every chapter that has changed and render the book; prints the path of its first page."""
-    from sinkbook import book
+    from sinkbook.book import build as book
 
     place = book.workplace(profile, output)
     started = time.monotonic()
@@ -68,11 +68,12 @@ def run(
     ] = None,
 ) -> None:
     """Run chapters and keep the executed copies, without rendering; prints their paths."""
-    from sinkbook import book, clusters
+    from sinkbook import parallel
+    from sinkbook.book import build as book
 
     if dask is not None:
-        with clusters.cluster(dask):  # nobody there? Say so before the chapters start
-            os.environ[clusters.ADDRESS] = dask
+        with parallel.cluster(dask):  # nobody there? Say so before the chapters start
+            os.environ[parallel.ADDRESS] = dask
     place = book.workplace(profile, output)
     for execution in book.run_chapters(chapters, place=place, seed=seed, jobs=jobs):
         print(execution.path)
@@ -89,7 +90,7 @@ def fetch(
     ] = False,
 ) -> None:
     """Download texts and weights into the cache folder, checked against their pinned hashes."""
-    from sinkbook import corpora
+    from sinkbook.data import corpora
 
     if list_them:
         _print_sources()
@@ -101,7 +102,7 @@ def fetch(
 
 
 def _print_sources() -> None:
-    from sinkbook.corpora import SOURCES
+    from sinkbook.data.corpora import SOURCES
 
     for source in SOURCES.values():
         print(f"{source.name:14} {source.megabytes:4} MB  {source.about}")
@@ -141,7 +142,7 @@ def probe(
 
     from rich.console import Console
 
-    from sinkbook import report
+    from sinkbook.report import report
 
     if out is not None:
         report.check_folder(out, force=force)
@@ -190,7 +191,7 @@ def checkpoints(
     """Measure sinks, drains and peaks along a pretraining; an interrupted sweep goes on."""
     from rich.console import Console
 
-    from sinkbook import sweeps
+    from sinkbook.llm import sweeps
 
     if list_them:
         Console().print(sweeps.listing(model))
@@ -216,7 +217,7 @@ def claims(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
 ) -> None:
     """Show what the book claims, what was last measured, and whether it holds."""
-    from sinkbook import claims as book_claims
+    from sinkbook.book import claims as book_claims
 
     if as_json:
         print(json.dumps([verdict.row() for verdict in book_claims.verdicts()], indent=2))
@@ -236,7 +237,7 @@ def record(
     ] = float("inf"),
 ) -> None:
     """Train runs that are too long for a page and keep their measurements in book/records."""
-    from sinkbook import records
+    from sinkbook.book import records
 
     if all_missing:
         for path in records.make_missing(device=device, minutes=minutes):

@@ -1,11 +1,10 @@
 """The run store: one folder per training, named by a hash of everything that decides its result.
 
-A finished run is `weights.safetensors`, `measurements.nc` and `run.json`, which is written last
+A finished run is `gguf.safetensors`, `measurements.nc` and `run.json`, which is written last
 and holds the checksums of the other two. An unfinished one is `checkpoint.safetensors`. Files are
 written under another name and moved into place, so that a kill leaves the old one or the new one.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -21,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sinkbook.errors import SinkbookError
-from sinkbook.sources import cache_folder
+from sinkbook.files import cache_folder, write
 
 # Writes netCDF 3, which is read in a twentieth of the time of netCDF 4.
 ENGINE = "scipy"
@@ -65,26 +63,6 @@ def set_aside(folder: Path, why: str) -> None:
     for file in [f for f in folder.iterdir() if f.is_file() and f.name != "lock"]:
         file.rename(attic / file.name)
     print(f"Run {folder.name} is damaged ({why}): set aside in {attic}, training it again.")
-
-
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Write a file in one step: `save` fills a neighbour that then takes the file's place.
-
-    Raises `SinkbookError` if the disk is full or the folder cannot be written.
-    """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        save(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        advice = "Free some space" if error.errno == errno.ENOSPC else "Make it writable"
-        raise SinkbookError(
-            f"cannot write {path}: {error.strerror or error}. {advice}, or choose another folder "
-            "with SINKBOOK_RUNS; the run goes on from its last checkpoint."
-        ) from error
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], step: int) -> None:

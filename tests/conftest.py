@@ -1,7 +1,8 @@
 """What all tests share: fast ones first, a run store of their own, each chapter executed once.
 
-Layers: `unit` and `models` check the package, `tooling` the repository and the pipeline on tiny
-notebooks, `chapters` executes the book (marked `book`), `site` opens its pages in a browser.
+Folders mirror the package. `repository` checks the repository and the pipeline on tiny notebooks,
+`chapters` executes the book (marked `book`), `site` opens its pages in a browser. What loads models
+of transformers is marked `weights`.
 """
 
 import os
@@ -14,7 +15,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("unit", "tooling", "models", "chapters", "site")
+LAYERS = ("package", "repository", "weights", "chapters", "site")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,11 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Doctests and fast layers first; the book's tests last and in one process."""
+    """Doctests and fast tests first; the book's tests last and in one process."""
 
     def layer(item: pytest.Item) -> int:
+        if not item.path.is_relative_to(ROOT / "tests"):
+            return -1
         folder = item.path.parent.name
-        return LAYERS.index(folder) if folder in LAYERS else -1
+        if folder not in LAYERS:
+            folder = "weights" if item.get_closest_marker("weights") else "package"
+        return LAYERS.index(folder)
 
     items.sort(key=layer)
     for item in items:
@@ -50,11 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def place():
     """The repository at the quick profile, with an empty build folder of the tests' own."""
-    from sinkbook import book
+    from sinkbook.book import build
 
     output = ROOT / "build" / "test" / "book"
     shutil.rmtree(output, ignore_errors=True)
-    return book.Workplace(ROOT, output, "quick")
+    return build.Workplace(ROOT, output, "quick")
 
 
 class Executions(dict):
@@ -70,10 +75,10 @@ class Executions(dict):
 @pytest.fixture(scope="session")
 def executions(place) -> Executions:
     """Every chapter of the book, executed once, by name."""
-    from sinkbook import book
+    from sinkbook.book import build
 
     found = Executions()
-    done = book.run_chapters(
+    done = build.run_chapters(
         place=place,
         jobs=min(2, os.cpu_count() or 1),
         failed=lambda name, error: found.failures.update({name: str(error)}),
@@ -85,15 +90,15 @@ def executions(place) -> Executions:
 @pytest.fixture(scope="session")
 def pages(place, executions) -> Path:
     """The folder of the rendered book, made from the chapters that the tests executed."""
-    from sinkbook import book
+    from sinkbook.book import build
     from sinkbook.errors import SinkbookError
 
     if executions.failures:
         pytest.fail(f"no pages without {', '.join(executions.failures)}", pytrace=False)
     try:
-        book.install_scripts(ROOT)
-        book.stage(executions.values(), place)
-        return book.render(place).parent
+        build.install_scripts(ROOT)
+        build.stage(executions.values(), place)
+        return build.render(place).parent
     except SinkbookError as error:
         problem = str(error)
     pytest.fail(problem, pytrace=False)

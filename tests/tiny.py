@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from sinkbook.models import LanguageModel
-from sinkbook.transformer import Transformer, TransformerConfig
+from sinkbook.toy.transformer import Transformer, TransformerConfig
 
 WORDS = ["<|endoftext|>", "<s>", "to", "be", "or", "not", "<script>", "the"]  # by token id
 BOS = WORDS.index("<s>")

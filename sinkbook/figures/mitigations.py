@@ -1,0 +1,318 @@
+"""Figures that compare mitigations: by layer, along the loss, as points, as families."""
+
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
+
+from sinkbook.figures.basic import OTHER, SINK, axes_or_new
+from sinkbook.mitigations.league import CRITERIA, worst_layer
+from sinkbook.mitigations.registry import MITIGATIONS
+
+FAMILY_COLOURS = {
+    "control": "#222222",
+    "no normalisation": "#CC79A7",
+    "null slot": "#0072B2",
+    "gate": "#E69F00",
+    "norm": "#009E73",
+    "optimizer": "#D55E00",
+}
+
+
+def methods_by_layer(
+    values: dict[str, Float[xr.DataArray, "seed any_layer"]],
+    ax: Axes | None = None,
+    *,
+    colours: dict[str, str],
+    ylabel: str,
+    xlabel: str = "layer",
+    scale: str = "linear",
+    legend: bool = True,
+) -> Axes:
+    """A quantity in every layer: for each method a mean and a dot for every seed, side by side."""
+    ax = axes_or_new(ax)
+    offsets = np.linspace(-0.2, 0.2, len(values))
+    for offset, (label, of_method) in zip(offsets, values.items(), strict=True):
+        dim = next(d for d in of_method.dims if d != "seed")
+        seeds = of_method.transpose("seed", dim)
+        places = seeds[dim].values + offset
+        ax.plot(places, seeds.mean("seed"), "_", color=colours[label], ms=14, mew=2.5, label=label)
+        ax.plot(places, seeds.values.T, ".", color=colours[label], ms=5, alpha=0.8)
+        ax.set_xticks(seeds[dim].values)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if scale == "symlog":
+        ax.set_yscale("symlog", linthresh=10)
+    ax.grid(axis="y", alpha=0.3)
+    if legend:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def over_rates(
+    values: dict[str, dict[float, Float[np.ndarray, " seed"]]],
+    ax: Axes | None = None,
+    *,
+    colours: dict[str, str],
+    ylabel: str,
+    scale: str = "linear",
+    legend: bool = True,
+) -> Axes:
+    """A quantity against the learning rate: for each method the means, and a dot for every seed."""
+    ax = axes_or_new(ax)
+    for label, by_rate in values.items():
+        means = [np.mean(seeds) for seeds in by_rate.values()]
+        ax.plot(list(by_rate), means, "-", color=colours[label], label=label)
+        for rate, seeds in by_rate.items():
+            ax.plot(np.full(np.size(seeds), rate), seeds, ".", color=colours[label], ms=6)
+    ax.set(xlabel="learning rate, relative", ylabel=ylabel, xscale="log")
+    ax.set_xticks(list(by_rate), [f"{rate:.2g}" for rate in by_rate])
+    ax.minorticks_off()
+    ax.set_yscale(scale, **{"linthresh": 10} if scale == "symlog" else {})
+    if legend:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def along_risk(
+    lines: dict[str, list[tuple[Float[np.ndarray, " step"], Float[np.ndarray, " step"]]]],
+    ax: Axes | None = None,
+    *,
+    colours: dict[str, str],
+    xlabel: str,
+    ylabel: str,
+    scale: str = "linear",
+    start: float = 1.0,
+    legend: bool = True,
+) -> Axes:
+    """A quantity against a falling risk, from `start` on: for each method a line a seed."""
+    ax = axes_or_new(ax)
+    for label, seeds in lines.items():
+        for number, (risk, values) in enumerate(seeds):
+            name = label if number == 0 else None
+            ax.plot(risk, values, color=colours[label], lw=1.2, alpha=0.8, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+    if scale == "symlog":
+        ax.set_yscale("symlog", linthresh=10)
+    lowest = min(risk.min() for seeds in lines.values() for risk, _ in seeds)
+    ax.set_xlim(start, lowest / 1.1)
+    if legend:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def mitigation_points(
+    x: Float[xr.DataArray, "mitigation seed"],
+    y: Float[xr.DataArray, "mitigation seed"],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    log: str = "",
+) -> Axes:
+    """A point for each mitigation at the means over seeds, a thin line to each seed.
+
+    `x` and `y` carry the coordinates `label` and `family`; the control "softmax" is a star.
+    """
+    ax = axes_or_new(ax, figsize=(7.6, 5.4))
+    points = {}
+    for name in x.mitigation.values:
+        across, up = x.sel(mitigation=name), y.sel(mitigation=name)
+        colour = FAMILY_COLOURS[across.family.item()]
+        centre = across.mean().item(), up.mean().item()
+        for seed in zip(across.values, up.values, strict=True):
+            ax.plot(*zip(centre, seed, strict=True), color=colour, lw=0.6, alpha=0.6)
+        ax.plot(*centre, "*" if name == "softmax" else "o", color=colour, ms=6)
+        points[across.label.item()] = (centre, colour)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
+    ax.margins(x=0.12, y=0.08)
+    handles = [ax.plot([], [], "o", color=c, ms=6)[0] for c in FAMILY_COLOURS.values()]
+    ax.figure.legend(handles, FAMILY_COLOURS, ncols=6, fontsize=7.5, loc="outside upper center")
+    _label_apart(ax, points)
+    return ax
+
+
+def _label_apart(ax: Axes, points: dict[str, tuple[tuple[float, float], str]]) -> None:
+    """Write a label near each point, in the nearest place where no other label or point is."""
+    ax.figure.canvas.draw()
+    pixels = ax.figure.dpi / 72
+    taken = [ax.transData.transform(place) for place, _ in points.values()]
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in taken]
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    for label, (place, colour) in points.items():
+        width, height = 4.3 * len(label) * pixels, 8 * pixels
+        x, y = ax.transData.transform(place)
+        for distance, angle in product((8, 18, 28, 40, 55, 75), angles):
+            dx, dy = (pixels * distance * f(angle) for f in (np.cos, np.sin))
+            left = x + dx - (width if dx < -1 else 0.0 if dx > 1 else width / 2)
+            box = Bbox.from_bounds(left, y + dy - height / 2, width, height)
+            inside = ax.bbox.contains(box.x0, box.y0) and ax.bbox.contains(box.x1, box.y1)
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        middle = ((box.x0 + box.x1) / 2 - x) / pixels, ((box.y0 + box.y1) / 2 - y) / pixels
+        text = {"xytext": middle, "textcoords": "offset points", "ha": "center", "va": "center"}
+        line = {"arrowstyle": "-", "lw": 0.4, "color": colour} if distance > 8 else None
+        ax.annotate(label, place, color=colour, fontsize=7, arrowprops=line, **text)
+
+
+def mitigation_rows(
+    values: Float[xr.DataArray, "mitigation seed"],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    names: bool = True,
+    log: bool = False,
+    over: Float[xr.DataArray, "mitigation other_seed"] | None = None,
+) -> Axes:
+    """One row a mitigation in the order of `values`: a dot for every seed, a line at the control.
+
+    `values` carries the coordinates `label` and `family`. The mean of `over`, of other trainings of
+    the same mitigations, is laid over the dots as a hollow diamond.
+    """
+    ax = axes_or_new(ax, figsize=(5, 6))
+    for row, name in enumerate(values.mitigation.values):
+        seeds = values.sel(mitigation=name)
+        colour = FAMILY_COLOURS[seeds.family.item()]
+        ax.plot(seeds, np.full(seeds.size, row), "o", color=colour, ms=4, alpha=0.8)
+        if over is not None:
+            other = over.sel(mitigation=name).mean().item()
+            ax.plot(other, row, "D", color="black", mfc="none", mew=0.9, ms=5.5)
+    if "softmax" in values.mitigation:
+        control = values.sel(mitigation="softmax").mean().item()
+        ax.axvline(control, color=OTHER, lw=0.9, ls="--")
+    count = values.sizes["mitigation"]
+    ax.set_yticks(range(count), values.label.values if names else [""] * count)
+    ax.set(xlabel=xlabel, ylim=(count - 0.4, -0.6))
+    if log:
+        low, high = values.min().item(), values.max().item()
+        ax.set_xscale("log")
+        within_a_decade = high < 20 * low
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if within_a_decade else (1,)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
+    ax.tick_params(axis="y", length=0, labelsize=7.5)
+    ax.grid(axis="y", alpha=0.25)
+    return ax
+
+
+def league_board(
+    standings: xr.Dataset, *, order: list[str], over: xr.Dataset | None = None
+) -> list[Axes]:
+    """The criteria of the league table side by side, a row for each mitigation in `order`.
+
+    `order` holds labels, the best first. A dashed line marks softmax. The means of another table
+    are laid `over` it; steps are then left out, since those of two sizes cannot be compared.
+    """
+    names = standings.swap_dims(mitigation="label").mitigation.sel(label=order).values
+    columns = [c for c in CRITERIA if over is None or c != "steps_to_loss"]
+    _, panels = plt.subplots(1, len(columns), figsize=(9, 5.2))
+    for panel, column in zip(panels, columns, strict=True):
+        mitigation_rows(
+            worst_layer(standings, column).sel(mitigation=names),
+            panel,
+            xlabel=CRITERIA[column][0].replace(" ", "\n", 1),
+            names=panel is panels[0],
+            log=column in ("value_ratio", "peak_ratio", "kurtosis_text", "int8_error"),
+            over=None if over is None else worst_layer(over, column),
+        )
+        panel.tick_params(axis="x", labelsize=7)
+    return list(panels)
+
+
+def destination_bars(shares: xr.DataArray, ax: Axes | None = None) -> Axes:
+    """Where attention goes, stacked: a group for each control, a bar for each mitigation.
+
+    `shares` is what `league.destinations` gives; bars are means over seeds.
+    """
+    ax = axes_or_new(ax, figsize=(7.4, 3.6))
+    colours = dict(zip(shares.destination.values, (SINK, "#BBBBBB", "#E69F00"), strict=True))
+    count = shares.sizes["mitigation"]
+    ticks, names = [], []
+    for group, control in enumerate(shares.control.values):
+        for number, mitigation in enumerate(shares.mitigation.values):
+            means = shares.sel(control=control, mitigation=mitigation).mean("seed")
+            if means.isnull().any():
+                continue
+            place, bottom = group * (count + 1) + number, 0.0
+            for destination, colour in colours.items():
+                height = means.sel(destination=destination).item()
+                known = destination if not ticks else None
+                ax.bar(place, height, bottom=bottom, color=colour, width=0.85, label=known)
+                bottom += height
+            ticks.append(place)
+            names.append(MITIGATIONS[mitigation].label)
+        middle = group * (count + 1) + (count - 1) / 2
+        ax.text(middle, 1.03, control, ha="center", fontsize=9)
+    ax.set_xticks(ticks, names, rotation=40, ha="right", fontsize=8)
+    ax.set(ylabel="attention of tokens that are no triggers", ylim=(0, 1.12))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    return ax
+
+
+def marks_by_layer(ends: dict[str, xr.Dataset], *, colours: dict[str, str]) -> list[Axes]:
+    """Sink, drain and peak of several methods in every layer, a panel each.
+
+    `ends` are the last measurements of each method's runs, along `seed` (`training.together`).
+    Residual states count from the embedding, 0.
+    """
+    _, panels = plt.subplots(1, 3, figsize=(7.8, 3.3))
+    quantities = {
+        "attention on <s>": lambda end: end.sink_attention.isel(head=0),
+        "value norm of <s>, relative": lambda end: (end.value_norm / end.other_value_norm).isel(
+            head=0
+        ),
+        "height of the peak": lambda end: end.residual_peak,
+    }
+    for panel, (label, of) in zip(panels, quantities.items(), strict=True):
+        methods_by_layer(
+            {name: of(end) for name, end in ends.items()},
+            panel,
+            colours=colours,
+            ylabel=label,
+            xlabel="residual state" if panel is panels[2] else "layer",
+            scale="symlog" if panel is panels[2] else "linear",
+            legend=False,
+        )
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[0].figure.legend(handles, labels, ncols=len(labels), loc="outside upper center")
+    return list(panels)
+
+
+def marks_by_rate(
+    ends: dict[str, dict[float, xr.Dataset]], *, colours: dict[str, str]
+) -> list[Axes]:
+    """Risk, strongest sink and peaks of several methods against the learning rate, a panel each.
+
+    `ends` are the last measurements by method and rate, along `seed`.
+    """
+    _, panels = plt.subplots(2, 2, figsize=(7.4, 5.4), sharex=True)
+    quantities = {
+        "backcopy excess risk (nats)": ("log", lambda end: end.backcopy_excess),
+        "strongest sink": ("linear", lambda end: end.sink_attention.max(("layer", "head"))),
+        "peak after the first layer": (
+            "symlog",
+            lambda end: end.residual_peak.isel(residual_layer=1),
+        ),
+        "highest peak after any layer": (
+            "symlog",
+            lambda end: end.residual_peak.max("residual_layer"),
+        ),
+    }
+    for panel, (label, (scale, of)) in zip(panels.flat, quantities.items(), strict=True):
+        values = {
+            name: {rate: of(end).values for rate, end in by_rate.items()}
+            for name, by_rate in ends.items()
+        }
+        over_rates(values, panel, colours=colours, ylabel=label, scale=scale, legend=False)
+        panel.yaxis.set_minor_formatter("")
+    for panel in panels[0]:
+        panel.set_xlabel("")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    panels[0, 0].figure.legend(handles, labels, ncols=len(labels), loc="outside upper center")
+    return list(panels.flat)

@@ -1,0 +1,221 @@
+"""Figures of pretrainings: heads along training, both kinds of text, keys and their logits.
+
+See `basic.py` and `curves.py`.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
+
+from sinkbook.figures.basic import DRAIN, OTHER, PEAK, SINK, TRIGGER, axes_or_new
+from sinkbook.figures.curves import over_training
+from sinkbook.fits import Plateau
+from sinkbook.llm.checkpoint_metrics import residual_ratio
+from sinkbook.llm.shakespeare_pretraining import Pretraining, follow_copying_head
+from sinkbook.llm.small_llama import strongest_sink
+
+COPYING = TRIGGER
+
+
+def every_head(runs: list[Pretraining], *, kind: str = "plain") -> list[Axes]:
+    """Attention on the sink of each head along training: a panel a run, a colour a layer."""
+    _, axes = plt.subplots(1, len(runs), figsize=(2.5 * len(runs), 2.7), sharey=True, squeeze=False)
+    for ax, run in zip(axes[0], runs, strict=True):
+        attention = run.measurements.sink_attention.sel(kind=kind)
+        layers = attention.sizes["layer"]
+        for layer in range(layers):
+            colour = plt.get_cmap("viridis_r")((layer + 1) / (layers + 0.5))
+            drawn = ax.plot(attention.step, attention.isel(layer=layer), color=colour, lw=1.3)
+            drawn[0].set_label(f"layer {layer}")
+        ax.set(title=f"seed {run.config.seed}", ylim=(0, 1), xlabel="training step")
+    axes[0, 0].set_ylabel("attention on <s>")
+    axes[0, -1].legend(fontsize=8)
+    return list(axes[0])
+
+
+def life_of_a_head(head: xr.Dataset) -> list[Axes]:
+    """Six panels along training of what `shakespeare_pretraining.follow_copying_head` found.
+
+    Means over seeds, and bands from the lowest seed to the highest.
+    """
+    plain, repeated = head.sel(kind="plain"), head.sel(kind="repeated")
+    panels = [
+        (
+            "next-token loss (nats)",
+            {
+                "plain": (plain.second_half_loss, OTHER),
+                "repeated": (repeated.second_half_loss, COPYING),
+            },
+        ),
+        ("copying score", {"copying": (head.copying, COPYING)}),
+        (
+            "attention on <s>",
+            {
+                "plain": (plain.sink_attention, SINK),
+                "repeated": (repeated.sink_attention, COPYING),
+            },
+        ),
+        ("sink logit", {"plain": (plain.sink_logit, SINK)}),
+        ("value norm, <s> / others", {"plain": (plain.value_ratio, DRAIN)}),
+        ("residual norm, <s> / others", {"plain": (plain.residual_ratio, PEAK)}),
+    ]
+    _, axes = plt.subplots(2, 3, figsize=(8.4, 5.0))
+    for ax, (label, series) in zip(axes.flat, panels, strict=True):
+        over_training(series, ax, ylabel=label, logx=False)
+        if label in ("copying score", "attention on <s>"):
+            ax.set_ylim(0, 1)
+    return list(axes.flat)
+
+
+CONTROLS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#777777")
+
+
+def controls(runs: dict[str, list[Pretraining]]) -> list[Axes]:
+    """Two panels along training, a line a run: the copying head's score, and its sink.
+
+    The first group is drawn bold; the colours are those of the groups' order.
+    """
+    _, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.1), sharex=True, sharey=True)
+    for (name, group), colour in zip(runs.items(), CONTROLS, strict=False):
+        head = follow_copying_head(group)
+        bold = {"lw": 2.2 if colour == CONTROLS[0] else 1.3, "color": colour, "alpha": 0.85}
+        for number in range(head.sizes["seed"]):
+            one = head.isel(seed=number)
+            label = name if number == 0 else None
+            left.plot(one.step, one.copying, label=label, **bold)
+            right.plot(one.step, one.sink_attention.sel(kind="plain"), **bold)
+    left.set(xlabel="training step", ylabel="copying score", ylim=(0, 1))
+    right.set(xlabel="training step", ylabel="attention on position 0, plain text")
+    right.yaxis.set_tick_params(labelleft=True)
+    left.legend(fontsize=8)
+    return [left, right]
+
+
+def plateaus(
+    curves: list[Float[xr.DataArray, " step"]],
+    fits: list[Plateau],
+    ax: Axes | None = None,
+    *,
+    title: str = "",
+) -> Axes:
+    """Sink logits as dots with their fits over a logarithmic axis; a band where growth may end."""
+    ax = axes_or_new(ax)
+    for number, (values, fit) in enumerate(zip(curves, fits, strict=True)):
+        colour = f"C{number}" if len(curves) > 1 else "black"
+        label = f"seed {int(values.seed)}" if "seed" in values.coords else None
+        times = np.geomspace(values.step.min(), values.step.max(), 200)
+        ax.axvspan(fit.end_low, fit.end_high, color=colour, alpha=0.1, lw=0)
+        ax.plot(values.step, values, "o", color=colour, ms=4, label=label)
+        ax.plot(times, fit.at(times), color=colour, lw=1.2)
+    ax.set(xlabel="training step", ylabel="sink logit", xscale="log", title=title)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(
+        lambda step, _: f"{step:g}" if step < 1000 else f"{step / 1000:g}k"
+    )
+    ax.xaxis.set_minor_locator(NullLocator())
+    if len(curves) > 1:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def _short(step: float, _position: int) -> str:
+    return f"{step:g}" if step < 1000 else f"{step / 1000:g}k"
+
+
+def key_logits(
+    logits: Float[xr.DataArray, "query key"],
+    labels: list[str],
+    ax: Axes | None = None,
+    *,
+    title: str = "",
+) -> Axes:
+    """A box for each key: the logits that random queries have towards it. The first is the sink."""
+    ax = axes_or_new(ax)
+    boxes = ax.boxplot(
+        logits.transpose("query", "key").values,
+        patch_artist=True,
+        showfliers=False,
+        whis=(1, 99),
+        medianprops={"color": "black"},
+    )
+    for number, box in enumerate(boxes["boxes"]):
+        box.set(facecolor=SINK if number == 0 else OTHER, alpha=0.6, lw=0.8)
+    shown = [label.replace("\n", "⏎").strip(" ") or "␣" for label in labels]
+    ax.set_xticks(range(1, len(labels) + 1), shown, fontfamily="monospace")
+    ax.set(xlabel="key", ylabel="attention logit", title=title)
+    return ax
+
+
+def beside_olmo(head: xr.Dataset, olmo: xr.Dataset) -> list[Axes]:
+    """Four quantities along training: on the left our head, on the right the paper's OLMo-7B.
+
+    `head` is what `shakespeare_pretraining.follow_copying_head` found, `olmo` what
+    `records.paper_olmo` is.
+    """
+    plain = head.sel(kind="plain")
+    rows = [
+        ("attention", plain.sink_attention, "sink_attention", SINK),
+        ("sink logit", plain.sink_logit, "sink_logit", SINK),
+        ("value norm", plain.value_norm, "value_norm", DRAIN),
+        ("residual norm", plain.residual_norm, "residual_norm", PEAK),
+    ]
+    _, axes = plt.subplots(2, len(rows), figsize=(9.2, 4.6))
+    for column, (label, ours, name, colour) in enumerate(rows):
+        over_training({label: (ours, colour)}, axes[0, column], ylabel="", logx=False, title=label)
+        theirs = olmo[name].dropna("step")
+        axes[1, column].plot(theirs.step / 1000, theirs, "o-", color="black", mfc="white", ms=4.5)
+        axes[1, column].set(xlabel="step (thousands)", xlim=(0, None))
+        for row in range(2):
+            axes[row, column].set_ylim(min(0, axes[row, column].get_ylim()[0]), None)
+    axes[0, 0].set_ylabel("ours")
+    axes[1, 0].set_ylabel("paper, OLMo-7B")
+    return list(axes.flat)
+
+
+def levers(ends: xr.Dataset) -> list[Axes]:
+    """Three panels with a row for each lever: strongest sink, highest peak, loss by domain.
+
+    `ends` is what `small_llama.sweep` gives.
+    """
+    _, panels = plt.subplots(1, 3, figsize=(7.6, 2.6), sharey=True)
+    rows = np.arange(ends.sizes["lever"])
+    peak = residual_ratio(ends).mean(["domain", "text"]).max("residual_layer")
+    panels[0].plot(strongest_sink(ends), rows, "o", color=SINK)
+    panels[1].plot(peak, rows, "o", color=PEAK)
+    for domain, marker in zip(ends.domain.values, "os", strict=False):
+        loss = ends.loss.sel(domain=domain).mean("text")
+        panels[2].plot(loss, rows, marker, color=OTHER, mfc="none", label=domain)
+    panels[2].legend(fontsize=8)
+    labels = ("strongest sink", "highest peak", "loss (nats)")
+    for panel, label in zip(panels, labels, strict=True):
+        panel.set(xlabel=label)
+        panel.grid(axis="y", alpha=0.25)
+    panels[0].set_yticks(rows, ends.lever.values, fontsize=8)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    panels[0].set_xlim(0, None)
+    panels[1].set_xlim(1, None)
+    return list(panels)
+
+
+def life_of_a_llama(head: xr.Dataset) -> list[Axes]:
+    """Six panels along training of what `small_llama.follow_strongest_head` found, by domain."""
+    quantities = {
+        "next-token loss (nats)": (head.loss, OTHER),
+        "attention on <s>": (head.sink_attention, SINK),
+        "sink logit": (head.sink_logit, SINK),
+        "value norm, <s> / others": (head.value_ratio, DRAIN),
+        "residual norm, <s> / others": (head.residual_ratio, PEAK),
+        "spread of sink logits, relative": (head.concentration, SINK),
+    }
+    _, axes = plt.subplots(2, 3, figsize=(8.4, 5.0))
+    for ax, (label, (values, colour)) in zip(axes.flat, quantities.items(), strict=True):
+        for domain, style in zip(head.domain.values, ("-", "--"), strict=True):
+            ax.plot(head.step, values.sel(domain=domain), style, color=colour, label=domain)
+        ax.set(xlabel="training step", ylabel=label, xlim=(0, None))
+        ax.xaxis.set_major_formatter(_short)
+    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].set_ylim(0, 1)
+    return list(axes.flat)

@@ -1,0 +1,1 @@
+"""Language models looked into: their parts and units, their heads, and their pretrainings."""

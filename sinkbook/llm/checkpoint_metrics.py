@@ -1,0 +1,187 @@
+"""What one checkpoint of a pretraining shows, head by head, and whether its queries agree.
+
+The quantities are those that arXiv 2410.13835 follows through the checkpoints of OLMo (section 3.2
+and Figures 9 and 10), for toys and for transformers' models alike. Here a key that a query cannot
+see never counts, nor does the sink's own query, whose attention on itself is 1 by construction.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sinkbook.errors import SinkbookError
+from sinkbook.probe.attention_maps import attention_logits
+from sinkbook.probe.masks import Scope
+from sinkbook.probe.measure import measure
+from sinkbook.probe.recorder import Recorder
+from sinkbook.toy.transformer import Transformer
+
+
+def measure_checkpoint(
+    model: nn.Module,
+    tokens: Int[Tensor, "text position"],
+    *,
+    queries: Bool[Tensor, "text position"] | None = None,
+    random_queries: int = 128,
+    prefix: int = 8,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Sinks, drains and peaks of a causal language model on texts whose sink is position 0.
+
+    `tokens` are texts of one length, `queries` marks those that the two means over queries are
+    taken over (all by default). Over (text, layer, head), or (text, residual_layer):
+
+    - `sink_attention`, `sink_logit`: over queries after position 0, as in `probe.measure`.
+    - `value_norm`, `other_value_norm`: of position 0; mean over the other positions.
+    - `residual_norm`, `other_residual_norm`: of position 0; median over the other positions.
+    - `loss`: mean next-token loss over all positions, nats.
+    - `query_logit_mean`, `query_logit_std`, with a dimension `key`: of the logits from random
+      queries to the first `prefix` tokens (see `random_query_logits`). Left out if there are none.
+
+    Raises `SinkbookError` as the probe does, and for texts that are not longer than `prefix`.
+    """
+    probed = measure(
+        model,
+        tokens,
+        ("sink_attention", "sink_logit", "value_norm", "residual_norm", "loss"),
+        queries=queries,
+        sink=0,
+    ).drop_vars("sink")
+    first, others = {"position": 0}, {"position": slice(1, None)}
+    result = probed[["sink_attention", "sink_logit", "loss"]].assign(
+        value_norm=probed.value_norm.isel(first),
+        other_value_norm=probed.value_norm.isel(others).mean("position"),
+        residual_norm=probed.residual_norm.isel(first),
+        other_residual_norm=probed.residual_norm.isel(others).median("position"),
+    )
+    result = result.drop_vars("position", errors="ignore").rename(batch="text")
+    if random_queries:
+        logits = random_query_logits(
+            model, tokens, count=random_queries, prefix=prefix, seed=seed
+        ).rename(draw="query")
+        result["query_logit_mean"] = logits.mean("query")
+        result["query_logit_std"] = logits.std("query")
+    return result.drop_attrs()
+
+
+def value_ratio(checkpoint: xr.Dataset) -> xr.DataArray:
+    """The sink's value norm over the mean of the others': below 1 where it is drained."""
+    return checkpoint.value_norm / checkpoint.other_value_norm
+
+
+def residual_ratio(checkpoint: xr.Dataset) -> xr.DataArray:
+    """The sink's residual norm over the median of the others'."""
+    return checkpoint.residual_norm / checkpoint.other_residual_norm
+
+
+# --- Concentration of the sink logits --------------------------------------------------------
+
+
+@torch.no_grad()
+def random_query_logits(
+    model: nn.Module,
+    tokens: Int[Tensor, "text position"],
+    *,
+    count: int,
+    prefix: int = 8,
+    seed: int = 0,
+) -> Float[xr.DataArray, "text layer head draw key"]:
+    """Attention logits from random tokens, each put after the beginning of a text, to its keys.
+
+    The first `prefix` tokens of every text are followed by one of `count` tokens, drawn evenly from
+    the vocabulary; no text begins with one of them. The logits are those of its query, before the
+    softmax and after a soft cap, to each token before it. NaN in layers without softmax attention.
+    Source: arXiv 2410.13835, Figure 10.
+    """
+    if tokens.shape[1] < prefix:
+        raise SinkbookError(
+            f"texts of {tokens.shape[1]} tokens have no first {prefix}. Give longer texts."
+        )
+    tokens = tokens.cpu()
+    vocabulary = torch.arange(_vocabulary_size(model))
+    vocabulary = vocabulary[~torch.isin(vocabulary, tokens[:, 0])]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = vocabulary[torch.randint(len(vocabulary), (count, 1), generator=generator)]
+    found = []
+    for text in tokens[:, :prefix]:
+        ids = torch.cat([text.expand(count, -1), drawn], dim=1)
+        found.append(last_query_logits(model, ids)[..., :-1].permute(1, 2, 0, 3))
+    return xr.DataArray(
+        torch.stack(found).cpu().numpy(), dims=("text", "layer", "head", "draw", "key")
+    )
+
+
+def logit_spread(checkpoint: xr.Dataset, *, pool_heads: bool = False) -> xr.DataArray:
+    """Standard deviation of each key's logits over random queries, and over heads if pooled.
+
+    (text, layer, key), with `head` unless pooled.
+    """
+    mean, std = checkpoint.query_logit_mean, checkpoint.query_logit_std
+    if not pool_heads:
+        return std
+    return np.sqrt(np.square(std).mean("head") + mean.var("head"))
+
+
+def concentration(checkpoint: xr.Dataset, *, pool_heads: bool = False) -> xr.DataArray:
+    """The spread of the sink's logits over the mean spread of other keys': small if queries agree.
+
+    Mean over texts. The paper's theory lets it go to 0 (arXiv 2410.13835, Theorem 2c).
+    """
+    spread = logit_spread(checkpoint, pool_heads=pool_heads).mean("text")
+    return spread.isel(key=0) / spread.isel(key=slice(1, None)).mean("key")
+
+
+def last_query_logits(
+    model: nn.Module, tokens: Int[Tensor, "text position"]
+) -> Float[Tensor, "text layer head key"]:
+    """The attention logits of the last position's query to all keys, itself among them."""
+    if isinstance(model, Transformer):
+        tokens = tokens.to(next(model.parameters()).device)
+        layers = [
+            attention_logits(model, tokens, layer=layer)[:, :, -1]
+            for layer in range(model.config.layers)
+        ]
+        return torch.stack(layers, dim=1)
+    device = next(model.parameters()).device
+    real = torch.ones_like(tokens, dtype=torch.bool, device=device)
+    sink = torch.zeros(len(tokens), dtype=torch.long, device=device)
+    listener = _LogitListener(model, Scope(sink, real, real, frozenset()))
+    listener.run({"input_ids": tokens.to(device)}, with_logits=False)
+    return torch.stack(_even(listener.logits, tokens.shape), dim=1)
+
+
+class _LogitListener(Recorder):
+    """Keeps the logits of the last query of each layer."""
+
+    def __init__(self, model: nn.Module, scope: Scope):
+        super().__init__(model, scope)
+        self.logits: list[Tensor | None] = [None] * len(self.layers)
+
+    def attend(self, query, key, value, mask, *, scaling, softcap=None, **rest):
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        logits = (scaling * query[:, :, -1:].float() @ keys.float().mT)[:, :, 0]
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        self.logits[self.layer] = logits.cpu()
+        return super().attend(query, key, value, mask, scaling=scaling, softcap=softcap, **rest)
+
+
+def _even(layers: Sequence[Tensor | None], shape: torch.Size) -> list[Tensor]:
+    """All layers with as many heads as the largest; NaN where there is nothing."""
+    heads = max((logits.shape[1] for logits in layers if logits is not None), default=1)
+    even = []
+    for logits in layers:
+        whole = torch.full((shape[0], heads, shape[1]), float("nan"))
+        if logits is not None:
+            whole[:, : logits.shape[1]] = logits
+        even.append(whole)
+    return even
+
+
+def _vocabulary_size(model: nn.Module) -> int:
+    config = model.config
+    return getattr(config, "get_text_config", lambda: config)().vocab_size

@@ -1,0 +1,289 @@
+"""Taking a language model apart: where the peak of its sink is written, and by which part.
+
+`writes` reads off what every attention and every MLP adds to the residual state of one position.
+`cut_each` silences one part after the other and measures what is left of sinks, drain and peak;
+`neurons.py` does the same inside one MLP. Toys and models of transformers are treated alike.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sinkbook.errors import SinkbookError
+from sinkbook.models.interventions import zero
+from sinkbook.models.layout import Layer, layers
+from sinkbook.models.partial_forward import can_resume, given, kept
+from sinkbook.probe.measure import measure, residual_peak_ratio, value_drain_ratio
+from sinkbook.progress import progress
+
+PARTS = ("attention", "mlp")
+Tokens = Int[Tensor, "batch position"]
+
+# --- What is written -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def writes(model: nn.Module, input_ids: Tokens, *, position: int = 0) -> xr.Dataset:
+    """What each attention and each MLP adds to the residual state at one position, layer by layer.
+
+    Where a norm or a dropout stands between a part and the residual stream, the write is what
+    comes out of it. Variables:
+
+    - `residual` (batch, residual_layer, dimension): the state, 0 for the embedding;
+    - `write` (batch, part, layer, dimension): what "attention" and "mlp" add; NaN for absent parts;
+    - `norm` (batch, part, layer): its length;
+    - `along` (batch, part, layer): its component along the peak, the direction of the state where
+      it is longest (`residual_layer` `top`), which is negative where the peak is erased;
+    - `remainder` (batch, layer): length of what the two writes leave unexplained of the change of
+      the state, over the length of the state. It is 0 but for rounding, or else `write` is not to
+      be trusted: the model scales its writes, or has parts of other kinds.
+    - `share` (batch, dimension): share of each dimension in the squared length of the peak.
+    """
+    found = layers(model)
+    kept_parts: list[dict[str, Tensor]] = [{} for _ in found]
+    with ExitStack() as hooks:
+        states = hooks.enter_context(residual_states(model))
+        for layer, written in zip(found, kept_parts, strict=True):
+            hooks.enter_context(_part_writes(layer, written))
+        measure(model, input_ids, ("residual_norm",))
+
+    def there(state: Tensor) -> np.ndarray:
+        return state.reshape(states[0].shape)[:, position].float().cpu().numpy()
+
+    residual = np.stack([there(state) for state in states])
+    absent = np.full_like(residual[0], np.nan)
+    write = [
+        [there(written[part]) if part in written else absent for written in kept_parts]
+        for part in PARTS
+    ]
+    return _described(
+        xr.Dataset(
+            {
+                "residual": (("residual_layer", "batch", "dimension"), residual),
+                "write": (("part", "layer", "batch", "dimension"), np.array(write)),
+            },
+            coords={"part": list(PARTS), "layer": np.arange(len(found))},
+        )
+    )
+
+
+def _described(result: xr.Dataset) -> xr.Dataset:
+    """`residual` and `write`, and what `writes` derives from them."""
+    residual, write = result.residual, result.write
+    length = _length(residual)
+    top = int(length.mean("batch").argmax("residual_layer"))
+    peak = residual.isel(residual_layer=top)
+    after = length.isel(residual_layer=slice(1, None)).rename(residual_layer="layer")
+    change = residual.diff("residual_layer").rename(residual_layer="layer")
+    unexplained = _length(change - write.sum("part"))
+    return (
+        result.assign(
+            norm=_length(write),
+            along=(write * peak).sum("dimension", skipna=False) / _length(peak),
+            remainder=unexplained / after,
+            share=np.square(peak) / np.square(_length(peak)),
+        )
+        .assign_coords(top=top)
+        .transpose("batch", ...)
+    )
+
+
+def _length(vectors: xr.DataArray) -> xr.DataArray:
+    return np.sqrt(np.square(vectors).sum("dimension", skipna=False))
+
+
+@contextmanager
+def residual_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep the residual states while the body runs the model once, the embedding first."""
+    states: list[Tensor] = []
+
+    def enter(_block, arguments, keywords):
+        states.append(arguments[0] if arguments else keywords["hidden_states"])
+
+    found = layers(model)
+    with ExitStack() as hooks:
+        first = found[0].block.register_forward_pre_hook(enter, with_kwargs=True)
+        hooks.callback(first.remove)
+        for layer in found:
+            leave = layer.block.register_forward_hook(
+                lambda *call: states.append(state_of(call[2]))
+            )
+            hooks.callback(leave.remove)
+        yield states
+
+
+@contextmanager
+def _part_writes(layer: Layer, written: dict[str, Tensor]) -> Iterator[None]:
+    """Keep what the parts of a layer give, and then what the norms that follow make of it."""
+    owners = {"attention": layer.attention, "mlp": layer.mlp}
+
+    def note(module, arguments, output):
+        for part, owner in owners.items():
+            follows = bool(arguments) and arguments[0] is written.get(part)
+            if module is owner or follows:
+                written[part] = state_of(output)
+
+    modules = {*layer.block.children(), *filter(None, owners.values())}
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(note).remove)
+        yield
+
+
+def state_of(output: Tensor | tuple) -> Tensor:
+    """The states that a layer or a part gives: its output, or the first of several."""
+    return output if torch.is_tensor(output) else output[0]
+
+
+@torch.no_grad()
+def compression(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
+    """How much of a text's residual states lies along one direction, layer by layer.
+
+    `with_sink` and `without_sink`, over (batch, residual_layer): the share of the first singular
+    direction in the squared length of all states of the text, with position 0 and without.
+    Source: the compression of arXiv 2510.06477, without subtracting the mean.
+    """
+    with residual_states(model) as states:
+        measure(model, input_ids, ("residual_norm",))
+
+    def share(states: Float[Tensor, "batch position width"]) -> Float[Tensor, " batch"]:
+        singular = torch.linalg.svdvals(states.double()).square()
+        return singular[:, 0] / singular.sum(-1)
+
+    dims = ("residual_layer", "batch")
+    found = {
+        "with_sink": (dims, torch.stack([share(s) for s in states]).cpu().numpy()),
+        "without_sink": (dims, torch.stack([share(s[:, 1:]) for s in states]).cpu().numpy()),
+    }
+    return xr.Dataset(found).transpose(*reversed(dims))
+
+
+# --- What is needed --------------------------------------------------------------------------
+
+
+def symptoms(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
+    """Sinks, drain, peak and loss of every text, in one pass, heads averaged.
+
+    `sink_attention` and `value_ratio` over (batch, layer), `residual_norm` of position 0 and
+    `residual_ratio` over (batch, residual_layer), `loss` over batch in nats. The ratios are those
+    of `probe.value_drain_ratio` and `probe.residual_peak_ratio`.
+    """
+    result = measure(model, input_ids, ("sink_attention", "value_norm", "residual_norm", "loss"))
+    return xr.Dataset(
+        {
+            "sink_attention": result.sink_attention.mean("head"),
+            "value_ratio": value_drain_ratio(result).mean("head"),
+            "residual_norm": result.residual_norm.isel(position=0, drop=True),
+            "residual_ratio": residual_peak_ratio(result),
+            "loss": result.loss,
+        }
+    ).drop_vars("sink")
+
+
+def reads_peak(whole: xr.Dataset) -> xr.DataArray:
+    """Which layers read the peak: those at whose input it has at least half its full height.
+
+    `whole` is what `symptoms` returns; the result is boolean over `layer`. The height is the norm
+    of position 0 above that of the median token, mean over texts, and full where it is largest at
+    the input of a layer. Attention plays no part in it.
+    """
+    height = (whole.residual_norm * (1 - 1 / whole.residual_ratio)).mean("batch")
+    at_input = height.isel(residual_layer=slice(None, -1)).rename(residual_layer="layer")
+    return (at_input >= at_input.max() / 2).drop_vars("residual_layer", errors="ignore")
+
+
+def cut_each(
+    model: nn.Module, input_ids: Tokens, *, position: int | None = 0, parts: Sequence[str] = PARTS
+) -> xr.Dataset:
+    """Silence each attention and each MLP in turn and measure the `symptoms`.
+
+    The part writes zeros at `position`, or at every one if that is None. The result has the
+    variables of `symptoms`, over (part, cut) besides; `cut` is the layer of the silenced part. NaN
+    for parts that a layer does not have. Shows progress on a terminal.
+
+    Layers below a cut are not run again. Where layers hand on more than the residual state, such
+    as keys that several of them share, everything is.
+    """
+    found = layers(model)
+    with kept(model) as outputs:
+        whole = symptoms(model, input_ids)
+    resumes = can_resume(model, input_ids)
+    missing = xr.full_like(whole, float("nan"))
+    results = {part: [] for part in parts}
+    with progress("cutting", len(parts) * len(found)) as show:
+        for number, layer in enumerate(found):
+            for part in parts:
+                if getattr(layer, part) is None:
+                    results[part].append(missing)
+                    continue
+                below = number if resumes else 0
+                cut = zero(model, part, layer=number, position=position)
+                with given(model, outputs, below=below), cut:
+                    results[part].append(symptoms(model, input_ids).fillna(whole))
+            show((number + 1) * len(parts))
+    cuts = [xr.concat(results[part], dim="cut") for part in parts]
+    together = xr.concat(cuts, dim=xr.Variable("part", list(parts)))
+    return together.assign_coords(cut=np.arange(len(found)))
+
+
+def effects(cuts: xr.Dataset, whole: xr.Dataset) -> xr.Dataset:
+    """What each cut of `cut_each` leaves, over (part, cut, batch), against the `whole` model.
+
+    - `norm_left`, `peak_left`: share of the residual norm of position 0, and of its ratio to the
+      median token, that is left at three quarters of the depth (layer 24 of 32 in the paper).
+    - `sinks_left`, `drain`: share of the sink attention that is left, and the value ratio, mean
+      over the layers above the cut that read the peak in the whole model; NaN if there are none.
+    - `loss_gain`: nats.
+    """
+    depth = round(0.75 * whole.sizes["layer"])
+    there = {"residual_layer": depth}
+    above = reads_peak(whole) & (whole.layer > cuts.cut)
+    sinks = [result.sink_attention.where(above).mean("layer") for result in (cuts, whole)]
+    return xr.Dataset(
+        {
+            "norm_left": cuts.residual_norm.sel(there) / whole.residual_norm.sel(there),
+            "peak_left": cuts.residual_ratio.sel(there) / whole.residual_ratio.sel(there),
+            "sinks_left": sinks[0] / sinks[1],
+            "drain": cuts.value_ratio.where(above).mean("layer"),
+            "loss_gain": cuts.loss - whole.loss,
+        }
+    ).drop_vars("residual_layer")
+
+
+def effects_of_each(
+    model: nn.Module,
+    *groups: Int[Tensor, "_batch _position"],
+    position: int | None = 0,
+    parts: Sequence[str] = PARTS,
+) -> xr.Dataset:
+    """`effects` of silencing each part in turn, on groups of texts put together along `batch`.
+
+    The texts of a group have one length; groups may differ.
+    """
+    found = [
+        effects(
+            cut_each(model, tokens, position=position, parts=parts), symptoms(model, tokens)
+        ).drop_vars("batch", errors="ignore")
+        for tokens in groups
+    ]
+    return xr.concat(found, dim="batch")
+
+
+def matters_most(left: Float[xr.DataArray, "part cut batch"]) -> tuple[str, int]:
+    """The part without which least is left of something, mean over texts: "mlp", 11 for example.
+
+    Raises `SinkbookError` if nothing is known of any part, since no layer above one reads a peak.
+    """
+    means = left.mean("batch").stack(which=("part", "cut")).dropna("which")
+    if not means.size:
+        raise SinkbookError(
+            "no layer above a part reads a peak, so no part matters to it. This model has none at "
+            "position 0: see sinkbook.llm.sink_location.seen_by_all for other positions."
+        )
+    part, cut = means.which.values[int(means.argmin("which"))]
+    return part, int(cut)

@@ -1,0 +1,1 @@
+"""Mitigations of extreme tokens, one league table of them, and what sinks cost and buy."""

@@ -1,0 +1,145 @@
+"""Cutting heads by what they do: how many can go, and which of them are missed.
+
+A head is named by its number, layer by layer: head 3 of layer 2 is `2 * heads + 3`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sinkbook.mitigations.consequences import token_losses
+from sinkbook.models.interventions import zero
+from sinkbook.probe.measure import measure, sink_rate
+from sinkbook.progress import progress
+
+Tokens = Int[Tensor, "text position"]
+
+
+def head_orders(model: nn.Module, input_ids: Tokens) -> dict[str, Int[np.ndarray, " head"]]:
+    """In which order to cut a model's heads, by what they do on some texts; heads layer by layer.
+
+    "first-token mass": those that look most at the first token first; "output norm": those whose
+    write is smallest beside the mean of their layer's heads, since deeper layers write more
+    ("AHON-LN" in arXiv 2504.03889).
+    """
+    seen = measure(model, input_ids, ("sink_attention", "head_output_norm")).mean("batch")
+    mass = seen.sink_attention.values.ravel()
+    norm = (seen.head_output_norm / seen.head_output_norm.mean("head")).values.ravel()
+    return {
+        "first-token mass": np.argsort(-mass, kind="stable"),
+        "output norm": np.argsort(norm, kind="stable"),
+    }
+
+
+@contextmanager
+def without_heads(
+    model: nn.Module, heads: Int[np.ndarray, " head"], per_layer: int
+) -> Iterator[None]:
+    """Cut heads, which are counted layer by layer, `per_layer` in each."""
+    with ExitStack() as cuts:
+        for layer in np.unique(heads // per_layer).tolist():
+            own = heads[heads // per_layer == layer] % per_layer
+            cuts.enter_context(zero(model, "head", layer=layer, head=own.tolist()))
+        yield
+
+
+def pruning_losses(
+    model: PreTrainedModel,
+    input_ids: Tokens,
+    orders: dict[str, Int[np.ndarray, " head"]],
+    shares: Sequence[float],
+    *,
+    draws: int = 3,
+    seed: int = 0,
+) -> xr.DataArray:
+    """Mean loss of texts without the first heads of each order: over (order, removed, text).
+
+    `shares` says how many, as shares of all heads; `removed` has 0 as well. One order more is
+    "random", the mean over `draws` random ones.
+    """
+    config, generator = model.config.get_text_config(), np.random.default_rng(seed)
+    per_layer = config.num_attention_heads
+    count = config.num_hidden_layers * per_layer
+    drawn = {f"draw {number}": generator.permutation(count) for number in range(draws)}
+    whole = token_losses(model, input_ids).mean(1)
+    losses = {}
+    with progress("pruning", (len(orders) + draws) * len(shares)) as show:
+        for name, order in (orders | drawn).items():
+            rows = [whole]
+            for share in shares:
+                with without_heads(model, order[: round(share * count)], per_layer):
+                    rows.append(token_losses(model, input_ids).mean(1))
+                show(len(losses) * len(shares) + len(rows) - 1)
+            losses[name] = np.stack(rows)
+    losses["random"] = np.mean([losses.pop(name) for name in drawn], axis=0)
+    return xr.DataArray(
+        np.stack(list(losses.values())),
+        dims=("order", "removed", "text"),
+        coords={"order": list(losses), "removed": [0.0, *shares]},
+    )
+
+
+def pruning_across_domains(
+    model: PreTrainedModel,
+    texts: dict[str, Tokens],
+    orders: dict[str, dict[str, Int[np.ndarray, " head"]]],
+    shares: Sequence[float],
+    *,
+    seed: int = 0,
+) -> dict[str, xr.DataArray]:
+    """`pruning_losses` of the texts of two domains, by domain.
+
+    `orders` are those of `head_orders` on other texts of each domain. One order more is
+    "same, other domain": the first one of the domain that the texts are not from.
+    """
+    losses = {}
+    for (domain, tokens), stranger in zip(texts.items(), reversed(texts), strict=True):
+        first = next(iter(orders[stranger].values()))
+        chosen = orders[domain] | {"same, other domain": first}
+        losses[domain] = pruning_losses(model, tokens, chosen, shares, seed=seed)
+    return losses
+
+
+def without_early_or_late(
+    model: PreTrainedModel,
+    input_ids: Tokens,
+    heads: Int[np.ndarray, " head"],
+    *,
+    below: int = 2,
+) -> xr.Dataset:
+    """Which of some heads are missed, and what becomes of the sink: over (cut, text).
+
+    `cut` is "none", "all" of the heads, the "early" ones, in the first `below` layers, or the
+    "late" ones, in the others; the attributes say how many are `cut`, and how many of these are
+    `early`. Variables, the last two from the layer where the first token's state is longest:
+
+    - `loss`, in nats, and `sink_rate`;
+    - `first_norm`: the residual norm of the first token;
+    - `other_peaks`: the share of other tokens whose norm exceeds ten times their median.
+    """
+    per_layer = model.config.get_text_config().num_attention_heads
+    early = heads < below * per_layer
+    cuts = {"none": heads[:0], "all": heads, "early": heads[early], "late": heads[~early]}
+    found = []
+    for cut in cuts.values():
+        with without_heads(model, cut, per_layer):
+            seen = measure(model, input_ids, ("loss", "sink_attention", "residual_norm"))
+        highest = seen.residual_norm.isel(position=0).mean("batch").argmax("residual_layer").item()
+        norm = seen.residual_norm.isel(residual_layer=highest)
+        others = norm.isel(position=slice(1, None))
+        measured = {
+            "loss": seen.loss,
+            "sink_rate": sink_rate(seen).mean("layer"),
+            "first_norm": norm.isel(position=0),
+            "other_peaks": (others > 10 * others.median("position")).mean("position"),
+        }
+        found.append(
+            xr.Dataset(measured).drop_vars(["residual_layer", "position"], errors="ignore")
+        )
+    together = xr.concat(found, dim=xr.Variable("cut", list(cuts)))
+    return together.rename(batch="text").assign_attrs(cut=len(heads), early=int(early.sum()))

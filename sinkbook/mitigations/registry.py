@@ -1,0 +1,115 @@
+"""Every known way of being rid of extreme tokens, by name: what it changes in a training.
+
+`MITIGATIONS` is the registry of the league table. A mitigation is a few changes to the configs of
+task, model and training: adding one is a line here, and a function in `toy/attention.py` if it
+needs a new kernel.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sinkbook.errors import SinkbookError
+from sinkbook.toy.runs import TrainingConfig
+from sinkbook.toy.tasks import task
+
+# What each family does about a head that has nothing to say, in the order of the table.
+FAMILIES = {
+    "control": "changes nothing about it",
+    "no normalisation": "lets its weights add up to less than 1",
+    "null slot": "gives it somewhere else to look",
+    "gate": "lets it be silent whatever it looks at",
+    "norm": "changes what a norm makes of large states",
+    "optimizer": "changes how weights move",
+}
+
+
+@dataclass(frozen=True)
+class Mitigation:
+    """One row of the league table: its name in figures, its family, where it comes from, and the
+    fields of `TransformerConfig`, `TrainingConfig` and `TaskConfig` that make it."""
+
+    label: str
+    family: str  # a name in FAMILIES
+    source: str  # whose it is, with an arXiv number where there is one
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+    rate: float = 1.0  # its learning rate, in those of AdamW
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise SinkbookError(f"no family {self.family!r}. Known: {', '.join(FAMILIES)}.")
+
+    def applied_to(self, config: TrainingConfig) -> TrainingConfig:
+        """The training of `config` with the mitigation, on a vocabulary that fits its task."""
+        made = replace(config.task, **self.task)
+        model = replace(config.model, vocab_size=task(made).vocab_size, **self.model)
+        rate = self.rate * config.learning_rate
+        changes = {"task": made, "model": model, "learning_rate": rate}
+        return replace(config, **changes | self.training)
+
+
+MITIGATIONS: dict[str, Mitigation] = {
+    "softmax": Mitigation("softmax", "control", "Vaswani et al., 1706.03762"),
+    "qk-norm": Mitigation("QK norm", "control", "Henry et al., 2010.04245", {"qk_norm": True}),
+    "random-first": Mitigation(
+        "random first token", "control", "Gu et al., 2410.10781", task={"random_first": True}
+    ),
+    "relu": Mitigation(
+        "ReLU / t", "no normalisation", "Guo et al., 2410.13835", {"attention": "relu"}
+    ),
+    "sigmoid": Mitigation(
+        "sigmoid", "no normalisation", "Ramapuram et al., 2409.04431", {"attention": "sigmoid"}
+    ),
+    "softpick": Mitigation(
+        "softpick", "no normalisation", "Zuhri et al., 2504.20966", {"attention": "softpick"}
+    ),
+    "clipped-softmax": Mitigation(
+        "clipped softmax",
+        "no normalisation",
+        "Bondarenko et al., 2306.12929",
+        {"attention": "clipped-softmax"},
+    ),
+    "differential": Mitigation(
+        "differential",
+        "no normalisation",
+        "Ye et al., 2410.05258",
+        {"attention": "differential", "head_norm": True},
+    ),
+    "softmax-1": Mitigation(
+        "softmax-1", "null slot", "Miller; Kaul et al., 2410.17174", {"attention": "softmax-1"}
+    ),
+    "sink-logit": Mitigation(
+        "sink logit", "null slot", "OpenAI, gpt-oss", {"attention": "sink-logit"}
+    ),
+    "key-bias": Mitigation(
+        "key bias, v = 0", "null slot", "Gu et al., 2410.10781", {"attention": "key-bias"}
+    ),
+    "head-gate": Mitigation("head gate", "gate", "Bondarenko et al., 2306.12929", {"gate": "head"}),
+    "element-gate": Mitigation(
+        "element gate", "gate", "Qiu et al., 2505.06708", {"gate": "element"}
+    ),
+    "value-gate": Mitigation("value gate", "gate", "Bu et al., 2510.09017", {"gate": "value"}),
+    "head-norm": Mitigation("head norm", "norm", "2605.06611", {"head_norm": True}),
+    "post-norm": Mitigation("post-norm", "norm", "Gu et al., 2410.10781", {"norm_place": "post"}),
+    "sandwich-norm": Mitigation(
+        "sandwich norm", "norm", "Ding et al., 2105.13290", {"norm_place": "sandwich"}
+    ),
+    "single-scale-norm": Mitigation(
+        "SSNorm", "norm", "Park et al., 2506.19697", {"norm": "single-scale"}
+    ),
+    "gated-norm": Mitigation("GatedNorm", "norm", "2601.22966", {"norm": "gated"}),
+    "dynamic-tanh": Mitigation("DyT", "norm", "Zhu et al., 2503.10622", {"norm": "tanh"}),
+    "sgd": Mitigation(
+        "SGD", "optimizer", "Guo et al., 2410.13835", training={"optimizer": "sgd"}, rate=100 / 3
+    ),
+    "muon": Mitigation(
+        "Muon", "optimizer", "Park et al., 2506.19697", training={"optimizer": "muon"}
+    ),
+    "orthoadam": Mitigation(
+        "OrthoAdam", "optimizer", "Kaul et al., 2410.17174", training={"optimizer": "orthoadam"}
+    ),
+    "soap": Mitigation(
+        "SOAP", "optimizer", "Vyas et al., 2409.11321", training={"optimizer": "soap"}
+    ),
+}

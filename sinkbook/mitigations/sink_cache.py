@@ -1,0 +1,272 @@
+"""Endless texts in little memory: a cache of the first tokens and the most recent ones.
+
+A token stays visible if it is kept for good or is one of the last `window`. Positions are counted
+inside the cache, as in StreamingLLM (Xiao et al., arXiv 2309.17453): there the kept tokens stand
+right before the window, however long ago they were read. Rotary attention depends on differences
+of positions only, so it is enough to turn the few kept keys along with the window.
+
+The same computation comes in two forms. `SinkCache` is what `generate` uses, one token after the
+other. `streaming` is its twin for measuring: one forward pass over a whole text, in which every
+query sees what it would have seen in the cache.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from sinkbook.errors import SinkbookError
+from sinkbook.models.attention_interface import attending_by
+from sinkbook.toy.transformer import Transformer
+
+States = Float[Tensor, "batch head position width"]
+KeyStates = Float[Tensor, "batch key_head position width"]
+Held = Float[Tensor, "batch key_head held width"]
+
+NAME = "sinkbook-streaming"  # of the twin's attention function in transformers' registries
+
+
+class Rotation:
+    """How a model's rotary positions turn a head's states.
+
+    `rotation(states, steps)` moves states by a number of positions, one for all or one for each.
+    Raises `SinkbookError` for a model without rotary positions, or with some that turn otherwise
+    than Llama's, which is tried out.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        rotary = getattr(model.base_model, "rotary_emb", None)
+        self.frequencies = getattr(rotary, "inv_freq", None)
+        apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
+        if self.frequencies is None or apply is None or not self._agrees(model, rotary, apply):
+            raise SinkbookError(
+                f"{type(model).__name__} has no rotary positions of Llama's kind, so its keys "
+                "cannot be moved. Stream a model of the Llama, Qwen, Mistral or Pythia families."
+            )
+
+    def __call__(self, states: States, steps: int | Int[Tensor, " position"]) -> States:
+        steps = torch.as_tensor(steps, device=states.device)
+        # In double precision, since angles of far positions are many turns.
+        angle = steps.double()[..., None] * self.frequencies.to(states.device, torch.float64)
+        cos, sin = (torch.cat([f, f], -1).to(states.dtype) for f in (angle.cos(), angle.sin()))
+        turning, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
+        first, second = turning.chunk(2, dim=-1)
+        turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([turned, rest], dim=-1)
+
+    def _agrees(self, model: PreTrainedModel, rotary: nn.Module, apply) -> bool:
+        """Whether moving a state from position 3 to 8 is what the model does itself."""
+        config = model.config.get_text_config()
+        width = getattr(config, "head_dim", None)
+        width = width or config.hidden_size // config.num_attention_heads
+        if width < 2 * len(self.frequencies):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(width, generator=generator).to(self.frequencies.device)
+        states = states.expand(1, 1, 2, width)
+        positions = torch.tensor([[3, 8]], device=states.device)
+        at_both, _ = apply(states, states, *rotary(states, positions))
+        return torch.allclose(self(at_both[:, :, :1], 5), at_both[:, :, 1:], atol=1e-4)
+
+
+class SinkLayer(DynamicLayer):
+    """One layer's keys and values of the first `sinks` tokens and the most recent ones."""
+
+    is_croppable = False
+
+    def __init__(self, rotation: Rotation, sinks: int, window: int):
+        super().__init__()
+        self.rotation, self.sinks, self.window = rotation, sinks, window
+        self.cumulative_length = 0  # tokens read so far
+
+    def lazy_initialization(self, key_states: KeyStates, value_states: KeyStates) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+
+    def update(self, key_states: KeyStates, value_states: KeyStates, *_, **__) -> tuple[Held, Held]:
+        """Take in new tokens; returns the keys and values that these attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        _, dropped = self.get_mask_sizes(0)
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        values = torch.cat([self.values, value_states], dim=-2)
+        self.cumulative_length += key_states.shape[-2]
+        self.keys, self.values = self._cut(keys), self._cut(values)
+        if dropped:  # the kept keys go where the dropped ones were: right before the window
+            first, recent = keys[..., : self.sinks, :], keys[..., self.sinks :, :]
+            keys = torch.cat([self.rotation(first, dropped), recent], dim=-2)
+        return keys, values
+
+    def _cut(self, states: KeyStates) -> Held:
+        """What the next token will find: it takes the window's last place itself."""
+        excess = states.shape[-2] - (self.sinks + self.window - 1)
+        if excess <= 0:
+            return states
+        return torch.cat(
+            [states[..., : self.sinks, :], states[..., self.sinks + excess :, :]], dim=-2
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the next `query_length` tokens find, and the tokens dropped before."""
+        held = self.keys.shape[-2] if self.is_initialized else 0
+        return held + query_length, self.cumulative_length - held
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise SinkbookError(
+            "a sink cache cannot go back: what it dropped is gone. Start a new one, or generate "
+            "without an assistant model."
+        )
+
+
+class SinkCache(Cache):
+    """A cache for transformers' `generate` that keeps the first tokens and the most recent ones.
+
+    Every token sees the first `sinks` tokens and the last `window`, itself included, so memory does
+    not grow with the text. A prompt given in one piece is read whole, each token seeing all before
+    it; then the cache is cut. Texts of a batch must have one length, since the first tokens of a
+    padded one are padding. `model` is a causal LM of transformers with rotary positions.
+    Raises `SinkbookError` for other models, and if `sinks` or `window` is too small.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
+    ...     num_hidden_layers=2, num_attention_heads=2, pad_token_id=None, eos_token_id=None)
+    >>> model, prompt = LlamaForCausalLM(config), torch.tensor([[1, 2, 3]])
+    >>> cache = SinkCache(model, sinks=2, window=4)
+    >>> model.generate(prompt, past_key_values=cache, max_new_tokens=20, do_sample=False).shape
+    torch.Size([1, 23])
+    >>> cache.layers[0].keys.shape[-2]  # the next token will be the sixth
+    5
+    """
+
+    def __init__(self, model: PreTrainedModel, *, sinks: int = 4, window: int):
+        _check(window, [sinks])
+        rotation = Rotation(model)
+        config = model.config.get_text_config()
+        own = getattr(config, "sliding_window", None)
+        if own is not None and sinks + window > own:
+            raise SinkbookError(
+                f"the model itself sees {own} tokens back, so {sinks} first ones and a window of "
+                f"{window} cannot all be seen. Give {own} at most, together."
+            )
+        super().__init__(
+            layers=[SinkLayer(rotation, sinks, window) for _ in range(config.num_hidden_layers)]
+        )
+
+
+def _check(window: int, kept: Sequence[int]) -> None:
+    if window < 1 or min(kept, default=0) < 0:
+        raise SinkbookError(
+            f"a window of {window} with {list(kept)} kept. "
+            "Give a window of at least 1 token, and numbers or positions from 0 on."
+        )
+
+
+@contextmanager
+def streaming(model: nn.Module, *, window: int, kept: int | Sequence[int] = 4) -> Iterator[None]:
+    """Have every query see the last `window` tokens, itself included, and those kept for good.
+
+    `kept` is a number of first tokens or the positions of other ones. One forward pass then gives
+    what `SinkCache` gives token by token; with toy transformers, whose positions are added to the
+    embeddings, keys stay where they are. Whole texts without padding only, and no cache
+    (`use_cache=False`). The model is left as it was found, also after an exception.
+    Raises `SinkbookError` for models whose attention cannot be replaced, or is no plain softmax.
+    """
+    _check(window, [kept] if isinstance(kept, int) else kept)
+    chosen = range(kept) if isinstance(kept, int) else sorted(set(kept))
+    positions = torch.tensor(list(chosen), dtype=torch.long)
+    with ExitStack() as undo:
+        if isinstance(model, Transformer):
+            for module in model.modules():
+                if hasattr(module, "attention_function"):
+                    own = module.attention_function
+                    undo.callback(setattr, module, "attention_function", own)
+                    module.attention_function = partial(_attend_masked, own, window, positions)
+        else:
+            how = {"window": window, "kept": positions, "rotation": Rotation(model)}
+            if not model._can_set_attn_implementation():
+                raise SinkbookError(
+                    f"{type(model).__name__} does not let its attention be replaced. "
+                    "Take a model whose attention goes through transformers' AttentionInterface."
+                )
+            undo.enter_context(attending_by(model, NAME, partial(_attend_streaming, **how)))
+        yield
+
+
+def visible_keys(length: int, window: int, kept: Int[Tensor, " kept"]) -> Bool[Tensor, "query key"]:
+    """Which keys each query sees: those kept for good, and the last `window`, itself included."""
+    positions = torch.arange(length)
+    age = positions[:, None] - positions
+    return (age >= 0) & ((age < window) | torch.isin(positions, kept))
+
+
+def _attend_masked(
+    own, window, kept, module, query, key, value, attention_mask, scaling, **keywords
+):
+    """A toy's own kernel with the keys hidden that a cache would have dropped."""
+    visible = visible_keys(query.shape[2], window, kept).to(query.device)
+    mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, float("-inf"))
+    return own(module, query, key, value, mask[None, None], scaling=scaling, **keywords)
+
+
+def _attend_streaming(
+    module,
+    query: States,
+    key: KeyStates,
+    value: KeyStates,
+    attention_mask,
+    scaling: float,
+    *,
+    window: int,
+    kept: Int[Tensor, " kept"],
+    rotation: Rotation,
+    **keywords,
+) -> tuple[Float[Tensor, "batch position head width"], None]:
+    """Attention as from a sink cache, `window` queries at a time, in memory linear in the text.
+
+    A kept token that has left the window stands before it, at its rank among those that have. So
+    a query meets it not from its own position `n` but from `window - 1` after the last of them.
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if keywords.get(name) is not None:
+            raise SinkbookError(
+                f"{type(module).__name__} has a {name}, which streaming would leave out. "
+                "Stream a model with plain softmax attention."
+            )
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if key.shape[2] != length or (attention_mask is not None and _hides_past(attention_mask)):
+        raise SinkbookError(
+            "streaming takes whole texts: no padding, no cache, and no window of the model's own. "
+            "Give texts of one length, with use_cache=False."
+        )
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    kept = kept[kept < length].to(query.device)
+    kept_key = rotation(key[:, :, kept], torch.arange(len(kept), device=kept.device) - kept)
+    outputs = []
+    for rows in torch.arange(length, device=query.device).split(window):
+        recent = torch.arange(max(0, int(rows[0]) - window + 1), int(rows[-1]) + 1).to(rows)
+        age = rows[:, None] - recent
+        has_left = kept <= rows[:, None] - window
+        from_position = has_left.sum(1) + window - 1
+        own = query[:, :, rows]
+        to_kept = rotation(own, from_position - rows) @ kept_key.mT
+        to_recent = own @ key[:, :, recent].mT
+        logits = scaling * torch.cat([to_kept, to_recent], dim=-1)
+        seen = torch.cat([has_left, (age >= 0) & (age < window)], dim=-1)
+        weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+        outputs.append(weights @ torch.cat([value[:, :, kept], value[:, :, recent]], dim=2))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _hides_past(mask: Tensor) -> bool:
+    """Whether a mask hides more than what is later than the query."""
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    return bool((~visible).tril().any())

@@ -1,0 +1,90 @@
+"""Running only the upper layers of a model, on what the lower ones gave before.
+
+A cut in layer 20 changes nothing below it. Who tries one cut after the other runs the model once
+with `kept` and then, for each cut, only the layers from the cut on:
+
+    with kept(model) as outputs:
+        whole = model(tokens)
+    with given(model, outputs, below=20), zero(model, "head", layer=20, head=3):
+        without = model(tokens)
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sinkbook.models.layout import blocks
+
+Output = Tensor | tuple
+
+
+def logits_of(
+    model: nn.Module, tokens: Int[Tensor, "text position"]
+) -> Float[Tensor, "text position vocab"]:
+    """The next-token logits of a toy or of a transformers causal LM, without a key-value cache."""
+    cacheless = "use_cache" in inspect.signature(model.forward).parameters
+    output = model(tokens, **({"use_cache": False} if cacheless else {}))
+    return getattr(output, "logits", output)
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[list[Output]]:
+    """Keep what each layer gives while the body runs the model once."""
+    outputs: list[Output] = []
+    with ExitStack() as hooks:
+        for block in blocks(model):
+            handle = block.register_forward_hook(lambda *call: outputs.append(call[2]))
+            hooks.callback(handle.remove)
+        yield outputs
+
+
+@contextmanager
+def given(model: nn.Module, outputs: Sequence[Output], *, below: int) -> Iterator[None]:
+    """In the body the layers `below` do not run, but give what they gave before.
+
+    `outputs` is what `kept` found for the same tokens. Whether that is the same as running all
+    layers depends on the architecture: ask `can_resume`.
+    """
+    with ExitStack() as undo:
+        for block, output in zip(blocks(model)[:below], outputs, strict=False):
+            undo.callback(partial(_restore, block, vars(block).get("forward")))
+            block.forward = partial(_again, output)
+        yield
+
+
+@torch.no_grad()
+def can_resume(model: nn.Module, tokens: Int[Tensor, "text position"]) -> bool:
+    """Whether the upper layers need nothing from the lower ones but the residual state.
+
+    Tried on the beginning of one text, from the middle of the model and from its last layer. The
+    answer is no where layers share keys and values, for example.
+    """
+    tokens = tokens[:1, :8]
+    with kept(model) as outputs:
+        whole = logits_of(model, tokens)
+    for below in {len(outputs) // 2, len(outputs) - 1}:
+        with given(model, outputs, below=below):
+            try:
+                again = logits_of(model, tokens)
+            except Exception:  # whatever a layer raises that misses what another had left for it
+                return False
+        if not torch.allclose(again, whole, rtol=1e-4, atol=1e-4):
+            return False
+    return True
+
+
+def _again(output: Output, *_arguments, **_keywords) -> Output:
+    # A copy, since some architectures add to what they get in place.
+    return output.clone() if torch.is_tensor(output) else (output[0].clone(), *output[1:])
+
+
+def _restore(block: nn.Module, own) -> None:
+    """Take the stand-in away; `own` is the forward function that the module itself carried."""
+    del block.forward
+    if own is not None:
+        block.forward = own

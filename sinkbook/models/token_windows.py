@@ -1,0 +1,100 @@
+"""The texts that `sinkbook probe` measures: windows of one document, or texts of a domain.
+
+All windows have the same number of tokens, so that they are measured side by side.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sinkbook.errors import SinkbookError
+from sinkbook.models.pretrained import LanguageModel
+
+Windows = Int[Tensor, "text position"]
+
+# More than one token has in any language: what lies beyond in a long document is not tokenised.
+CHARACTERS_PER_TOKEN = 50
+
+
+def read_document(path: Path) -> str:
+    """The text of a UTF-8 file. Raises SinkbookError if it cannot be read or holds no text."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise SinkbookError(
+            f"cannot read {str(path)!r}: {error.strerror}. Give --text a text file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SinkbookError(
+            f"{str(path)!r} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
+            "Save it as UTF-8 plain text."
+        ) from error
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        raise SinkbookError(f"{str(path)!r} is empty. Give a file with some text in it.")
+    return text
+
+
+def of_document(language_model: LanguageModel, text: str, *, count: int, length: int) -> Windows:
+    """The first windows of a document, one after the other, at most `count`.
+
+    Each begins with the model's first token, if its convention has one. What is left over at the
+    end of the document is not used. Raises SinkbookError if it does not fill one window.
+    """
+    prefix = _prefix(language_model)
+    step = length - len(prefix)
+    read = text[: count * step * CHARACTERS_PER_TOKEN]
+    (ids,) = _token_ids(language_model, [read])
+    if len(ids) < step:
+        found = len(ids) + len(prefix)
+        raise SinkbookError(
+            f"the text has {found} tokens, and a window takes {length}. "
+            f"Give a longer text, or --length {found}."
+        )
+    starts = range(0, min(len(ids) // step, count) * step, step)
+    return torch.tensor([prefix + ids[start : start + step] for start in starts])
+
+
+def of_texts(
+    language_model: LanguageModel, texts: Iterable[str], *, count: int, length: int
+) -> Windows:
+    """The beginnings of the first `count` texts that fill a window.
+
+    Raises SinkbookError if there are fewer.
+    """
+    prefix = _prefix(language_model)
+    windows = []
+    for ids in _token_ids(language_model, texts):
+        if len(prefix) + len(ids) >= length:
+            windows.append((prefix + ids)[:length])
+        if len(windows) == count:
+            return torch.tensor(windows)
+    raise SinkbookError(
+        f"{len(windows)} texts of the domain have {length} tokens, and {count} were asked for. "
+        "Ask for fewer with --texts, for shorter ones with --length, or give a --text."
+    )
+
+
+def check_length(language_model: LanguageModel, length: int) -> None:
+    """Refuse windows that are longer than what the model has positions for."""
+    config = language_model.model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise SinkbookError(
+            f"{language_model.name!r} has {positions} positions, and windows of {length} tokens "
+            f"were asked for. Ask for --length {positions} at most."
+        )
+
+
+def _prefix(language_model: LanguageModel) -> list[int]:
+    first = language_model.first_token
+    return [] if first is None else [first]
+
+
+def _token_ids(language_model: LanguageModel, texts: Iterable[str]) -> Iterator[list[int]]:
+    for text in texts:
+        encoded = language_model.tokenizer(text, add_special_tokens=False, verbose=False)
+        yield encoded["input_ids"]

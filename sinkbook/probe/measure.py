@@ -1,0 +1,388 @@
+"""The probe: sinks, value drains and residual peaks of any causal language model, in one pass.
+
+`measure` runs the model once, with an attention function in the place of the model's own that
+returns the same outputs and reads off what its heads attend to (`fused.py`). It costs about as
+much as the plain forward pass, is exact, and needs memory linear in the number of tokens.
+
+Toy transformers call the function that they carry as `attention_function`. Models of
+transformers look theirs up by name in `AttentionInterface`, where ours is registered. The few
+architectures that do neither are overheard: the probe watches for the softmax, or the fused
+attention, inside one layer after the other. Everything a model had is put back afterwards.
+"""
+
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sinkbook.errors import SinkbookError
+from sinkbook.probe.masks import Scope
+from sinkbook.probe.recorder import HIDDEN, Recorder
+from sinkbook.progress import progress
+
+HEAD = ("batch", "layer", "head")
+HEAD_POSITION = (*HEAD, "position")
+RESIDUAL = ("batch", "residual_layer", "position")
+VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "sink_attention": (HEAD, "1", "mean attention on the sink token"),
+    "sink_share": (HEAD, "1", "share of the sink token in all attention"),
+    "sink_logit": (HEAD, "1", "logit of the sink token above the mean of other visible keys"),
+    "attention_entropy": (HEAD, "nat", "mean entropy of an attention row"),
+    "attention_row_sum": (HEAD, "1", "mean sum of an attention row"),
+    "head_output_norm": (HEAD, "1", "mean norm of the head's write to the residual stream"),
+    "sink_attention_by_query": (HEAD_POSITION, "1", "attention of each query on the sink token"),
+    "sink_logit_by_query": (HEAD_POSITION, "1", "sink logit of each query"),
+    "key_importance": (HEAD_POSITION, "1", "mean attention that a key receives"),
+    "value_norm": (HEAD_POSITION, "1", "norm of the value state as the head writes it"),
+    "raw_value_norm": (HEAD_POSITION, "1", "norm of the value state before W_O"),
+    "residual_norm": (RESIDUAL, "1", "norm of the residual state"),
+    "residual_max_abs": (RESIDUAL, "1", "largest magnitude in the residual state"),
+    "loss": (("batch",), "nat", "mean next-token loss"),
+}
+DEFAULT = ("sink_attention", "sink_logit", "value_norm", "residual_norm")
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch position"],
+    variables: Sequence[str] = DEFAULT,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Int[Tensor, "batch position"] | None = None,
+    queries: Bool[Tensor, "batch position"] | None = None,
+    sink: int | Int[Tensor, " batch"] | None = None,
+) -> xr.Dataset:
+    """Measure a causal language model's extreme tokens on `input_ids`, in one forward pass.
+
+    `model` is a toy transformer or any causal LM of transformers; `variables` are names in
+    `VARIABLES`. `attention_mask` (batch, position), 1 for tokens and 0 for padding, and
+    `position_ids`, which restart where packed documents do, go to the model as they are.
+
+    The sink is each row's first token that is no padding, or position `sink`. Means run over
+    the queries that `queries` marks (all by default), never over padding:
+
+    - `sink_attention`, `sink_logit`: over queries after the sink that can see it, which those
+      beyond a sliding window or in another packed document cannot. The logit, after scaling and
+      soft cap, is taken against the mean over the other keys that the query sees, itself
+      included.
+    - `sink_share`: over the same queries, the attention on the sink, summed, over all attention,
+      summed. It is `sink_attention` under softmax; under a kernel whose rows do not add up to 1
+      read both with the row sum, since a large share of nothing is nothing. Magnitudes, where
+      weights may be negative; NaN for a head that attends to nothing.
+    - `attention_entropy`, `attention_row_sum`, `head_output_norm`: over all queries.
+    - `key_importance`: over the queries that can see the key.
+
+    `value_norm` is `|W_O^h v|`, one per query head also where heads share their values;
+    `head_output_norm` is `|W_O^h o|` of what reaches W_O, gates included.
+
+    Every attention variable has the dimension `layer`, 0 for the first block:
+    `result.sink_attention.sel(layer=3)` is the fourth block's. The residual stream has one more
+    state than there are blocks, so it has a dimension of its own, `residual_layer`: 0 is the
+    embedding, `l` the state after `l` blocks. `result.residual_norm.sel(residual_layer=3)` is
+    what block `layer=3` reads. There is NaN where there is nothing to measure: at padding, in
+    blocks without attention, for rows without a query that counts.
+
+    Returns float32; norms in the units of the residual stream, entropy and loss in nats.
+    `result.attrs["route"]` says how weights were read: `fused` (by log-sum-exp), `chunked`
+    (formed a few queries at a time: soft caps, biases, other kernels) or `eager` (formed by the
+    model itself, one layer at a time).
+    Raises `SinkbookError` for unknown variables, inputs that do not fit, and models that are
+    not causal or whose attention cannot be read. Source: arXiv 2410.13835, sections 1 and 3.
+
+    >>> from sinkbook.toy.transformer import Transformer, TransformerConfig
+    >>> model = Transformer(TransformerConfig(vocab_size=9, length=16, width=8, layers=2))
+    >>> result = measure(model, torch.zeros(3, 16, dtype=torch.long))
+    >>> dict(result.sink_attention.sizes), dict(result.residual_norm.sizes)
+    ({'batch': 3, 'layer': 2, 'head': 1}, {'batch': 3, 'residual_layer': 3, 'position': 16})
+    """
+    started = time.perf_counter()
+    _check(variables, input_ids)
+    device = next(model.parameters()).device
+    input_ids = input_ids.to(device)
+    real = _real_tokens(input_ids, attention_mask)
+    scope = Scope(
+        sink=_sink_positions(sink, real),
+        counted=real if queries is None else real & queries.to(device),
+        real=real,
+        variables=frozenset(variables),
+    )
+    recorder = Recorder(model, scope)
+    logits = _run(recorder, input_ids, attention_mask, position_ids)
+    loss = _next_token_loss(logits, input_ids, real) if "loss" in variables else None
+    result = _dataset(recorder, variables, loss)
+    result.attrs = _circumstances(recorder) | {
+        "sink": "first token of each row" if sink is None else "given by position",
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    return result
+
+
+def measure_texts(
+    language_model,
+    texts: Sequence[str],
+    variables: Sequence[str] = DEFAULT,
+    *,
+    length: int = 512,
+    batch_size: int = 8,
+) -> xr.Dataset:
+    """Measure a model on texts: tokenise, batch by length, measure, and put together.
+
+    `language_model` is what `sinkbook.models.load` returns. Each text becomes the model's first
+    token, if its convention has one, and its own tokens, `length` in all at most. The result is
+    in the order of `texts`, with NaN after the end of the shorter ones; one batch is in memory
+    at a time. Shows progress on a terminal. Raises `SinkbookError` for a text without tokens.
+    """
+    if not texts:
+        raise SinkbookError("there are no texts to measure. Give one at least.")
+    encoded = language_model.tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    tokens = encoded["input_ids"]
+    if empty := [number for number, ids in enumerate(tokens) if not ids]:
+        raise SinkbookError(f"text number {empty[0]} holds no token. Leave out empty texts.")
+    if language_model.first_token is not None:
+        tokens = [[language_model.first_token, *ids] for ids in tokens]
+    tokens = [torch.tensor(ids[:length]) for ids in tokens]
+    order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    results = []
+    with progress("measuring", len(batches)) as show:
+        for batch in batches:
+            ids = nn.utils.rnn.pad_sequence([tokens[number] for number in batch], batch_first=True)
+            sizes = torch.tensor([len(tokens[number]) for number in batch])
+            mask = (torch.arange(ids.shape[1]) < sizes[:, None]).long()
+            result = measure(language_model.model, ids, variables, attention_mask=mask)
+            results.append(result.assign_coords(batch=batch))
+            show(len(results))
+    seconds = sum(result.attrs["seconds"] for result in results)
+    together = xr.concat(results, dim="batch", join="outer", combine_attrs="override")
+    together.attrs |= {"model": language_model.name, "seconds": round(seconds, 3)}
+    return together.sortby("batch")
+
+
+def _check(variables: Sequence[str], input_ids: Tensor) -> None:
+    if unknown := [name for name in variables if name not in VARIABLES]:
+        raise SinkbookError(f"no variable {unknown[0]!r}. Known: {', '.join(VARIABLES)}.")
+    if input_ids.ndim != 2:
+        raise SinkbookError(
+            f"input_ids has shape {tuple(input_ids.shape)}, not (batch, position). "
+            "Give one text as input_ids[None]."
+        )
+
+
+def _run(
+    recorder: Recorder,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor | None:
+    """The forward pass that the recorder listens to. Returns the logits if the loss is wanted."""
+    inputs = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+    }
+    inputs = {
+        name: states.to(input_ids.device) for name, states in inputs.items() if states is not None
+    }
+    try:
+        return recorder.run(inputs, with_logits=recorder.scope.asks_for("loss"))
+    except IndexError as error:
+        raise SinkbookError(
+            f"the model cannot take {input_ids.shape[1]} positions with token ids up to "
+            f"{int(input_ids.max())}. Cut the text, or use the model's own tokenizer."
+        ) from error
+
+
+def _circumstances(recorder: Recorder) -> dict[str, str]:
+    """Which model was measured, how, on what and with what."""
+    model, parameter = recorder.model, next(recorder.model.parameters())
+    return {
+        "model": getattr(getattr(model, "config", None), "name_or_path", "")
+        or type(model).__name__,
+        "route": "+".join(sorted(recorder.routes)),
+        "device": str(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+    }
+
+
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Bool[Tensor, "b t"]:
+    """Which tokens are no padding. A mask over pairs shows it on its diagonal."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    mask = attention_mask.to(input_ids.device)
+    if mask.ndim == 4:
+        visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+        mask = visible[:, 0].diagonal(dim1=-2, dim2=-1).expand(input_ids.shape)
+    if mask.shape != input_ids.shape:
+        raise SinkbookError(
+            f"attention_mask has shape {tuple(mask.shape)} and input_ids "
+            f"{tuple(input_ids.shape)}. Give one entry per token."
+        )
+    if not mask.bool().any(dim=1).all():
+        raise SinkbookError("a row of attention_mask is all padding. Leave that text out.")
+    return mask.bool()
+
+
+def _sink_positions(sink: int | Tensor | None, real: Tensor) -> Int[Tensor, " batch"]:
+    if sink is None:
+        return real.to(torch.uint8).argmax(1)
+    positions = torch.as_tensor(sink, device=real.device).expand(len(real))
+    if positions.min() < 0 or positions.max() >= real.shape[1]:
+        raise SinkbookError(
+            f"no position {sink} in a text of {real.shape[1]} tokens. "
+            f"Give a sink from 0 to {real.shape[1] - 1}."
+        )
+    return positions
+
+
+def _next_token_loss(logits: Tensor, input_ids: Tensor, real: Tensor) -> Float[Tensor, " batch"]:
+    """Mean next-token loss of each row, in nats, over pairs of tokens that are no padding."""
+    losses = []
+    for row, ids, kept in zip(logits, input_ids, real[:, 1:] & real[:, :-1], strict=True):
+        loss = F.cross_entropy(row[:-1].float(), ids[1:], reduction="none")
+        losses.append(loss[kept].mean())
+    return torch.stack(losses)
+
+
+def _dataset(recorder: Recorder, variables: Sequence[str], loss: Tensor | None) -> xr.Dataset:
+    """Put the layers together, with NaN for layers and heads that some layers lack."""
+    real = recorder.scope.real
+    found = {}
+    for name in variables:
+        dims, units, long_name = VARIABLES[name]
+        if name == "loss":
+            values = loss.float().cpu().numpy()
+        else:
+            kept = recorder.residuals if dims == RESIDUAL else recorder.readings
+            values = _stack([layer.get(name) for layer in kept])
+            if values is None:
+                raise _nothing_to_show(recorder, name)
+            if "position" in dims:
+                padding = ~real.cpu().numpy().reshape(len(real), *[1] * (len(dims) - 2), -1)
+                values = np.where(padding, np.float32("nan"), values)
+        found[name] = (dims, values, {"units": units, "long_name": long_name})
+    result = xr.Dataset(found, coords={"sink": ("batch", recorder.scope.sink.cpu().numpy())})
+    return result.assign_coords({dim: np.arange(size) for dim, size in result.sizes.items()})
+
+
+def _nothing_to_show(recorder: Recorder, name: str) -> SinkbookError:
+    model = type(recorder.model).__name__
+    if VARIABLES[name][0] != RESIDUAL and not recorder.routes:
+        return SinkbookError(
+            f"{model} has no softmax attention, so no {name}. Ask for residual_norm or loss."
+        )
+    return SinkbookError(f"{model} has no {name} of its own. Leave it out of the variables.")
+
+
+def _stack(layers: list[Tensor | None]) -> Float[np.ndarray, "batch layer ..."] | None:
+    """Stack the layers of one variable; where the number of heads differs, up to the largest."""
+    layers = [None if values is None else values.float().cpu().numpy() for values in layers]
+    present = [values for values in layers if values is not None]
+    if not present:
+        return None
+    shape = np.max([values.shape for values in present], axis=0)
+    stacked = np.full((len(layers), *shape), np.nan, dtype=np.float32)
+    for number, values in enumerate(layers):
+        if values is not None:
+            stacked[(number, *map(slice, values.shape))] = values
+    return stacked.swapaxes(0, 1)
+
+
+Hidden = Float[Tensor, "*batch position width"]
+
+
+def sink_rate(result: xr.Dataset, threshold: float = 0.3) -> xr.DataArray:
+    """Share of a layer's heads whose mean attention on the sink exceeds `threshold`.
+
+    (batch, layer), NaN for layers without attention. Its mean is `Sink^threshold` of Gu et al.
+    (arXiv 2410.10781), averaged over texts.
+    """
+    attention = result.sink_attention
+    return (attention > threshold).where(attention.notnull()).mean("head")
+
+
+def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
+    """The sink's value norm over the mean of the other tokens': below 1 where it is drained.
+
+    (batch, layer, head). `others`, a mask over (batch, position), chooses the tokens to compare
+    with; the sink is never one of them. Needs `value_norm`.
+    """
+    at_sink, elsewhere = _apart(result.value_norm, others)
+    return at_sink / elsewhere.mean("position")
+
+
+def residual_peak_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
+    """The sink's residual norm over the median of the other tokens': (batch, residual_layer).
+
+    A median, since other tokens can have peaks of their own. `others` as in `value_drain_ratio`.
+    """
+    at_sink, elsewhere = _apart(result.residual_norm, others)
+    return at_sink / elsewhere.median("position")
+
+
+def residual_peak_height(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
+    """The sink's residual norm minus the mean of the other tokens': (batch, residual_layer).
+
+    The quantity whose growth arXiv 2410.13835 follows. `others` as in `value_drain_ratio`.
+    """
+    at_sink, elsewhere = _apart(result.residual_norm, others)
+    return at_sink - elsewhere.mean("position")
+
+
+def _apart(norm: xr.DataArray, others: xr.DataArray | None) -> tuple[xr.DataArray, xr.DataArray]:
+    """A norm at the sink of each row, and at the other tokens."""
+    elsewhere = norm.where(norm.position != norm.sink)
+    if others is not None:
+        elsewhere = elsewhere.where(others)
+    return norm.sel(position=norm.sink).drop_vars("position"), elsewhere
+
+
+def massive_activations(
+    hidden: Hidden, floor: float = 100.0, factor: float = 1000.0
+) -> Bool[Tensor, "*batch position width"]:
+    """Entries larger than `floor` and than `factor` times the text's median magnitude.
+
+    Source: Sun et al., "Massive Activations in Large Language Models" (arXiv 2402.17762).
+    """
+    size = hidden.float().abs()
+    median = size.flatten(-2).median(-1).values[..., None, None]
+    return (size > floor) & (size > factor * median)
+
+
+def kurtosis_of_text(hidden: Hidden) -> Float[Tensor, "*batch"]:
+    """Kurtosis of all entries of a text, positions and dimensions in one pool; 3 if Gaussian.
+
+    Source: Bondarenko et al. (arXiv 2306.12929). Grows with outliers of either kind.
+    """
+    return _kurtosis(hidden.double().flatten(-2)).float()
+
+
+def kurtosis_of_tokens(hidden: Hidden) -> Float[Tensor, "*batch position"]:
+    """Kurtosis over the dimensions of each token; 3 if Gaussian.
+
+    Source: Kaul et al. (arXiv 2410.17174); Park et al. (arXiv 2506.19697) subtract 3. Tells the
+    sink token from the others.
+    """
+    return _kurtosis(hidden.double()).float()
+
+
+def kurtosis_of_dimensions(hidden: Hidden) -> Float[Tensor, "*batch"]:
+    """Fourth over squared second moment of the dimensions' root mean squares; 1 if all equal.
+
+    Source: He et al. (arXiv 2405.19279). Grows with outlier dimensions, not with their signs.
+    """
+    square = hidden.double().square().mean(-2)  # over positions, for each dimension
+    return (square.square().mean(-1) / square.mean(-1).square()).float()
+
+
+def _kurtosis(values: Tensor) -> Tensor:
+    deviation = values - values.mean(-1, keepdim=True)
+    return deviation.pow(4).mean(-1) / deviation.square().mean(-1).square()

@@ -1,0 +1,398 @@
+"""Listening to a model while it runs: what its attention gets and gives, and its residual states.
+
+Attention is reached in one of three ways. Toy transformers call the function that they carry as
+`attention_function`. Models of transformers look theirs up by name in `AttentionInterface`, where
+ours is registered. The few architectures that do neither are overheard: `_Overhearing` watches
+for the softmax, or the fused attention, inside one layer after the other. Each way puts back what
+the model had, also after an exception.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sinkbook.errors import SinkbookError
+from sinkbook.models.attention_interface import attending_by
+from sinkbook.models.layout import layers
+from sinkbook.probe import explicit, fused
+from sinkbook.probe.masks import (
+    Heads,
+    KeyHeads,
+    Outputs,
+    Scope,
+    Spans,
+    Values,
+    causal_spans,
+    find_spans,
+)
+from sinkbook.toy.attention import KERNELS
+
+NAME = "sinkbook"  # of our attention function in transformers' registries
+HIDDEN = -3e4  # additive masks hold something lower, biases do not
+
+_active: ContextVar["Recorder | None"] = ContextVar("active recorder", default=None)
+
+
+class Recorder:
+    """Collects, layer by layer, what one forward pass of `model` shows of a `Scope`.
+
+    `readings` holds a dictionary of variables for each layer, empty where there is no attention;
+    `residuals` one for each residual state, the embedding first.
+    """
+
+    def __init__(self, model: nn.Module, scope: Scope):
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise SinkbookError(
+                f"{type(model).__name__} has an encoder and a decoder. The probe measures causal "
+                "language models, whose classes end in ForCausalLM."
+            )
+        self.model = model
+        self.layers = layers(model)
+        self.scope = scope
+        self.layer: int | None = None  # the one that runs now
+        self.readings: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        self.residuals: list[dict[str, Tensor]] = [{} for _ in range(len(self.layers) + 1)]
+        self.routes: set[str] = set()
+        self._heard: set[int] = set()  # layers whose attention has been read
+        self._factors: dict[int, Tensor | None] = {}
+        self._masks = WeakTensorKeyDictionary()
+
+    def run(self, inputs: dict[str, Tensor], with_logits: bool) -> Tensor | None:
+        """One forward pass; returns the logits if they are wanted, else leaves out the head."""
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(_evaluating(self.model))
+            undo.enter_context(self._listening())
+            token = _active.set(self)
+            undo.callback(_active.reset, token)
+            if hasattr(self.model, "set_attn_implementation"):
+                forward = self.model if with_logits else self.model.base_model
+                accepted = inspect.signature(forward.forward).parameters
+                if "use_cache" in accepted:
+                    inputs = {**inputs, "use_cache": False}
+                undo.enter_context(_transformers_attention(self.model, self))
+                output = forward(**inputs)
+                return output.logits if with_logits else None
+            if (self.scope.real[:, 1:] & ~self.scope.real[:, :-1]).any():
+                raise SinkbookError("toy transformers take padding after the text only.")
+            undo.enter_context(_toy_attention(self.model))
+            return self.model(inputs["input_ids"])
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        with contextlib.ExitStack() as hooks:
+            for number, layer in enumerate(self.layers):
+                enter, leave, write = (
+                    partial(listener, number)
+                    for listener in (self._enter, self._leave, self._write)
+                )
+                block = layer.block
+                hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(block.register_forward_hook(leave).remove)
+                if layer.output is not None and "head_output_norm" in self.scope.variables:
+                    hooks.callback(layer.output.register_forward_pre_hook(write).remove)
+            yield
+
+    def _enter(self, number: int, _block, arguments, keywords) -> None:
+        if _active.get() is self:
+            self.layer = number
+            if number == 0:
+                self._keep_residual(0, arguments[0] if arguments else keywords["hidden_states"])
+
+    def _leave(self, number: int, _block, _arguments, output) -> None:
+        if _active.get() is self:
+            self.layer = None
+            self._keep_residual(number + 1, output if torch.is_tensor(output) else output[0])
+
+    def _keep_residual(self, number: int, state: Tensor) -> None:
+        if state.shape[:-1] != self.scope.real.shape:
+            return  # several streams side by side have no one norm
+        kept = self.residuals[number]
+        exact = torch.promote_types(state.dtype, torch.float32)
+        if "residual_norm" in self.scope.variables:
+            kept["residual_norm"] = torch.linalg.vector_norm(state, dim=-1, dtype=exact)
+        if "residual_max_abs" in self.scope.variables:
+            kept["residual_max_abs"] = torch.linalg.vector_norm(state, float("inf"), dim=-1)
+
+    def _write(self, number: int, _projection, arguments) -> None:
+        factor = self._factors.get(number)
+        if _active.get() is self and factor is not None:
+            batch, length = self.scope.real.shape
+            states = arguments[0].reshape(batch, length, len(factor), -1).transpose(1, 2)
+            norms = torch.linalg.vector_norm(states.to(factor.dtype) @ factor.mT, dim=-1)
+            counted = self.scope.counted[:, None].to(norms.device)
+            mean = norms.masked_fill(~counted, float("nan")).nanmean(-1)
+            self.readings[number]["head_output_norm"] = mean
+
+    def attend(
+        self,
+        query: Heads,
+        key: KeyHeads,
+        value: Values,
+        mask: Tensor | None,
+        *,
+        scaling: float,
+        causal: bool = True,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        learned_sink: Tensor | None = None,
+    ) -> Outputs:
+        """The head outputs of softmax attention; what the scope asks for is kept on the way."""
+        if query.shape[2:3] != self.scope.real.shape[1:] or key.shape[2] != query.shape[2]:
+            raise SinkbookError(
+                f"layer {self.layer} attends from {query.shape[2]} positions to {key.shape[2]}, "
+                f"where the text has {self.scope.real.shape[1]}. The probe measures "
+                "self-attention of whole texts only."
+            )
+        scope = self.scope.to(query.device)
+        visible, mask_bias = self._visibility(mask, causal, scope)
+        if mask_bias is not None:
+            bias = mask_bias if bias is None else bias + mask_bias
+        plain = isinstance(visible, Spans) and softcap is None and bias is None
+        if plain and fused.can_be_fused(query):
+            output, reading = fused.read_fused(
+                query, key, value, scaling, visible, scope, learned_sink
+            )
+            self.routes.add("fused")
+        else:
+            rows = explicit.softmax_rows(query, key, scaling, visible, bias, softcap, learned_sink)
+            output, reading = explicit.read_formed(rows, value, scope)
+            self.routes.add("chunked")
+        self.keep(reading, value, query.shape[1])
+        return output
+
+    def keep(self, reading: dict[str, Tensor], value: Values, heads: int) -> None:
+        """File the reading of the layer that runs now, with the norms of its values."""
+        kept = self.readings[self.layer]
+        if self.layer in self._heard:  # differential attention: once for each half of the values
+            for name in ("value_norm", "raw_value_norm"):
+                kept.pop(name, None)
+            return
+        self._heard.add(self.layer)
+        wanted = self.scope.variables
+        for name in ("sink_attention", "sink_logit"):
+            if name in wanted:
+                reading[name] = reading[f"{name}_by_query"].nanmean(-1)
+        kept.update({name: values for name, values in reading.items() if name in wanted})
+        groups = heads // value.shape[1]
+        exact = torch.promote_types(value.dtype, torch.float32)
+        if "raw_value_norm" in wanted:
+            norms = torch.linalg.vector_norm(value, dim=-1, dtype=exact)
+            kept["raw_value_norm"] = norms.repeat_interleave(groups, dim=1)
+        projection = self.layers[self.layer].output
+        if projection is None or not self.scope.asks_for("value_norm", "head_output_norm"):
+            return
+        factor = write_factor(projection, heads, value.shape[-1])
+        if factor is not None and "value_norm" in wanted:
+            written = value[:, :, None].to(exact) @ factor.unflatten(0, (-1, groups)).mT
+            kept["value_norm"] = torch.linalg.vector_norm(written, dim=-1).flatten(1, 2)
+        self._factors[self.layer] = factor
+
+    def _visibility(
+        self, mask: Tensor | None, causal: bool, scope: Scope
+    ) -> tuple[Spans | Tensor, Tensor | None]:
+        """Spans if the keys that a mask shows have that form, else pairs; and its biases."""
+        if mask is None:
+            if not causal and scope.real.shape[1] > 1:
+                raise self.not_causal()
+            return causal_spans(scope.real), None
+        if mask not in self._masks:  # the layers share it
+            visible, bias = mask, None
+            if mask.dtype != torch.bool:
+                visible = mask > HIDDEN
+                bias = mask if (mask.masked_fill(~visible, 0.0) != 0).any() else None
+            visible = visible.expand(len(scope.real), -1, -1, -1)
+            if (visible.triu(1).any(-1) & scope.real[:, None]).any():
+                raise self.not_causal()
+            spans = find_spans(visible, scope.real) if visible.shape[1] == 1 else None
+            self._masks[mask] = visible if spans is None else spans, bias
+        return self._masks[mask]
+
+    def not_causal(self) -> SinkbookError:
+        return SinkbookError(
+            f"{type(self.model).__name__} lets tokens attend to later ones. The probe measures "
+            "causal language models: decoders, or encoders configured with is_decoder=True."
+        )
+
+
+def write_factor(
+    projection: nn.Module, heads: int, width: int
+) -> Float[Tensor, "head rank width"] | None:
+    """`R` of each head with `|R v| = |W_O^h v|`: the triangular root of `W_O^h`'s Gram matrix.
+
+    By QR and not by squaring, which would lose half of the digits of a drained value. `None` if
+    the projection does not take the heads one after the other.
+    """
+    weight = getattr(projection, "weight", None)
+    if isinstance(projection, nn.Linear) and weight.is_floating_point():
+        weight = weight.T
+    elif type(projection).__name__ != "Conv1D":  # quantised or adapted: try it on unit vectors
+        parameter = next(projection.parameters())
+        dtype = parameter.dtype if parameter.is_floating_point() else torch.float16
+        units = torch.eye(heads * width + 1, heads * width, dtype=dtype, device=parameter.device)
+        written = projection.forward(units)
+        weight = written[:-1] - written[-1]
+    if len(weight) != heads * width:
+        return None
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return torch.linalg.qr(weight.unflatten(0, (heads, width)).mT, mode="r").R
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, whatever mode each module is in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _toy_attention(model: nn.Module) -> Iterator[None]:
+    """Listen to every `attention_function`. What it returns decides what goes on downstream."""
+    carriers = [module for module in model.modules() if hasattr(module, "attention_function")]
+    originals = [module.attention_function for module in carriers]
+
+    def listening_to(original):
+        def attention(module, query, key, value, attention_mask, scaling, **keywords):
+            recorder = _active.get()
+            if recorder is not None and original is KERNELS["softmax"]:
+                output = recorder.attend(query, key, value, attention_mask, scaling=scaling)
+                return output.transpose(1, 2), None
+            output, weights = original(
+                module, query, key, value, attention_mask, scaling=scaling, **keywords
+            )
+            if recorder is not None and weights is None:
+                recorder.attend(query, key, value, attention_mask, scaling=scaling)
+            elif recorder is not None:
+                repeats = query.shape[1] // key.shape[1]
+                logits = scaling * query @ key.repeat_interleave(repeats, dim=1).mT
+                spans = causal_spans(recorder.scope.real)
+                rows = explicit.formed_rows(logits, spans, weights)
+                reading = explicit.read_rows(rows, recorder.scope, normalised=False)
+                recorder.routes.add("chunked")
+                recorder.keep(reading, value, query.shape[1])
+            return output, weights
+
+        return attention
+
+    try:
+        for module, original in zip(carriers, originals, strict=True):
+            module.attention_function = listening_to(original)
+        yield
+    finally:
+        for module, original in zip(carriers, originals, strict=True):
+            module.attention_function = original
+
+
+def _interface_attention(
+    module, query, key, value, attention_mask, scaling=None, is_causal=None, **keywords
+):
+    """What `AttentionInterface` calls. Where nobody measures, it is plain fused attention."""
+    recorder = _active.get()
+    if recorder is None or recorder.layer is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            is_causal=is_causal,
+            **keywords,
+        )
+    output = recorder.attend(
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        softcap=keywords.get("softcap"),
+        bias=keywords.get("position_bias"),
+        learned_sink=keywords.get("s_aux"),
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def _transformers_attention(model: nn.Module, recorder: Recorder) -> Iterator[None]:
+    """Have a model of transformers call `_interface_attention`, or overhear it."""
+    if not model._can_set_attn_implementation():
+        with _Overhearing(recorder):
+            yield
+        return
+    with attending_by(model, NAME, _interface_attention):
+        yield
+
+
+class _Overhearing(TorchFunctionMode):
+    """Reads attention off the torch functions that a layer calls.
+
+    A softmax over (..., query, key) is taken for the weights, and the next product with them for
+    that with the values. A call of the fused attention is answered by the recorder.
+    """
+
+    SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
+    PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
+        self.scores: Tensor | None = None
+        self.weights: Tensor | None = None
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if recorder.layer is None or _active.get() is not recorder:
+            return function(*args, **kwargs)
+        if function is F.scaled_dot_product_attention:
+            return self._fused_attention(*args, **kwargs)
+        result = function(*args, **kwargs)
+        batch, length = recorder.scope.real.shape
+        if function in self.SOFTMAX and result.ndim >= 3 and result.shape[-2:] == (length, length):
+            self.scores, self.weights = args[0], result
+        elif (
+            function in self.PRODUCTS
+            and self.weights is not None
+            and args[0].numel() == self.weights.numel()
+        ):
+            value = args[1].reshape(batch, -1, length, args[1].shape[-1])
+            scores, weights = (
+                states.reshape(batch, -1, length, length) for states in (self.scores, self.weights)
+            )
+            self.scores = self.weights = None
+            scope = recorder.scope.to(weights.device)
+            if (weights.triu(1).sum(-1) * scope.real[:, None]).any():
+                raise recorder.not_causal()
+            visible = (scores > HIDDEN).tril() & scope.real[:, None, None]
+            rows = explicit.formed_rows(scores, visible, weights)
+            recorder.routes.add("eager")
+            recorder.keep(explicit.read_rows(rows, scope), value, weights.shape[1])
+        return result
+
+    def _fused_attention(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_
+    ):
+        return self.recorder.attend(
+            query,
+            key,
+            value,
+            attn_mask,
+            scaling=query.shape[-1] ** -0.5 if scale is None else scale,
+            causal=is_causal,
+        )

@@ -1,0 +1,47 @@
+"""On what, with what and when something was computed, and where the book's sources are."""
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def repository(start: Path | None = None) -> Path | None:
+    """The folder with the book's sources: the nearest one from `start` upwards, else the package's.
+
+    `start` defaults to the working directory. None: neither the working directory nor the
+    installed package lies in a copy of the repository.
+    """
+    beside_package = Path(__file__).resolve().parent.parent
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents, beside_package):
+        if (folder / "_toc.yml").is_file() and (folder / "book" / "claims.yml").is_file():
+            return folder
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, by package name."""
+    found = {"python": platform.python_version()}
+    for package in ("sinkbook", "torch", "transformers", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def device() -> str:
+    """The device that is computed on, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def provenance() -> dict:
+    """On what, with what and when something was computed here, for the file that keeps it."""
+    date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return {"device": device(), "versions": versions(), "date": date}

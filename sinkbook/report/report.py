@@ -1,0 +1,258 @@
+"""The report of `sinkbook probe`: a model measured on texts, printed, and written to a folder.
+
+Everything that is said comes from one dataset, which `result.nc` keeps.
+"""
+
+import os
+import shlex
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from sinkbook import provenance
+from sinkbook.data import corpora
+from sinkbook.errors import SinkbookError
+from sinkbook.figures import basic
+from sinkbook.models import token_windows
+from sinkbook.models.pretrained import LanguageModel, load
+from sinkbook.probe.measure import VARIABLES, measure
+from sinkbook.progress import progress
+from sinkbook.report import summary
+from sinkbook.report.html import html_page
+
+MEASURED = ("sink_attention", "sink_logit", "attention_entropy", "key_importance")
+# Not every architecture has these: not differential attention, nor several residual streams.
+NORMS = ("value_norm", "head_output_norm", "residual_norm")
+TOKENS_AT_ONCE = 1024
+
+
+def probe(
+    model: str,
+    *,
+    text: Path | None = None,
+    domain: str = "prose-en",
+    texts: int = 8,
+    length: int = 256,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> xr.Dataset:
+    """Measure a model on windows of `length` tokens: of one document, or of a domain's texts.
+
+    Returns what `measure_windows` does; `attrs` also has what was run, and on what. Raises
+    SinkbookError for texts and models that cannot be used, texts first.
+    """
+    if text is None:
+        source, option = corpora.texts(domain, minimum_characters=5 * length), ["--domain", domain]
+    else:
+        source, option = token_windows.read_document(text), ["--text", text.name]
+    language_model = load(model, revision=revision, trust_remote_code=trust_remote_code)
+    token_windows.check_length(language_model, length)
+    cut = token_windows.of_texts if text is None else token_windows.of_document
+    result = measure_windows(
+        language_model, cut(language_model, source, count=texts, length=length)
+    )
+    command = ["sinkbook", "probe", model, *option, "--texts", str(texts), "--length", str(length)]
+    command += ["--revision", revision] if revision else []
+    command += ["--trust-remote-code"] if trust_remote_code else []
+    result.attrs |= {
+        "weights": language_model.card,
+        "texts": corpora.DOMAINS[domain].about if text is None else f"windows of {text.name}",
+        "command": shlex.join(command),
+    }
+    return result
+
+
+def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows) -> xr.Dataset:
+    """Measure a model on windows of tokens, a few at a time; shows progress.
+
+    Returns the variables in `MEASURED` and `NORMS`, those that the model does not have as NaN,
+    and `token` (batch, position), the tokens as text.
+    """
+    present = [name for name in NORMS if _has(language_model, tokens[:1, :2], name)]
+    results = []
+    with progress("measuring", len(tokens)) as show:
+        for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
+            results.append(measure(language_model.model, batch, (*MEASURED, *present)))
+            show(sum(result.sizes["batch"] for result in results))
+    result = xr.concat(results, dim="batch", combine_attrs="override")
+    result = result.assign_coords(batch=np.arange(len(tokens)))
+    sizes = {**result.sizes, "residual_layer": result.sizes["layer"] + 1}
+    for name in set(NORMS) - set(present):
+        dims = VARIABLES[name][0]
+        result[name] = dims, np.full([sizes[dim] for dim in dims], np.nan, dtype=np.float32)
+    words = {token: language_model.tokenizer.decode([token]) for token in tokens.unique().tolist()}
+    words = {token: word.replace("\0", "␀") for token, word in words.items()}  # NetCDF has no NUL
+    result["token"] = ("batch", "position"), [[words[i] for i in row] for row in tokens.tolist()]
+    result.attrs |= {
+        "model": language_model.name,
+        "device": provenance.device(),
+        "seconds": round(sum(part.attrs["seconds"] for part in results), 1),
+        "sinkbook": provenance.versions()["sinkbook"],
+        "date": date.today().isoformat(),
+    }
+    return result
+
+
+def _has(language_model: LanguageModel, tokens: token_windows.Windows, name: str) -> bool:
+    try:
+        measure(language_model.model, tokens, (name,))
+    except SinkbookError:
+        return False
+    return True
+
+
+def terminal(result: xr.Dataset) -> Group:
+    """The report as a table, a verdict, and the sinks at other tokens, to print with rich."""
+    table = Table(
+        title=f"{result.attrs['model']}: {describe_texts(result)}",
+        title_justify="left",
+        title_style="bold",
+        caption="value ratio: median over heads. residual ratio: after the layer.",
+        caption_justify="left",
+    )
+    titles = ("layer", "sink rate", "strongest heads", "value ratio", "residual ratio")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "strongest heads" else "right")
+    for layer, row in summary.layer_table(result).iterrows():
+        heads = "  ".join(f"{head:2} ({attention:.2f})" for head, attention in row.strongest)
+        numbers = (row.sink_rate, row.value_ratio, row.residual_ratio)
+        rate, value, residual = ("-" if np.isnan(x) else f"{x:.2f}" for x in numbers)
+        table.add_row(str(layer), rate, heads or "-", value, residual)
+    lines = [Text(summary.verdict(result), style="bold")]
+    others = summary.sink_positions(result)
+    others = others[~others["first"]]
+    if len(others):
+        shown = "; ".join(
+            f"{row.token} in {row.texts} of {result.sizes['batch']} texts, {row.heads:.0f} heads"
+            for row in others.head(3).itertuples()
+        )
+        lines.append(Text(f"Sinks at other tokens: {shown}."))
+    return Group(table, "", *lines)
+
+
+def describe_texts(result: xr.Dataset) -> str:
+    """How many texts of what were measured, in words."""
+    count, length = result.sizes["batch"], result.sizes["position"]
+    return f"{count} text{'s' if count > 1 else ''} of {length} tokens ({result.attrs['texts']})"
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def overview(result: xr.Dataset) -> Figure:
+    """The attention of every head on the first token, and the residual norms by layer."""
+    figure = Figure(figsize=(9.4, 3.5))
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    basic.head_map(result.sink_attention.mean("batch"), left, title="Attention sinks")
+    _draw_residual(result, right)
+    right.set_title("Residual-state peak")
+    return figure
+
+
+def heads(result: xr.Dataset) -> Figure:
+    """The attention of every head on the first token."""
+    figure = Figure(figsize=(7, 1.4 + min(0.2 * result.sizes["head"], 6)))
+    basic.head_map(result.sink_attention.mean("batch"), figure.subplots())
+    return figure
+
+
+def residual(result: xr.Dataset) -> Figure:
+    """The residual norms by layer: the first token, the largest other, the median."""
+    figure = Figure(figsize=(7, 3.4))
+    _draw_residual(result, figure.subplots())
+    return figure
+
+
+def values(result: xr.Dataset) -> Figure:
+    """Sink attention against value ratio, one dot a head."""
+    figure = Figure(figsize=(5.6, 4.2))
+    axes = figure.subplots()
+    if result.value_norm.isnull().all():
+        return _unmeasured(axes, "value norms")
+    table = summary.head_table(result).set_index(["layer", "head"]).to_xarray()
+    basic.head_scatter(
+        table.sink_attention,
+        table.value_ratio,
+        axes,
+        xlabel="attention on the first token",
+        ylabel="value norm, first token / others",
+    )
+    axes.axhline(1, color=basic.OTHER, lw=1, ls="--")
+    axes.set(xlim=(-0.03, 1.03), yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    return figure
+
+
+def _draw_residual(result: xr.Dataset, axes: Axes) -> None:
+    if result.residual_norm.isnull().all():
+        _unmeasured(axes, "residual norms")
+        return
+    colours = (basic.PEAK, "#56B4E9", basic.OTHER)
+    curves = summary.residual_trace(result).items()
+    series = {
+        name: (norm.transpose("batch", "residual_layer").values, colour)
+        for (name, norm), colour in zip(curves, colours, strict=True)
+    }
+    basic.by_layer(series, axes, ylabel="norm of the residual state")
+    axes.set_xlabel("layers passed")
+
+
+def _unmeasured(axes: Axes, what: str) -> Figure:
+    axes.text(0.5, 0.5, f"{what} cannot be measured in this model", ha="center", va="center")
+    axes.axis("off")
+    return axes.figure
+
+
+FIGURES = {drawn.__name__: drawn for drawn in (overview, heads, residual, values)}
+FILES = (
+    "report.html",
+    "result.nc",
+    "summary.csv",
+    *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
+)
+
+
+def check_folder(folder: Path, *, force: bool) -> None:
+    """Refuse a folder that cannot be written to or, unless `force`, already holds a report."""
+    present = [name for name in FILES if (folder / name).exists()]
+    if present and not force:
+        raise SinkbookError(
+            f"{str(folder)!r} already holds {present[0]}. Name another folder, or let the report "
+            "in it be replaced with --force."
+        )
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "it cannot be written to" if nearest.is_dir() else "it is a file"
+        raise SinkbookError(
+            f"no report can be written to {str(folder)!r}: {str(nearest)!r} is in the way, "
+            f"{reason}. Name another folder."
+        )
+
+
+def write(result: xr.Dataset, folder: Path, *, force: bool = False) -> None:
+    """Write `FILES` to a folder, which is made if need be.
+
+    Raises SinkbookError as `check_folder` does, and if the file system refuses.
+    """
+    check_folder(folder, force=force)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        result.to_netcdf(folder / "result.nc", engine="h5netcdf")
+        table = summary.head_table(result)
+        table.to_csv(folder / "summary.csv", index=False, float_format="%.6g")
+        for name, draw in FIGURES.items():
+            figure = draw(result)
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        (folder / "report.html").write_text(html_page(result), encoding="utf-8")
+    except OSError as error:
+        raise SinkbookError(
+            f"cannot write to {str(folder)!r}: {error.strerror or error}. Name another folder."
+        ) from error

@@ -1,0 +1,474 @@
+"""Training the toy transformers: `train(config)` is a value, computed once and kept in the store.
+
+Batches are a function of (seed, step), so a config determines its run; a killed run goes on from
+its last checkpoint and ends with the same weights, bit by bit, as an unbroken one.
+"""
+
+import io
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sinkbook import store
+from sinkbook.errors import SinkbookError
+from sinkbook.parallel import asked_for, in_processes
+from sinkbook.progress import progress
+from sinkbook.provenance import provenance
+from sinkbook.toy.measurements import measure_toy, measure_writers
+from sinkbook.toy.optimizers import MATRIX_OPTIMIZERS, OPTIMIZERS
+from sinkbook.toy.runs import EVALUATION_SEED, Run, TrainingConfig, seeds_of, stored, together
+from sinkbook.toy.tasks import task
+from sinkbook.toy.transformer import Transformer
+
+__all__ = ["Run", "TrainingConfig", "add_gradients", "seeds_of", "together", "train", "train_all"]
+
+NUMBERS_AT_ONCE = 2**18  # in the residual states of a layer: its activations fit a CPU's cache
+BATCHES_AHEAD = 64  # drawn on the CPU while a GPU trains
+RUNS_ON_A_GPU = 12  # at once, each in a process of its own
+CAPTURED = ("adamw", "sgd")  # optimizers whose steps can be
+STEPS_BEFORE_CAPTURE = 3  # that a GPU takes before its kernels are captured as one graph
+
+
+def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: float = 30.0) -> Run:
+    """The run of a config: read from the store, or else trained, resumed, and kept there.
+
+    `device` is "auto" (CUDA where there is one), "cpu" or a CUDA device. A kill loses at most
+    `checkpoint_seconds`. A damaged stored run is reported, set aside and trained again; a second
+    process that asks for the same run waits for the first.
+    Raises `SinkbookError` when the store cannot be written.
+    """
+    return train_all([config], device=device, checkpoint_seconds=checkpoint_seconds)[0]
+
+
+class TimeIsUpError(SinkbookError):
+    """Trainings are unfinished; the same call goes on with them."""
+
+
+def train_all(
+    configs: list[TrainingConfig],
+    *,
+    way: str = "auto",
+    device: str = "auto",
+    checkpoint_seconds: float = 30.0,
+    executor: Executor | None = None,
+    until: float = math.inf,
+) -> list[Run]:
+    """The runs of several configs, in their order; those not in the store are trained.
+
+    `way` is how: "batched" trains runs that differ in their seed alone as one program (vmap),
+    "processes" one run per CPU core with one thread each, and as many side by side on a GPU,
+    "sequence" one after the other. "auto" takes processes if there is more than one run and core.
+    Every way gives the same results within floating-point error.
+
+    `until` is a time (`time.time()`) at which what is unfinished is kept for a later call.
+    Raises `TimeIsUpError` then.
+
+    With an `executor`, or a Dask scheduler whose address is in `SINKBOOK_DASK`, each missing run
+    is a task of its own there, and comes back into the store here. Workers need no store in common.
+    """
+    runs = {config: stored(config) for config in configs}
+    missing = [config for config, run in runs.items() if run is None]
+    with ExitStack() as stack:
+        if executor is None and missing:
+            executor = stack.enter_context(asked_for())
+        if executor is not None:
+            _train_elsewhere(missing, executor, device, checkpoint_seconds)
+        else:
+            _train_here(missing, way, _device(device), checkpoint_seconds, until)
+    runs |= {config: stored(config) for config in missing}
+    if unfinished := sum(runs[config] is None for config in missing):
+        raise TimeIsUpError(
+            f"the time is up; {unfinished} of {len(configs)} trainings are unfinished."
+        )
+    return [runs[config] for config in configs]
+
+
+def _train_here(
+    missing: list[TrainingConfig],
+    way: str,
+    device: torch.device,
+    checkpoint_seconds: float,
+    until: float = math.inf,
+) -> None:
+    if way == "auto":
+        several = len(missing) > 1 and (os.cpu_count() or 1) > 1
+        way = "processes" if several else "sequence"
+    if way == "processes" and missing:
+        work = partial(
+            _train_one, device=device, checkpoint_seconds=checkpoint_seconds, until=until
+        )
+        most = RUNS_ON_A_GPU if device.type == "cuda" else None
+        in_processes(
+            work, missing, label="training runs", preload="sinkbook.toy.training", most=most
+        )
+    elif way == "batched":
+        groups: dict[TrainingConfig, list[TrainingConfig]] = {}
+        for config in missing:
+            alike = config if config.optimizer in MATRIX_OPTIMIZERS else replace(config, seed=0)
+            groups.setdefault(alike, []).append(config)
+        for group in groups.values():
+            _train_together(group, device, checkpoint_seconds, until)
+    else:
+        for config in missing:
+            _train_together([config], device, checkpoint_seconds, until)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _train_elsewhere(
+    configs: list[TrainingConfig], executor: Executor, device: str, checkpoint_seconds: float
+) -> None:
+    futures = {
+        executor.submit(_trained, config, config.key, device, checkpoint_seconds): config
+        for config in configs
+    }
+    with progress("training runs", len(configs)) as show:
+        for done, future in enumerate(as_completed(futures), start=1):
+            weights, measurements, facts = future.result()
+            folder = futures[future].folder
+            with store.locked(folder):
+                store.save_run(folder, weights, measurements, facts)
+            show(done)
+
+
+def _trained(
+    config: TrainingConfig, key: str, device: str, checkpoint_seconds: float
+) -> tuple[dict[str, Tensor], xr.Dataset, dict]:
+    """What a worker sends back: the run's weights, measurements and facts."""
+    config = replace(config)  # without the key that came along with it
+    if config.key != key:
+        raise SinkbookError(
+            "a worker has another version of sinkbook's training code, or of torch, than the "
+            "machine that asks. Install the same on all of them."
+        )
+    _train_here([config], "sequence", _device(device), checkpoint_seconds)
+    return store.load_run(config.folder)
+
+
+def _train_one(
+    config: TrainingConfig, device: torch.device, checkpoint_seconds: float, until: float
+) -> None:
+    _train_together([config], device, checkpoint_seconds, until)
+
+
+def _train_together(
+    configs: list[TrainingConfig],
+    device: torch.device,
+    checkpoint_seconds: float,
+    until: float = math.inf,
+) -> None:
+    """Train runs that differ in their seed alone as one program, and keep each in the store."""
+    with ExitStack() as locks:
+        for config in sorted(configs, key=lambda c: c.key):
+            locks.enter_context(store.locked(config.folder))
+        by_step: dict[int, list[_Unfinished]] = {}
+        for config in configs:
+            if (unfinished := _resume(config, device)) is not None:
+                by_step.setdefault(unfinished.step, []).append(unfinished)
+        for runs in by_step.values():
+            _Program(runs, device).run(checkpoint_seconds, until)
+
+
+@dataclass
+class _Unfinished:
+    """One run on its way: its step, its named weights and optimizer state, its measurements."""
+
+    config: TrainingConfig
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # by parameter and name; one of bytes for MATRIX_OPTIMIZERS
+    measurements: list[xr.Dataset]
+    seconds: float
+
+
+def _resume(config: TrainingConfig, device: torch.device) -> _Unfinished | None:
+    """Where a run goes on: its last checkpoint, or the start; None if it is finished."""
+    folder = config.folder
+    try:
+        if store.load_run(folder) is not None:
+            return None
+        tensors, step = store.load_checkpoint(folder)
+    except store.DamagedError as damage:
+        store.set_aside(folder, str(damage))
+        tensors, step = {}, 0
+    if not tensors:
+        torch.manual_seed(config.seed)
+        weights = Transformer(config.model).to(device).state_dict()
+        return _Unfinished(config, 0, weights, {}, [], 0.0)
+    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "other": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor.to(device) if part != "other" else tensor
+    other = parts["other"]
+    netcdf = io.BytesIO(other["measurements"].numpy().tobytes())
+    measured = xr.load_dataset(netcdf)
+    measurements = [measured.isel(step=[i]) for i in range(measured.sizes["step"])]
+    seconds = other["seconds"].item()
+    return _Unfinished(config, step, parts["weights"], parts["optimizer"], measurements, seconds)
+
+
+class _Program:
+    """Several runs at the same step, trained together: their weights are stacked if there are
+    more than one, and one optimizer steps them all, which is the same as stepping each."""
+
+    def __init__(self, runs: list[_Unfinished], device: torch.device):
+        self.runs, self.device, self.config = runs, device, runs[0].config
+        self.stacked = len(runs) > 1
+        self.task = task(self.config.task)
+        self.tokens = self.config.evaluation_tokens.to(device)
+        size, steps = self.config.batch_size, range(runs[0].step, self.config.steps)
+        of_runs = [self.task.batches(size, run.config.seed, steps) for run in runs]
+        self.batches = zip(*of_runs, strict=True)
+        self.graph = self.texts = None
+        self.steps_taken = 0
+        self.model = Transformer(self.config.model).to(device)
+        self.weights = {
+            name: self._join([run.weights[name] for run in runs]).requires_grad_()
+            for name in runs[0].weights
+        }
+        if not self.stacked:
+            self.model.load_state_dict(self.weights)
+            self.weights = dict(self.model.named_parameters())
+        self.optimizer = OPTIMIZERS[self.config.optimizer](self.weights.values(), self.config)
+        if runs[0].optimizer:
+            self._restore_optimizer()
+
+    def run(self, checkpoint_seconds: float, until: float = math.inf) -> None:
+        """Train from the runs' step to the end, measuring and checkpointing on the way."""
+        step, steps, measured = self.runs[0].step, self.config.steps, self.config.measured_steps
+        description = f"training {len(self.runs)} runs" if self.stacked else "training"
+        before = self.runs[0].seconds
+        start = saved = time.monotonic()
+        with progress(description, steps, step) as show, self._ahead(self.batches) as batches:
+            while True:
+                measuring = step in measured and not self._is_measured(step)
+                if measuring:
+                    self._measure(step)
+                if step == steps:
+                    break
+                details = measuring and self.config.details
+                weights = [w.detach().clone() for w in self.weights.values()] if details else []
+                self._step(next(batches))
+                if details:
+                    self._measure_the_step(weights)
+                step += 1
+                now = time.monotonic()
+                time_is_up = time.time() >= until and step < steps
+                if time_is_up or (now - saved >= checkpoint_seconds and step < steps):
+                    self._keep(step, before + now - start)
+                    saved = now
+                if time_is_up:
+                    return
+                if step % 10 == 0:
+                    show(step)
+        self._finish(before + time.monotonic() - start)
+
+    @contextmanager
+    def _ahead(self, batches: Iterator) -> Iterator[Iterator]:
+        """The same batches; for a GPU, a thread draws them while it trains."""
+        if self.device.type == "cpu":
+            yield batches
+            return
+        with ThreadPoolExecutor(1) as thread:
+            waiting = deque(thread.submit(next, batches, None) for _ in range(BATCHES_AHEAD))
+
+            def drawn() -> Iterator:
+                while waiting:
+                    batch = waiting.popleft().result()
+                    waiting.append(thread.submit(next, batches, None))
+                    yield batch
+
+            yield drawn()
+            thread.shutdown(cancel_futures=True)
+
+    def _step(self, texts: tuple[Int[Tensor, "text position"], ...]) -> None:
+        """One step of all runs, each on its own texts.
+
+        On a GPU the kernels of a step are captured once and then replayed: at the size of the
+        toys, launching them one by one would take longer than computing them.
+        """
+        if self.device.type == "cpu" or not self.config.optimizer.startswith(CAPTURED):
+            self._compute(torch.stack(texts).to(self.device))
+            return
+        if self.texts is None:
+            self.texts = torch.stack(texts).to(self.device)
+        self.texts.copy_(torch.stack(texts))
+        if self.graph is None and self.steps_taken < STEPS_BEFORE_CAPTURE:
+            # On a stream of its own, as capturing asks for.
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                self._compute(self.texts)
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                self.optimizer.zero_grad()
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                    self._compute(self.texts)
+            self.graph.replay()
+        self.steps_taken += 1
+
+    def _compute(self, texts: Int[Tensor, "run text position"]) -> None:
+        """Gradients of the runs' losses, and a step of their optimizer."""
+        self.optimizer.zero_grad()
+        if self.stacked:
+            # The fused CPU kernel has no batching rule: vmap would call it run by run.
+            with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+                loss = torch.vmap(self._loss_of)(self.weights, texts).sum()
+            loss.backward()
+        else:
+            add_gradients(self.model, texts[0], self.config.precision)
+        self.optimizer.step()
+
+    def _loss_of(self, weights: dict[str, Tensor], texts: Tensor) -> Tensor:
+        with in_precision(self.config.precision, texts.device):
+            logits = torch.func.functional_call(self.model, weights, (texts[:, :-1],))
+        return _loss(logits, texts)
+
+    def _is_measured(self, step: int) -> bool:
+        return any(step in m.step for m in self.runs[0].measurements[-1:])
+
+    def _measure(self, step: int) -> None:
+        for i, run in enumerate(self.runs):
+            if self.stacked:
+                self.model.load_state_dict(self._weights_of(i))
+            measured = measure_toy(self.model, self.task, self.tokens)
+            if self.config.details:
+                measured = measured.merge(measure_writers(self.model, self.task, self.tokens))
+            run.measurements.append(measured.expand_dims(step=[step]))
+            if self.config.details:
+                self._measure_gradients(i)
+
+    def _measure_gradients(self, i: int) -> None:
+        """Add the norm of every parameter's gradient on texts that are not trained on."""
+        texts = self.task.batch_at(
+            self.config.evaluation_size, EVALUATION_SEED, 0, device=self.device
+        )
+        kept = {name: w.grad for name, w in self.model.named_parameters()}
+        for w in self.model.parameters():
+            w.grad = None
+        for part in texts.split(16):
+            (_loss(self.model(part[:, :-1]), part) * (len(part) / len(texts))).backward()
+        norms = [_norm(w.grad) for w in self.model.parameters()]
+        for name, w in self.model.named_parameters():
+            w.grad = kept[name]
+        self._add_norms(i, gradient_norm=norms, batch_gradient_norm=None, update_norm=None)
+
+    def _measure_the_step(self, before: list[Tensor]) -> None:
+        """Add the norms of every parameter's gradient on the batch, and of its change."""
+        weights = list(self.weights.values())
+        for i in range(len(self.runs)):
+            pairs = zip(weights, before, strict=True)
+            changes = [self._part(w.detach() - b, i).norm().item() for w, b in pairs]
+            gradients = [_norm(None if w.grad is None else self._part(w.grad, i)) for w in weights]
+            self._add_norms(i, batch_gradient_norm=gradients, update_norm=changes)
+
+    def _add_norms(self, i: int, **norms: list[float] | None) -> None:
+        nothing = [math.nan] * len(self.weights)
+        added = {
+            name: (("step", "parameter"), [nothing if values is None else values])
+            for name, values in norms.items()
+        }
+        measured = self.runs[i].measurements[-1].assign(added)
+        self.runs[i].measurements[-1] = measured.assign_coords(parameter=list(self.weights))
+
+    def _keep(self, step: int, seconds: float) -> None:
+        for i, run in enumerate(self.runs):
+            netcdf = bytes(xr.concat(run.measurements, "step").to_netcdf(engine=store.ENGINE))
+            tensors = {f"weights/{n}": t for n, t in self._weights_of(i).items()}
+            tensors |= {f"optimizer/{n}": t for n, t in self._optimizer_of(i).items()}
+            tensors["other/measurements"] = torch.frombuffer(bytearray(netcdf), dtype=torch.uint8)
+            tensors["other/seconds"] = torch.tensor(seconds)
+            store.save_checkpoint(run.config.folder, tensors, step)
+
+    def _finish(self, seconds: float) -> None:
+        for i, run in enumerate(self.runs):
+            facts = {
+                "config": asdict(run.config),
+                # Runs trained as one program share its time.
+                "seconds": seconds / len(self.runs),
+            } | provenance()
+            measurements = xr.concat(run.measurements, "step")
+            store.save_run(run.config.folder, self._weights_of(i), measurements, facts)
+
+    def _join(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors) if self.stacked else tensors[0].clone()
+
+    def _part(self, tensor: Tensor, run: int) -> Tensor:
+        return tensor.detach()[run] if self.stacked else tensor.detach()
+
+    def _weights_of(self, run: int) -> dict[str, Tensor]:
+        return {name: self._part(tensor, run) for name, tensor in self.weights.items()}
+
+    def _restore_optimizer(self) -> None:
+        kept = [run.optimizer for run in self.runs]
+        if self.config.optimizer in MATRIX_OPTIMIZERS:
+            whole = io.BytesIO(kept[0]["whole"].cpu().numpy().tobytes())
+            self.optimizer.load_state_dict(torch.load(whole, map_location=self.device))
+            return
+        for name, key in [n.rsplit("/", 1) for n in kept[0]]:
+            tensors = [of_run[f"{name}/{key}"] for of_run in kept]
+            # The step count is one scalar for a whole tensor, stacked or not.
+            joined = tensors[0].clone() if tensors[0].ndim == 0 else self._join(tensors)
+            self.optimizer.state[self.weights[name]][key] = joined
+
+    def _optimizer_of(self, run: int) -> dict[str, Tensor]:
+        if self.config.optimizer in MATRIX_OPTIMIZERS:
+            # Their state may be lists and numbers, and is that of one run.
+            whole = io.BytesIO()
+            torch.save(self.optimizer.state_dict(), whole)
+            return {"whole": torch.frombuffer(bytearray(whole.getvalue()), dtype=torch.uint8)}
+        return {
+            f"{name}/{key}": value if value.ndim == 0 else self._part(value, run)
+            for name, weight in self.weights.items()
+            for key, value in self.optimizer.state[weight].items()
+        }
+
+
+def _norm(gradient: Tensor | None) -> float:
+    """NaN for a weight that nothing reads, such as the norm before a part that is left out."""
+    return math.nan if gradient is None else gradient.norm().item()
+
+
+def in_precision(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context in which a model's matrix products are computed at a precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def add_gradients(
+    model: Transformer, texts: Int[Tensor, "text position"], precision: str = "float32"
+) -> None:
+    """Add the gradients of the mean loss on `texts` to those of the model's weights.
+
+    CPUs take a few texts at a time: their activations stay in the cache, and in memory that the
+    process has already.
+    """
+    of_a_text = (texts.shape[1] - 1) * model.config.width
+    at_once = max(1, NUMBERS_AT_ONCE // of_a_text) if texts.device.type == "cpu" else len(texts)
+    for part in texts.split(at_once):
+        with in_precision(precision, texts.device):
+            logits = model(part[:, :-1])
+        (_loss(logits, part) * (len(part) / len(texts))).backward()
+
+
+def _loss(logits: Tensor, texts: Tensor) -> Tensor:
+    """Mean next-token cross-entropy over all positions, nats: what the paper trains on."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), texts[:, 1:].flatten())

@@ -1,0 +1,141 @@
+"""The ledger: how a claim is judged, what is shown, what is kept."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sinkbook import files
+from sinkbook.book import chapter, claims
+from sinkbook.errors import SinkbookError
+
+ENTRY = """
+- id: sum
+  chapter: 01_sums
+  source: arithmetic
+  statement: One and `one` are at least <two>.
+  paper: 2
+  quantity: their sum
+  unit: nats
+  criterion: {quick: ">= 2", paper: ">= 2.5"}
+"""
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    """A repository with one claim and an empty ledger; gives a function that rewrites the list."""
+    (tmp_path / "book").mkdir()
+    (tmp_path / "_toc.yml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SINKBOOK_CACHE", str(tmp_path / "cache"))
+
+    def write(text: str) -> None:
+        (tmp_path / "book" / "claims.yml").write_text(text)
+
+    write(ENTRY)
+    return write
+
+
+@pytest.mark.parametrize(
+    ("criterion", "inside", "outside"),
+    [
+        (">= 0.7", 0.7, 0.69),
+        ("<= 0.35", 0.35, 0.36),
+        ("> 2", 2.01, 2.0),
+        ("< 1e-5", 9e-6, 1e-5),
+        ("in [-0.02, 0.02]", -0.02, 0.021),
+    ],
+)
+def test_a_criterion_says_where_it_ends(criterion, inside, outside):
+    assert claims.satisfies(criterion, inside)
+    assert not claims.satisfies(criterion, outside)
+
+
+@pytest.mark.parametrize("criterion", ["about 3", ">= x", "__import__('os')", ">= 1 or True", ""])
+def test_a_criterion_is_read_and_never_evaluated(criterion):
+    with pytest.raises(SinkbookError, match="no way to judge"):
+        claims.satisfies(criterion, 1.0)
+
+
+def test_a_claim_holds_only_if_every_seed_meets_it(ledger):
+    assert claims.judge("sum", [2.0, 2.5, 3.0], profile="quick").holds
+    assert not claims.judge("sum", [2.0, 2.5, 3.0], profile="paper").holds
+    assert not claims.judge("sum", [3.0, float("nan")], profile="quick").holds
+
+
+def test_a_check_shows_the_claim_and_fills_the_ledger(ledger, capsys):
+    claims.check("sum", np.array([2.0, 2.25, 2.5]), profile="quick")
+    shown = capsys.readouterr().out
+    assert "[holds]" in shown
+    assert "paper 2 nats" in shown and "measured 2.25 nats (3 seeds: 2 to 2.5)" in shown
+    (verdict,) = claims.verdicts()
+    assert verdict.row()["measured"] == [2.0, 2.25, 2.5] and verdict.row()["holds"] is True
+
+
+def test_a_failing_check_is_shown_as_failing_and_raises_nothing(ledger, capsys):
+    claims.check("sum", [1.0], profile="quick")
+    assert "[does not hold]" in capsys.readouterr().out
+
+
+def test_an_unknown_claim_is_answered_with_the_known_ones(ledger):
+    with pytest.raises(SinkbookError, match=r"no claim is called 'summ'.*sum"):
+        claims.check("summ", [2.0], profile="quick")
+
+
+def test_a_claim_without_values_is_refused(ledger):
+    with pytest.raises(SinkbookError, match="one number a seed"):
+        claims.judge("sum", [], profile="quick")
+
+
+def test_before_anything_is_measured_the_ledger_says_so(ledger):
+    (verdict,) = claims.verdicts()
+    assert verdict.row()["measured"] is None and verdict.row()["holds"] is None
+    assert claims.ledger().summary() == "1 claims: not measured 1"
+
+
+def test_a_number_that_is_none_is_valid_json(ledger):
+    row = claims.judge("sum", [float("nan"), 2.0], profile="quick").row()
+    assert json.loads(json.dumps(row, allow_nan=False))["measured"] == [None, 2.0]
+
+
+def test_the_page_escapes_text_and_says_the_verdict_in_words(ledger):
+    html = claims.judge("sum", [2.0], profile="quick")._html()
+    assert "<strong>holds</strong>" in html
+    assert "<code>one</code> are at least &lt;two&gt;" in html
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (ENTRY + ENTRY, "two claims are called 'sum'"),
+        (ENTRY.replace("quantity", "quantiti"), "entry 'sum'.*quantit"),
+        (ENTRY.replace(">= 2.5", "roughly 2"), "entry 'sum'.*no way to judge by 'roughly 2'"),
+        (ENTRY.replace('paper: ">=', 'huge: ">='), "entry 'sum'.*no profile named 'huge'"),
+        ("- just a string", "entry 'just a string'"),
+    ],
+)
+def test_a_mistake_in_claims_yml_is_named(ledger, wrong, message):
+    ledger(wrong)
+    with pytest.raises(SinkbookError, match=f"(?s){message}"):
+        claims.known()
+
+
+def test_a_profile_without_a_criterion_is_an_error(ledger):
+    ledger(ENTRY.replace(', paper: ">= 2.5"', ""))
+    with pytest.raises(SinkbookError, match="no criterion for the profile 'paper'"):
+        claims.judge("sum", [2.0], profile="paper").row()
+
+
+def test_the_facts_of_a_run_are_one_line_with_profile_seed_device_and_versions():
+    line = str(chapter.facts("quick", 3))
+    assert line.startswith("profile quick · seed 3 · ")
+    assert "torch 2" in line and "transformers 5" in line and "\n" not in line
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "folder" / "record.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    assert list(path.parent.iterdir()) == [path]
+    assert json.loads(path.read_text()) == {"a": 1}

@@ -1,0 +1,252 @@
+"""The league table says of known models what is known of them, and loses nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from sinkbook.book import experiments
+from sinkbook.errors import SinkbookError
+from sinkbook.llm.components import residual_states
+from sinkbook.mitigations import league
+from sinkbook.mitigations.registry import MITIGATIONS, Mitigation
+from sinkbook.models.interventions import zero
+from sinkbook.probe import measure
+from sinkbook.theory.peak_growth import excess_risk
+from sinkbook.toy.runs import Run, TrainingConfig
+from sinkbook.toy.tasks import TaskConfig
+from sinkbook.toy.training import seeds_of, train_all
+from sinkbook.toy.transformer import TransformerConfig
+
+BASE = TrainingConfig(
+    task=TaskConfig(length=12, characters=20),
+    model=TransformerConfig(vocab_size=22, length=12, width=16, layers=2),
+    learning_rate=6e-3,
+    batch_size=8,
+    steps=20,
+    measurements=5,
+    evaluation_size=16,
+)
+NAMES = ("softmax", "relu", "value-gate", "random-first")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SINKBOOK_RUNS", str(tmp_path_factory.mktemp("runs")))
+        configs = {name: seeds_of(MITIGATIONS[name].applied_to(BASE), 2) for name in NAMES}
+        yield {name: train_all(group, way="sequence") for name, group in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def standings(runs):
+    return league.table(runs)
+
+
+def dormant_head(run: Run) -> Run:
+    """The run with a first layer that gives position 0 all attention, whose value is zero."""
+    model = run.model
+    attention = model.layers[0].attention
+    attention.attention_function = lambda _m, query, key, value, *_a, **_k: (
+        torch.zeros_like(value).transpose(1, 2),
+        torch.ones(*query.shape[:-1], key.shape[-2]).tril() * (torch.arange(key.shape[-2]) == 0),
+    )
+    return run
+
+
+def test_a_head_that_sleeps_is_seen_to_sleep(runs):
+    run = runs["softmax"][0]
+    original = run.model.layers[0].attention.attention_function
+    try:
+        found = league.standing(dormant_head(run))
+    finally:
+        run.model.layers[0].attention.attention_function = original
+    assert found.sink_mass[0] == found.sink_share[0] == found.row_sum[0] == 1
+    assert found.first_mass[0] == 1
+    assert found.sink_mass[1] < 0.9
+
+
+def test_without_a_gate_values_are_the_same_before_and_after(runs, standings):
+    run = runs["softmax"][0]
+    before = league.value_norms_before_gate(run.model, run.evaluation_tokens)
+    after = measure(run.model, run.evaluation_tokens, ("value_norm",)).value_norm
+    np.testing.assert_allclose(before, after, rtol=1e-4)
+    gated = standings.sel(mitigation="value-gate")
+    assert (gated.value_ratio != gated.value_ratio_before_gate).all()
+    plain = standings.sel(mitigation="softmax")
+    np.testing.assert_allclose(plain.value_ratio, plain.value_ratio_before_gate, rtol=1e-4)
+
+
+def test_residual_states_are_those_that_the_probe_measures(runs):
+    run = runs["softmax"][0]
+    with residual_states(run.model) as kept:
+        run.model(run.evaluation_tokens)
+    states = torch.stack(kept)
+    measured = measure(run.model, run.evaluation_tokens, ("residual_norm",)).residual_norm
+    np.testing.assert_allclose(states.norm(dim=-1).transpose(0, 1), measured, rtol=1e-5)
+
+
+def test_the_sink_is_the_start_token_also_in_second_place(runs):
+    run = runs["random-first"][0]
+    found = league.standing(run)
+    later = torch.ones(run.evaluation_tokens.shape, dtype=torch.bool)
+    later[:, :2] = False
+    later &= ~run.task.at_triggers(run.evaluation_tokens)
+    second = measure(run.model, run.evaluation_tokens, ("sink_attention",), queries=later, sink=1)
+    expected = second.sink_attention.mean(("batch", "head"))
+    np.testing.assert_allclose(found.sink_mass, expected, rtol=1e-5)
+    assert (found.first_mass != found.sink_mass).all()
+
+
+def test_risks_are_those_of_the_model(runs, standings):
+    for number, run in enumerate(runs["relu"]):
+        row = standings.sel(mitigation="relu").isel(seed=number)
+        measured = run.measurements.isel(step=-1)
+        assert row.backcopy_excess.item() == pytest.approx(measured.backcopy_excess.item())
+        assert row.bigram_excess.item() == pytest.approx(measured.bigram_excess.item())
+
+
+def test_the_common_loss_is_where_the_slowest_ends(runs, standings):
+    finals = {name: [excess_risk(run)[-1] for run in group] for name, group in runs.items()}
+    assert standings.loss.item() == max(max(group) for group in finals.values())
+    assert standings.steps_to_loss.notnull().all()
+    slowest = max(finals, key=lambda name: max(finals[name]))
+    latest = standings.steps_to_loss.sel(mitigation=slowest).max()
+    assert latest == BASE.steps
+    assert (standings.steps_to_loss <= BASE.steps).all()
+    assert standings.sink_mass_at_loss.sel(mitigation="random-first").isnull().all()
+
+
+def test_the_worst_layer_is_the_strongest_sink_and_the_deepest_drain(standings):
+    sink = league.worst_layer(standings, "sink_mass")
+    np.testing.assert_array_equal(sink, standings.sink_mass.max("layer"))
+    drain = league.worst_layer(standings, "value_ratio")
+    np.testing.assert_array_equal(drain, standings.value_ratio.min("layer"))
+    steps = league.worst_layer(standings, "steps_to_loss")
+    np.testing.assert_array_equal(steps, standings.steps_to_loss)
+
+
+def test_the_best_of_every_criterion_is_first():
+    names = ["softmax", "relu", "muon"]
+    quality = xr.DataArray([2.0, 1.0, 3.0], dims="mitigation")  # relu is the best, muon the worst
+    columns = {column: quality for column in league.CRITERIA}
+    columns["value_ratio"] = 1 / quality
+    columns |= {"backcopy_excess": quality, "bigram_excess": quality}
+    standings = xr.Dataset(columns).expand_dims(seed=2, layer=2).transpose("mitigation", ...)
+    labels = [MITIGATIONS[name].label for name in names]
+    families = [MITIGATIONS[name].family for name in names]
+    coords = {"label": ("mitigation", labels), "family": ("mitigation", families)}
+    standings = standings.assign_coords(mitigation=names, **coords)
+    standings["steps_to_loss"] = standings.steps_to_loss.isel(layer=0)
+    for column in ("backcopy_excess", "bigram_excess"):
+        standings[column] = standings[column].isel(layer=0)
+    ranked = league.ranking(standings)
+    assert ranked.index.tolist() == [labels[1], labels[0], labels[2]]
+    assert ranked["mean rank"].tolist() == [1, 2, 3]
+    relative = league.families(standings)
+    assert relative.loc["no normalisation", "strongest sink"] == 0.5
+    assert relative.loc["optimizer", "highest peak"] == 1.5
+    assert "control" not in relative.index
+
+
+def test_two_tables_agree_as_far_as_their_orders_do():
+    names = ["softmax", "relu", "muon", "sgd"]
+    rising = xr.DataArray([1.0, 2.0, 3.0, 4.0], {"mitigation": names}).expand_dims(seed=2)
+    table = xr.Dataset({column: rising for column in league.CRITERIA})
+    other = table.assign(sink_mass=-rising, peak_ratio=rising**3).isel(mitigation=[3, 1, 0])
+    agree = league.agreement(table, other)
+    assert agree["highest peak"] == agree["deepest drain"] == 1
+    assert agree["strongest sink"] == 1  # attention counts by its magnitude
+    assert league.agreement(table, other.assign(sink_mass=1 / rising))["strongest sink"] == -1
+
+
+def test_nothing_is_lost_on_the_way_to_the_files(standings, tmp_path):
+    both = league.depths({1: standings.isel(layer=[0], residual_layer=[0, 1]), 2: standings})
+    path = tmp_path / "league.nc"
+    path.write_bytes(bytes(both.to_netcdf(engine="h5netcdf")))
+    back = xr.load_dataset(path, engine="h5netcdf")
+    xr.testing.assert_allclose(back, both)
+    rows = league.rows(both)
+    assert len(rows) == 2 * len(NAMES) * 2
+    row = rows[(rows.depth == 2) & (rows.mitigation == "relu") & (rows.seed == 43)].iloc[0]
+    expected = standings.sel(mitigation="relu", seed=43)
+    assert row["sink_mass.1"] == pytest.approx(expected.sink_mass.sel(layer=1).item())
+    assert row["peak_ratio.2"] == pytest.approx(expected.peak_ratio.sel(residual_layer=2).item())
+    assert row.source == MITIGATIONS["relu"].source
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_a_peak_is_cut_at_its_writer_and_nothing_else_is(part, runs):
+    found = league.peak_writers(runs["softmax"])
+    for number, run in enumerate(runs["softmax"]):
+        heights = run.measurements.residual_peak.isel(step=-1).values
+        row = found.isel(seed=number)
+        layer = int(row.layer)
+        whole = row.sel(cut="none")
+        assert whole.height.item() == pytest.approx(heights[1:].max(), rel=1e-5)
+        assert heights[1:].max() == heights[layer + 1]
+        tokens = run.evaluation_tokens
+        with zero(run.model, part, layer=layer, position=0):
+            norms = measure(run.model, tokens, ("residual_norm",)).residual_norm
+            risks = run.task.risks(run.model(tokens), tokens)
+        at = norms.isel(residual_layer=layer + 1)
+        expected = at.isel(position=0).mean() - at.isel(position=slice(1, None)).mean()
+        assert row.height.sel(cut=part).item() == pytest.approx(expected.item(), rel=1e-4)
+        assert row.risk.sel(cut=part).item() == pytest.approx(risks.backcopy_excess.item())
+        assert row.self_attention == 1, "softmax can give nothing else to a row of one key"
+
+
+def test_at_the_matched_risk_the_slowest_is_at_its_end(runs):
+    pair = {name: runs[name] for name in ("softmax", "relu")}
+    found = league.at_matched_risk(pair)
+    ends = {
+        name: [float(run.measurements.backcopy_excess[-1]) for run in group]
+        for name, group in pair.items()
+    }
+    slowest = max(ends, key=lambda name: max(ends[name]))
+    assert found.risk.item() == max(ends[slowest])
+    run = pair[slowest][int(np.argmax(ends[slowest]))]
+    last = run.measurements.isel(step=-1)
+    row = found.sel(mitigation=slowest, seed=run.config.seed)
+    assert row.step == BASE.steps
+    assert row.peak.item() == pytest.approx(last.residual_peak.max().item())
+
+
+def test_attention_goes_somewhere(runs):
+    shares = league.destinations({"a": {"relu": runs["relu"]}, "b": {"softmax": runs["softmax"]}})
+    np.testing.assert_allclose(shares.sel(control="b", mitigation="softmax")[:, 2], 0, atol=1e-6)
+    assert shares.sel(control="a", mitigation="softmax").isnull().all()
+    totals = shares.sum("destination", skipna=False)
+    np.testing.assert_allclose(totals.sel(control="a", mitigation="relu"), 1, atol=1e-6)
+
+
+def test_the_league_of_the_book_is_the_registry(monkeypatch):
+    before = experiments.league("quick", layers=1)
+    assert list(before) == list(MITIGATIONS)
+    fifteenth = Mitigation("no MLP", "control", "this test", {"without_mlp": (0,)})
+    monkeypatch.setitem(MITIGATIONS, "no-mlp", fifteenth)
+    after = experiments.league("quick", layers=1)
+    assert set(after) - set(before) == {"no-mlp"}
+    assert after["no-mlp"][0].model == replace(before["softmax"][0].model, without_mlp=(0,))
+    assert all(len(seeds) >= 2 for seeds in after.values())
+
+
+def test_slots_are_compared_with_everything_else_alike():
+    slots = experiments.null_slots("quick")
+    league_of_one = experiments.league("quick", layers=1)
+    assert slots["as it is"]["key-bias"] == league_of_one["key-bias"]
+    assert slots["no <s>"]["sink-logit"][0].task.starts == 0
+    fast = slots["slot 10 × as fast"]
+    assert set(fast) == {"sink-logit", "key-bias"}
+    as_it_is = league_of_one["sink-logit"][0]
+    assert replace(fast["sink-logit"][0].model, null_slot_speed=1.0) == as_it_is.model
+
+
+def test_the_two_ways_out_are_compared_with_the_models_of_chapter_five():
+    sweep = experiments.two_ways("quick")
+    assert sweep["softmax, AdamW"][1.0] == experiments.three_layers("quick")
+    assert all(len(rates[1.0]) >= 3 and len(rates) == 3 for rates in sweep.values())
+    with pytest.raises(SinkbookError, match="no profile"):
+        experiments.two_ways("slow")

@@ -1,0 +1,154 @@
+"""Int8 errors are those of known cases, and a quantised model is one in fact, and put back."""
+
+import pytest
+import torch
+
+from sinkbook.errors import SinkbookError
+from sinkbook.mitigations.quantization import (
+    RANGES,
+    int8_error,
+    layer_errors,
+    quantized,
+    round_int8,
+    split_error,
+)
+from sinkbook.models.layout import layers
+from sinkbook.models.partial_forward import logits_of
+from tiny import EACH_LAYOUT
+
+TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=EACH_LAYOUT)
+def model(request):
+    return EACH_LAYOUT[request.param]().requires_grad_(False)
+
+
+def hidden(positions=64, width=96):
+    return torch.randn(2, positions, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_even_numbers_lose_one_part_in_254():
+    """Uniform up to a: the step is a / 127, the error step / sqrt(12), the norm a / sqrt(3)."""
+    even = torch.rand(4, 500, 500, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.testing.assert_close(int8_error(even), torch.full((4,), 1 / 254), rtol=0.01, atol=0)
+
+
+def test_the_error_does_not_depend_on_the_scale_of_a_text_nor_on_its_neighbours():
+    states = hidden()
+    scaled = torch.stack([states[0], 1000 * states[1]])
+    torch.testing.assert_close(int8_error(scaled), int8_error(states), rtol=1e-4, atol=0)
+    torch.testing.assert_close(int8_error(scaled[:1]), int8_error(scaled)[:1])
+
+
+def test_a_peak_at_the_first_token_rounds_all_others_to_zero_unless_it_is_kept_apart():
+    states = hidden()
+    undisturbed = int8_error(states, first=1)
+    states[:, 0] *= 1e4
+    torch.testing.assert_close(int8_error(states, first=1), torch.ones(2))
+    apart = int8_error(states, ranges="sink apart", first=1)
+    torch.testing.assert_close(apart, undisturbed, rtol=0.05, atol=0)
+    assert (int8_error(states, ranges="token", first=1) < undisturbed).all()
+
+
+def test_a_peak_at_another_token_is_cured_by_a_range_for_every_token_only():
+    states = hidden()
+    states[:, 20] *= 1e4
+    others = torch.cat([states[:, 1:20], states[:, 21:]], dim=1)
+    spoilt = int8_error(states, ranges="sink apart", first=1)
+    assert (spoilt > 0.9).all()
+    cured = int8_error(states, ranges="token", first=1)
+    torch.testing.assert_close(cured, int8_error(others, ranges="token"), rtol=0.05, atol=0)
+
+
+def test_an_outlier_channel_needs_the_channels_brought_to_one_scale():
+    states = hidden()
+    states[..., 7] = 30.0
+    token = int8_error(states, ranges="token", first=1)
+    assert (token > 0.9 * int8_error(states, first=1)).all()
+    assert (token > 3 * int8_error(states, ranges="token and channel", first=1)).all()
+
+
+def test_the_parts_of_the_error_add_up_to_its_square_and_name_the_culprit(model):
+    torch.manual_seed(0)
+    errors = layer_errors(model, TOKENS)
+    parts = split_error(errors)
+    torch.testing.assert_close(
+        torch.tensor(sum(parts.values()).values),
+        torch.tensor(errors.sel(ranges="tensor").values) ** 2,
+    )
+    states = hidden()
+    states[:, 0] *= 1e4
+    by_ranges = {r: int8_error(states, ranges=r, first=1) for r in RANGES}
+    assert (by_ranges["tensor"] ** 2 - by_ranges["token"] ** 2 > 0.99).all()
+
+
+def test_layer_errors_are_those_of_the_states_that_each_layer_reads(model):
+    states = []
+    hooks = [
+        layer.block.register_forward_pre_hook(
+            lambda _, arguments, keywords: states.append(
+                arguments[0] if arguments else keywords["hidden_states"]
+            ),
+            with_kwargs=True,
+        )
+        for layer in layers(model)
+    ]
+    logits_of(model, TOKENS)
+    for hook in hooks:
+        hook.remove()
+    errors = layer_errors(model, TOKENS, batch_size=2)
+    assert errors.dims == ("ranges", "text", "layer") and errors.shape == (4, 3, 3)
+    for ranges in RANGES:
+        for layer, state in enumerate(states):
+            expected = int8_error(state, ranges=ranges, first=1)
+            found = torch.tensor(errors.sel(ranges=ranges, layer=layer).values)
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_quantised_model_has_255_weights_a_matrix_and_is_put_back_after_an_exception(model):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    exact = logits_of(model, TOKENS)
+    with pytest.raises(ZeroDivisionError), quantized(model):
+        for layer in layers(model):
+            weight = layer.output.weight
+            steps = weight / (weight.abs().max() / 127)
+            torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+        assert not torch.equal(logits_of(model, TOKENS), exact)
+        raise ZeroDivisionError
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert torch.equal(logits_of(model, TOKENS), exact)
+
+
+def test_what_the_linear_maps_get_is_rounded_and_the_first_token_apart_is_not(model):
+    seen = []
+    output = layers(model)[0].output
+    exact = []
+    output.register_forward_pre_hook(lambda _, arguments: exact.append(arguments[0].clone()))
+    with quantized(model, "sink apart", weights=False):
+        output.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+        logits_of(model, TOKENS)
+    whole, rounded = exact[0], seen[0]
+    assert torch.equal(rounded[:, 0], whole[:, 0])
+    assert not torch.equal(rounded[:, 1:], whole[:, 1:])
+    largest = whole[:, 1:].abs().amax((1, 2), keepdim=True)
+    torch.testing.assert_close(rounded[:, 1:], round_int8(whole[:, 1:], largest))
+
+
+def test_finer_ranges_come_closer_to_the_exact_model(model):
+    def distance(ranges):
+        with quantized(model, ranges, weights=False):
+            return (logits_of(model, TOKENS) - exact).norm()
+
+    exact = logits_of(model, TOKENS)
+    assert 0 < distance("token") < distance("tensor")
+
+
+def test_unknown_ranges_are_refused_with_the_ones_there_are(model):
+    for refused in (
+        lambda: int8_error(hidden(), ranges="channel"),
+        lambda: quantized(model, "channel").__enter__(),
+    ):
+        with pytest.raises(SinkbookError, match="no ranges named 'channel'. Known: tensor, sink"):
+            refused()

@@ -1,0 +1,235 @@
+"""The sink cache, its one-pass twin, and StreamingLLM's definition written out agree."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from sinkbook.errors import SinkbookError
+from sinkbook.mitigations.sink_cache import SinkCache, streaming, visible_keys
+from sinkbook.toy.transformer import Transformer, TransformerConfig
+
+TOKENS = torch.randint(0, 50, (2, 30), generator=torch.Generator().manual_seed(0))
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,  # large, so that positions and windows make a difference
+    "pad_token_id": None,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=2)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, num_key_value_heads=2)),
+    "pythia": (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES)),
+}
+
+
+def made(family: str):
+    torch.manual_seed(0)
+    kind, config = FAMILIES[family]
+    return kind(config).eval().double().requires_grad_(False)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return made(request.param)
+
+
+@pytest.fixture
+def llama():
+    return made("llama")
+
+
+def token_by_token(model, cache):
+    steps = [model(TOKENS[:, i : i + 1], past_key_values=cache).logits for i in range(30)]
+    return torch.cat(steps, dim=1)
+
+
+def in_one_pass(model, **layout):
+    with streaming(model, **layout):
+        return model(TOKENS, use_cache=False).logits
+
+
+def by_definition(model, window, kept):
+    """StreamingLLM to the letter, for Llama: keys are kept unrotated, and whenever a token is read
+    the ones that it sees are rotated by their rank in the cache."""
+    states = model.model.embed_tokens(TOKENS)
+    for layer in model.model.layers:
+        attention, normed = layer.self_attn, layer.input_layernorm(states)
+        query, key, value = (
+            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        outputs = []
+        for n in range(TOKENS.shape[1]):
+            cached = [j for j in range(n + 1) if j in kept or n - j < window]
+            rank = torch.arange(len(cached))[None]
+            cos, sin = model.model.rotary_emb(states, rank)
+            _, keys = apply_rotary_pos_emb(key[:, :, cached], key[:, :, cached], cos, sin)
+            one = query[:, :, n : n + 1]
+            own, _ = apply_rotary_pos_emb(one, one, cos[:, -1:], sin[:, -1:])
+            keys, values = (
+                s.repeat_interleave(attention.num_key_value_groups, 1)
+                for s in (keys, value[:, :, cached])
+            )
+            weights = (own @ keys.mT * attention.scaling).softmax(-1)
+            outputs.append((weights @ values).transpose(1, 2).flatten(2))
+        states = states + attention.o_proj(torch.cat(outputs, dim=1))
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+    return model.lm_head(model.model.norm(states))
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(0, 7), (2, 5), (4, 8), (1, 1), (3, 100)])
+def test_the_cache_and_its_one_pass_twin_agree(model, sinks, window):
+    one_by_one = token_by_token(model, SinkCache(model, sinks=sinks, window=window))
+    at_once = in_one_pass(model, window=window, kept=sinks)
+    torch.testing.assert_close(one_by_one, at_once, atol=1e-10, rtol=0)
+    differs = (at_once - model(TOKENS).logits).abs().max()
+    assert (differs > 0.1) if window < 30 else (differs < 1e-10)
+
+
+@pytest.mark.parametrize("kept", [[], [0], [0, 1, 2, 3], [2, 3, 6], [1, 9, 14]])
+def test_the_twin_is_streaming_by_definition_for_any_kept_tokens(llama, kept):
+    expected = by_definition(llama, 6, kept)
+    # The model's own rotation is in single precision.
+    torch.testing.assert_close(in_one_pass(llama, window=6, kept=kept), expected, atol=1e-4, rtol=0)
+
+
+def test_positions_are_counted_in_the_cache_not_in_the_text(llama):
+    """With the keys left where they were read, a far query would see the sinks far away."""
+    visible = visible_keys(30, 6, torch.tensor([0, 1]))
+    mask = torch.zeros(30, 30, dtype=torch.float64).masked_fill(~visible, float("-inf"))
+    left = llama(TOKENS, attention_mask=mask[None, None].expand(2, -1, -1, -1)).logits
+    moved = in_one_pass(llama, window=6, kept=2)
+    torch.testing.assert_close(moved[:, :8], left[:, :8])
+    assert (moved[:, 8:] - left[:, 8:]).abs().max() > 0.1
+
+
+def test_a_prompt_in_one_piece_within_the_window_changes_nothing(llama):
+    cache = SinkCache(llama, sinks=2, window=9)
+    parts = [llama(TOKENS[:, :9], past_key_values=cache).logits]
+    parts += [llama(TOKENS[:, i : i + 1], past_key_values=cache).logits for i in range(9, 30)]
+    expected = in_one_pass(llama, window=9, kept=2)
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-10, rtol=0)
+
+
+def test_a_longer_piece_is_read_whole_on_top_of_what_is_held(llama):
+    """The second piece of six sees two sinks and three more, with the sinks right before these."""
+    cache = SinkCache(llama, sinks=2, window=4)
+    llama(TOKENS[:, :20], past_key_values=cache)
+    assert cache.layers[0].keys.shape[2] == 5 and cache.get_seq_length() == 20
+    logits = llama(TOKENS[:, 20:26], past_key_values=cache).logits
+    assert cache.layers[2].values.shape[2] == 5 and cache.get_seq_length() == 26
+    # Its first token sees exactly sinks and window, as when it comes alone.
+    alone = SinkCache(llama, sinks=2, window=4)
+    llama(TOKENS[:, :20], past_key_values=alone)
+    first = llama(TOKENS[:, 20:21], past_key_values=alone).logits
+    torch.testing.assert_close(logits[:, :1], first, atol=1e-10, rtol=0)
+
+
+def test_generate_goes_on_past_the_window_as_the_twin_predicts(model):
+    prompt = TOKENS[:, :5]
+    cache = SinkCache(model, sinks=2, window=6)
+    written = model.generate(prompt, past_key_values=cache, max_new_tokens=40, do_sample=False)
+    assert written.shape == (2, 45)
+    with streaming(model, window=6, kept=2):
+        predicted = model(written[:, :-1], use_cache=False).logits.argmax(-1)
+    assert torch.equal(predicted[:, 4:], written[:, 5:])
+    dense = model.generate(prompt, max_new_tokens=40, do_sample=False)
+    assert not torch.equal(dense, written)
+
+
+def test_the_cache_holds_no_more_than_sinks_and_window(llama):
+    cache = SinkCache(llama, sinks=3, window=6)
+    token_by_token(llama, cache)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [8, 8, 8]
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    again = token_by_token(llama, cache)
+    torch.testing.assert_close(again, in_one_pass(llama, window=6, kept=3), atol=1e-10, rtol=0)
+
+
+def test_the_cache_follows_beams(llama):
+    """The scores that beam search ends with are those of its sequences under the twin."""
+    found = llama.generate(
+        TOKENS[:, :8],
+        past_key_values=SinkCache(llama, sinks=2, window=6),
+        max_new_tokens=12,
+        num_beams=3,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    written = found.sequences
+    with streaming(llama, window=6, kept=2):
+        chances = llama(written[:, :-1], use_cache=False).logits.log_softmax(-1)
+    scores = chances[:, 7:].gather(2, written[:, 8:, None]).mean(1)[:, 0]
+    torch.testing.assert_close(scores.float(), found.sequences_scores.float())
+
+
+def test_a_toy_sees_the_window_and_its_kept_tokens_only():
+    torch.manual_seed(0)
+    config = TransformerConfig(vocab_size=50, length=30, width=16, layers=1)
+    toy = Transformer(config).requires_grad_(False)
+    whole = toy(TOKENS)
+    with streaming(toy, window=5, kept=[3]):
+        assert torch.equal(toy(TOKENS)[:, :5], whole[:, :5])
+        changed = TOKENS.clone()
+        changed[:, [0, 1, 2, *range(4, 20)]] = 7  # out of the window of the last five
+        torch.testing.assert_close(toy(changed)[:, 25:], toy(TOKENS)[:, 25:])
+        changed[:, 3] = (TOKENS[:, 3] + 1) % 50
+        assert not torch.allclose(toy(changed)[:, 25:], toy(TOKENS)[:, 25:])
+    assert torch.equal(toy(TOKENS), whole)
+
+
+def test_the_twin_leaves_the_model_as_it_was_also_after_an_exception(model):
+    before, whole = model.config._attn_implementation, model(TOKENS).logits
+    with pytest.raises(ZeroDivisionError), streaming(model, window=5):
+        assert model.config._attn_implementation != before
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == before
+    assert torch.equal(model(TOKENS).logits, whole)
+
+
+def test_what_cannot_be_streamed_is_refused_with_the_reason(llama):
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=4)
+    )
+    with pytest.raises(SinkbookError, match="GPT2LMHeadModel has no rotary positions"):
+        SinkCache(gpt2, window=4)
+    with pytest.raises(SinkbookError, match="a window of 0 with"):
+        SinkCache(llama, window=0)
+    with pytest.raises(SinkbookError, match=r"\[-1\] kept"):
+        streaming(llama, window=4, kept=-1).__enter__()
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    with pytest.raises(SinkbookError, match="no padding"), streaming(llama, window=4):
+        llama(TOKENS, attention_mask=mask, use_cache=False)
+    mistral = MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=8))
+    with pytest.raises(SinkbookError, match="no window of the model's own"):
+        in_one_pass(mistral, window=4)
+    with pytest.raises(
+        SinkbookError, match="sees 8 tokens back, so 4 first ones and a window of 5"
+    ):
+        SinkCache(mistral, sinks=4, window=5)
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8))
+    with pytest.raises(SinkbookError, match="Gemma2Attention has a softcap"):
+        in_one_pass(gemma, window=4)
+    with pytest.raises(SinkbookError, match="cannot go back"):
+        SinkCache(llama, window=4).crop(-1)

@@ -1,0 +1,350 @@
+"""Trainings are values: the same config is the same run, whatever happens on the way."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib.metadata import version
+from multiprocessing import get_context
+
+import distributed
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from sinkbook import store
+from sinkbook.errors import SinkbookError
+from sinkbook.toy import training
+from sinkbook.toy.optimizers import MATRIX_OPTIMIZERS
+from sinkbook.toy.tasks import TaskConfig
+from sinkbook.toy.training import TrainingConfig, seeds_of, train, train_all
+from sinkbook.toy.transformer import Transformer, TransformerConfig
+
+TASK = TaskConfig(length=16)
+TINY = TrainingConfig(
+    task=TASK,
+    model=TransformerConfig(vocab_size=67, length=16, width=16),
+    learning_rate=3e-3,
+    batch_size=8,
+    steps=30,
+    measurements=4,
+    evaluation_size=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def run_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The run of TINY, trained without interruption in a store of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SINKBOOK_RUNS", str(tmp_path_factory.mktemp("unbroken")))
+        yield train(TINY)
+
+
+def assert_same_run(run, expected):
+    for name, weight in expected.model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], weight), name
+    xr.testing.assert_identical(run.measurements, expected.measurements)
+
+
+def stop_at(monkeypatch, step):
+    """Make the training fail before it takes a step, as if it were interrupted there."""
+    take_step = training._Program._step
+
+    def interrupted(self, texts):
+        self.done = getattr(self, "done", self.runs[0].step)
+        if self.done == step:
+            raise KeyboardInterrupt
+        take_step(self, texts)
+        self.done += 1
+
+    monkeypatch.setattr(training._Program, "_step", interrupted)
+
+
+def test_training_lowers_both_risks(unbroken):
+    first, last = unbroken.measurements.isel(step=0), unbroken.measurements.isel(step=-1)
+    assert last.bigram_risk < first.bigram_risk - 0.1
+    assert last.backcopy_risk < first.backcopy_risk - 0.1
+
+
+def test_measurements_are_taken_at_the_announced_steps(unbroken):
+    assert tuple(unbroken.measurements.step.values) == TINY.measured_steps
+    assert TINY.measured_steps[0] == 0
+    assert TINY.measured_steps[-1] == TINY.steps
+
+
+def test_a_finished_run_is_read_and_not_trained_again(unbroken, monkeypatch):
+    run = train(TINY)
+    monkeypatch.setattr(training._Program, "run", None)
+    assert_same_run(train(TINY), run)
+    assert_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 43},
+        {"learning_rate": 1e-3},
+        {"optimizer": "sgd"},
+        {"model": replace(TINY.model, attention="relu")},
+    ],
+    ids=str,
+)
+def test_a_changed_config_is_another_run(change):
+    assert replace(TINY, **change).key != TINY.key
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(unbroken, monkeypatch):
+    for step in (1, 11, 29):
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            with pytest.raises(KeyboardInterrupt):
+                train(TINY, checkpoint_seconds=0.0)
+        _, kept = store.load_checkpoint(store.runs_folder() / TINY.key)
+        assert kept == step
+    assert_same_run(train(TINY), unbroken)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("sgd", 0.1), *((name, 3e-3) for name in MATRIX_OPTIMIZERS)]
+)
+def test_every_optimizer_resumes_with_its_state(optimizer, rate, monkeypatch):
+    config = replace(TINY, optimizer=optimizer, learning_rate=rate)
+    whole = train(config)
+    shutil.rmtree(store.runs_folder())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, checkpoint_seconds=0.0)
+    assert_same_run(train(config), whole)
+
+
+def _train_in_child(config, runs, output, checkpoint_seconds):
+    os.environ["SINKBOOK_RUNS"] = str(runs)
+    torch.set_num_threads(1)
+    with open(output, "w") as file, redirect_stdout(file):
+        train(config, checkpoint_seconds=checkpoint_seconds)
+
+
+def _child(*arguments):
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["sinkbook.toy.training"])
+    child = context.Process(target=_train_in_child, args=arguments)
+    child.start()
+    return child
+
+
+def test_twenty_kills_at_random_moments_change_nothing(run_store):
+    config = replace(TINY, steps=1_000)
+    delays = random.Random(0)
+    kills = 0
+    while kills < 20:
+        child = _child(config, run_store, os.devnull, 0.0)
+        child.join(delays.uniform(0.1, 0.6))
+        if child.exitcode is None:
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.join()
+        if (run_store / config.key / "run.json").exists():
+            break
+    assert kills == 20, "the training finished before it was killed often enough"
+    broken = train(config)
+    shutil.rmtree(run_store)
+    torch.set_num_threads(1)
+    assert_same_run(broken, train(config))
+
+
+def test_two_processes_that_ask_for_one_run_train_it_once(run_store, tmp_path):
+    config = replace(TINY, steps=600)
+    outputs = [tmp_path / "first", tmp_path / "second"]
+    children = [_child(config, run_store, output, 30.0) for output in outputs]
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    said = sorted(output.read_text() for output in outputs)
+    assert said[0] == "", "both waited"
+    assert "being trained by another process" in said[1], "both trained"
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _replace_by_a_foreign_file(path):
+    path.write_text("not one of ours")
+
+
+def _delete(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "measurements.nc", "run.json"])
+@pytest.mark.parametrize("fault", [_truncate, _flip_a_byte, _replace_by_a_foreign_file, _delete])
+def test_a_damaged_run_is_reported_set_aside_and_trained_again(
+    name, fault, unbroken, run_store, capsys
+):
+    train(TINY)
+    fault(run_store / TINY.key / name)
+    assert_same_run(train(TINY), unbroken)
+    forgotten = name == "run.json" and fault is _delete
+    if not forgotten:
+        assert "is damaged" in capsys.readouterr().out
+        assert list((run_store / TINY.key).glob("damaged-*/*"))
+
+
+@pytest.mark.parametrize("fault", [_truncate, _flip_a_byte, _replace_by_a_foreign_file])
+def test_a_damaged_checkpoint_is_reported_and_training_starts_over(
+    fault, unbroken, run_store, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, checkpoint_seconds=0.0)
+    fault(run_store / TINY.key / "checkpoint.safetensors")
+    assert_same_run(train(TINY), unbroken)
+    assert "is damaged (checkpoint.safetensors" in capsys.readouterr().out
+
+
+def test_another_runs_files_under_this_runs_name_are_not_believed(unbroken, run_store, capsys):
+    other = replace(TINY, seed=7)
+    train(other)
+    shutil.copytree(run_store / other.key, run_store / TINY.key)
+    assert_same_run(train(TINY), unbroken)
+    assert "not this run's record" in capsys.readouterr().out
+
+
+def test_a_record_with_an_edited_number_is_not_believed(unbroken, run_store, capsys):
+    train(TINY)
+    path = run_store / TINY.key / "run.json"
+    record = json.loads(path.read_text())
+    record["facts"]["seconds"] = 0.001
+    path.write_text(json.dumps(record))
+    assert_same_run(train(TINY), unbroken)
+    assert "checksum differs" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(run_store, monkeypatch, unbroken):
+    save_file = store.save_file
+    writes = []
+
+    def fills_up(tensors, path, *args):
+        writes.append(path)
+        save_file(tensors, path, *args)
+        if len(writes) > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_file", fills_up)
+        with pytest.raises(SinkbookError, match="No space left on device.*SINKBOOK_RUNS"):
+            train(TINY, checkpoint_seconds=0.0)
+    _, step = store.load_checkpoint(run_store / TINY.key)
+    assert step == 5
+    assert_same_run(train(TINY), unbroken)
+
+
+@pytest.mark.parametrize("way", ["batched", "processes", "sequence"])
+def test_every_way_of_training_many_seeds_gives_the_same_runs(way, unbroken):
+    # Thirty steps: beyond that, Adam carries rounding errors far.
+    configs = seeds_of(TINY, 3)
+    alone = [train(config) for config in configs]
+    shutil.rmtree(store.runs_folder())
+    for run, expected in zip(train_all(configs, way=way), alone, strict=True):
+        assert run.config == expected.config
+        for name, weight in expected.model.state_dict().items():
+            torch.testing.assert_close(run.model.state_dict()[name], weight, atol=2e-4, rtol=1e-3)
+        for name in ("backcopy_risk", "sink_attention", "value_norm"):
+            np.testing.assert_allclose(
+                run.measurements[name], expected.measurements[name], rtol=1e-3
+            )
+
+
+def test_runs_trained_on_a_cluster_come_back_into_the_store_here(unbroken, tmp_path, monkeypatch):
+    elsewhere = {"SINKBOOK_RUNS": str(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
+    workers = distributed.LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        env=elsewhere,
+        dashboard_address=None,
+        local_directory=str(tmp_path / "dask"),
+    )
+    with workers:
+        monkeypatch.setenv("SINKBOOK_DASK", workers.scheduler_address)
+        first, second = train_all(seeds_of(TINY, 2))
+    assert_same_run(first, unbroken)
+    assert {run.name for run in (tmp_path / "elsewhere").iterdir()} == {
+        first.config.key,
+        second.config.key,
+    }
+    monkeypatch.delenv("SINKBOOK_DASK")
+    assert_same_run(train(TINY), unbroken)
+
+
+def test_a_worker_with_other_training_code_is_refused(run_store):
+    with pytest.raises(SinkbookError, match="another version of sinkbook's training code"):
+        training._trained(TINY, "0123456789abcdef", "cpu", 30.0)
+
+
+@pytest.mark.parametrize("optimizer", MATRIX_OPTIMIZERS)
+def test_seeds_whose_optimizer_wants_matrices_are_not_stacked(optimizer):
+    configs = seeds_of(replace(TINY, optimizer=optimizer, steps=5), 2)
+    alone = [train(config) for config in configs]
+    shutil.rmtree(store.runs_folder())
+    for run, expected in zip(train_all(configs, way="batched"), alone, strict=True):
+        assert_same_run(run, expected)
+
+
+def test_seeds_trained_as_one_program_resume_together(monkeypatch):
+    configs = seeds_of(TINY, 2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            train_all(configs, way="batched", checkpoint_seconds=0.0)
+    broken = train_all(configs, way="batched")
+    shutil.rmtree(store.runs_folder())
+    for run, expected in zip(broken, train_all(configs, way="batched"), strict=True):
+        assert_same_run(run, expected)
+
+
+def test_gradients_taken_a_few_texts_at_a_time_are_those_of_the_whole_batch(monkeypatch):
+    torch.manual_seed(0)
+    model = Transformer(TINY.model).double()
+    texts = TINY.evaluation_tokens.repeat(3, 1)[:7]
+    found = []
+    for tokens_at_once in (4096, 45):  # 15 inputs a text: all, and three at a time with one left
+        monkeypatch.setattr(training, "NUMBERS_AT_ONCE", tokens_at_once * TINY.model.width)
+        model.zero_grad()
+        training.add_gradients(model, texts)
+        found.append([weight.grad.clone() for weight in model.parameters()])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+def test_a_model_that_does_not_fit_the_task_is_refused():
+    with pytest.raises(SinkbookError, match="Give the model the task's"):
+        replace(TINY, model=replace(TINY.model, vocab_size=66))
+    with pytest.raises(SinkbookError, match="Known: adamw"):
+        replace(TINY, optimizer="adam")
+
+
+def test_facts_tell_versions_device_and_time(unbroken):
+    assert unbroken.facts["versions"]["torch"] == version("torch")
+    assert unbroken.facts["config"]["seed"] == TINY.seed
+    assert 0 < unbroken.seconds < 60
+    assert time.strptime(unbroken.facts["date"], "%Y-%m-%dT%H:%M:%S%z")
