@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -191,25 +192,66 @@ def checkpoints(
     """Measure sinks, drains and peaks along a pretraining; an interrupted sweep goes on."""
     from rich.console import Console
 
-    from sinkbook.llm import sweeps
+    from sinkbook.llm import checkpoint_metrics
+    from sinkbook.llm.checkpoints import measure_checkpoints
 
     if list_them:
-        Console().print(sweeps.listing(model))
+        Console().print(_revisions(model))
         return
+    if out is not None and out.exists() and not force:
+        raise SinkbookError(f"{out} is there already. Name another file, or add --force.")
+    chosen = None if steps is None else _parse_steps(steps)
+    passages = _texts_to_measure(text, domain, count=texts, length=length)
+    with _cluster_at(dask) as executor:
+        dataset = measure_checkpoints(
+            model, chosen, passages, length=length, free=free, executor=executor
+        )
+    Console().print(checkpoint_metrics.table(dataset))
     if out is not None:
-        sweeps.check_file(out, force=force)
-    dataset = sweeps.sweep(
-        model,
-        steps=None if steps is None else sweeps.parse_steps(steps),
-        texts=sweeps.choose_texts(text, domain, count=texts, length=length),
-        length=length,
-        free=free,
-        dask=dask,
-    )
-    Console().print(sweeps.table(dataset))
-    if out is not None:
-        sweeps.write(dataset, out)
+        from sinkbook import files
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write(out, lambda part: dataset.to_netcdf(part, engine="h5netcdf"))
         print(out)
+
+
+def _cluster_at(address: str | None):
+    from sinkbook.parallel import cluster
+
+    return nullcontext() if address is None else cluster(address)
+
+
+def _parse_steps(steps: str) -> list[int]:
+    try:
+        return [int(step) for step in steps.split(",")]
+    except ValueError as error:
+        raise SinkbookError(
+            f"--steps {steps!r} is no list of steps. Write it as --steps 0,1000,10000"
+        ) from error
+
+
+def _texts_to_measure(file: Path | None, domain: str, *, count: int, length: int) -> list[str]:
+    """The first texts of a domain, or of a file with a text on every line."""
+    from sinkbook.llm.checkpoints import texts_to_measure
+    from sinkbook.models.token_windows import read_document
+
+    if file is None:
+        return texts_to_measure(domain, count=count, length=length)
+    lines = [line.strip() for line in read_document(file).splitlines()]
+    return [line for line in lines if line][:count]
+
+
+def _revisions(model: str):
+    """The revisions of a hub model that name a step, as a table."""
+    from rich.table import Table
+
+    from sinkbook.llm import checkpoints
+
+    rows = Table("revision", "step", "tokens", title=model)
+    for revision in checkpoints.revisions_of(model):
+        tokens = "" if revision.tokens is None else f"{revision.tokens:.3g}"
+        rows.add_row(revision.name, f"{revision.step:,}", tokens)
+    return rows
 
 
 @app.command()

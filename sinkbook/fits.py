@@ -39,6 +39,34 @@ def line(x: Shaped[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, see
     return Fit(*(float(number) for number in numbers))
 
 
+def log_slope(
+    times: Float64[np.ndarray, " time"], values: Float64[np.ndarray, "time *rest"]
+) -> np.float64 | np.ndarray:
+    """The slope of values against ln t, by least squares, one for each column.
+
+    Raises `SinkbookError` for times that are not positive and increasing.
+    """
+    logs = np.log(positive_times(times))
+    logs = logs - logs.mean()
+    return np.tensordot(logs, values, axes=1) / (logs @ logs)
+
+
+def positive_times(times: Float64[np.ndarray, " time"]) -> Float64[np.ndarray, " time"]:
+    """The same times, if they have logarithms and increase; else `SinkbookError` is raised."""
+    if not len(times) or times[0] <= 0 or (np.diff(times) <= 0).any():
+        raise SinkbookError(
+            f"times {times[:3]} ... are not positive and increasing. Start after t = 0, where "
+            "log t is not defined; a state at t = 0 is given apart."
+        )
+    return times
+
+
+def interval_of_mean(values: Float[np.ndarray, " text"]) -> tuple[float, float]:
+    """The ends of the 95 % interval of a mean over texts, by Student's t."""
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    return float(low), float(high)
+
+
 class Plateau(NamedTuple):
     """Growth with the logarithm of time up to a break, and a constant from there on.
 

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from sinkbook.fits import first_step, halfway, line, log_then_plateau
+from sinkbook.fits import first_step, halfway, interval_of_mean, line, log_then_plateau
 
 
 def test_the_interval_covers_the_true_slope_about_nineteen_times_in_twenty():
@@ -66,3 +66,8 @@ def test_halfway_is_between_the_first_value_and_the_last_in_both_directions():
         coords={"step": [0, 10, 100, 1000]},
     )
     assert halfway(values).values.tolist() == [100, 10]
+
+
+def test_the_interval_of_a_mean_is_students():
+    low, high = interval_of_mean(np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose([low, high], [2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5], rtol=1e-5)

@@ -2,7 +2,9 @@
 
 from functools import partial
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CONFIG_MAPPING,
@@ -31,6 +33,26 @@ def tiny_model(kind: str = "llama", *, seed: int = 0, **changes) -> PreTrainedMo
     torch.manual_seed(seed)
     config = CONFIG_MAPPING[kind](**SIZES | changes)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def loud_llama(layers: int = 2, **changes) -> PreTrainedModel:
+    """A Llama with weights so large that what is dropped or rounded makes a difference."""
+    sizes = {"vocab_size": 50, "num_hidden_layers": layers, "initializer_range": 0.3}
+    return tiny_model(**sizes | changes).requires_grad_(False)
+
+
+def losses_of(logits: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
+    """The loss of every token but the first, nats, over (text, token): the slow reference."""
+    return F.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none").numpy()
+
+
+def assert_close(found, expected, tolerance: float = 1e-4) -> None:
+    """The same within an absolute tolerance."""
+    np.testing.assert_allclose(found, expected, atol=tolerance, rtol=0)
+
+
+# Texts of the Llama above.
+LOUD_TOKENS = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
 def tiny_toy(*, seed: int = 0, **changes) -> Transformer:
@@ -64,3 +86,23 @@ def tiny_reader(model: PreTrainedModel, *, adds_bos: bool = True) -> LanguageMod
     first_token = BOS if adds_bos else None
     tokenizer = tiny_tokenizer(adds_bos=adds_bos)
     return LanguageModel("tiny", model, tokenizer, first_token, "a tiny one")
+
+
+# By token id: punctuation and line breaks among them.
+LETTERS = ["<s>", ".", "\n", "a1", *(chr(97 + i) for i in range(26))]
+LETTER_TEXTS = ["b c . d e \n f g h . i j", "k l m \n n o p . q r s t"]
+
+
+def letter_reader(first_token: int | None = 0) -> LanguageModel:
+    """A Llama that reads texts of single letters, and the model's first token before them."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(LETTERS)}, "a"))
+    words.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    model = tiny_model(
+        seed=1,
+        vocab_size=len(LETTERS),
+        hidden_size=16,
+        num_hidden_layers=3,
+        initializer_range=0.3,  # large enough for heads that look somewhere
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    return LanguageModel("tiny", model.requires_grad_(False), tokenizer, first_token, "random")

@@ -103,11 +103,12 @@ def _reemergence() -> xr.Dataset:
 def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
     """The optimizers of chapter 08 for the paper's number of steps, on the chapter's small model.
 
-    Variables are those of `peak_growth.optimizer_table`, and under AdamW the norms of
-    `peak_growth.step_norms` along `norm_step`, and `damped_peak`, the peak at the end if the
+    Variables are those of `optimizer_dynamics.optimizer_table`, and under AdamW the norms of
+    `optimizer_dynamics.step_norms` along `norm_step`, and `damped_peak`, the peak at the end if the
     gradient through the values is damped tenfold.
     """
-    from sinkbook.theory import alternatives, peak_growth
+    from sinkbook.theory import alternatives
+    from sinkbook.toy import optimizer_dynamics
 
     sweep = {
         name: seeds_of(replace(config, steps=steps, measurements=48), seeds)
@@ -116,12 +117,12 @@ def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
     runs = train_groups(sweep)
     norms, damped = [], []
     for run in runs["AdamW"]:
-        norms.append(peak_growth.step_norms(run.config).rename(step="norm_step"))
+        norms.append(optimizer_dynamics.step_norms(run.config).rename(step="norm_step"))
         changed = alternatives.train_changed(
             run.config, lambda m: alternatives.with_damped_values(m, 0.1)
         )
         damped.append(measure_toy(changed, run.task, run.evaluation_tokens).residual_peak)
-    table = peak_growth.optimizer_table(runs)
+    table = optimizer_dynamics.optimizer_table(runs)
     norms_of_seeds = xr.concat(norms, dim=table.seed)
     found = table.merge(norms_of_seeds).assign(damped_peak=xr.concat(damped, dim=table.seed))
     config = {name: asdict(configs[0]) for name, configs in sweep.items()}

@@ -46,7 +46,7 @@ def over_training(
 
 
 def by_optimizer(table: xr.Dataset, labels: dict[str, str]) -> list[Axes]:
-    """Variables of a `peak_growth.optimizer_table` over training steps, with their labels.
+    """Variables of a `optimizer_dynamics.optimizer_table` over training steps, with their labels.
 
     A panel for each variable, a colour for each optimizer: mean and range of the seeds.
     """

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
+from rich.table import Table
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
@@ -76,6 +77,32 @@ def value_ratio(checkpoint: xr.Dataset) -> xr.DataArray:
 def residual_ratio(checkpoint: xr.Dataset) -> xr.DataArray:
     """The sink's residual norm over the median of the others'."""
     return checkpoint.residual_norm / checkpoint.other_residual_norm
+
+
+def table(dataset: xr.Dataset) -> Table:
+    """A row for each checkpoint: means over texts, the extremes over heads and layers."""
+    rows = Table(
+        *("step", "tokens", "sink attention", "heads > 0.3", "sink logit"),
+        *("value ratio", "residual ratio", "loss"),
+        title=dataset.attrs["model"],
+        caption="sink attention, sink logit: means over heads; value ratio: median over heads; "
+        "residual ratio: largest over layers",
+    )
+    for index in range(dataset.sizes["revision"]):
+        one = dataset.isel(revision=index)
+        attention = one.sink_attention.mean("text")
+        unknown = bool(one.step.isnull())
+        rows.add_row(
+            str(one.revision.item()) if unknown else f"{int(one.step):,}",
+            "" if one.tokens.isnull() else f"{one.tokens.item():.3g}",
+            f"{attention.mean().item():.2f}",
+            f"{(attention > 0.3).where(attention.notnull()).mean().item():.0%}",
+            f"{one.sink_logit.mean().item():.2f}",
+            f"{value_ratio(one).mean('text').median().item():.2f}",
+            f"{residual_ratio(one).mean('text').max().item():.1f}",
+            f"{one.loss.mean().item():.2f}",
+        )
+    return rows
 
 
 # --- Concentration of the sink logits --------------------------------------------------------

@@ -25,6 +25,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import repo_folder_name
 
 from sinkbook import store
+from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
 from sinkbook.llm.checkpoint_metrics import measure_checkpoint
 from sinkbook.models import pretrained
@@ -34,6 +35,8 @@ from sinkbook.provenance import provenance
 # Raise it when `measure_checkpoint` changes what it measures: stored results are then not taken.
 # No hash of the code, since a sweep through a large model can take days.
 MEASUREMENT = 1
+
+CHARACTERS_PER_TOKEN = 8  # more than a word piece has on average, so that texts are long enough
 
 # The 31 steps of arXiv 2410.13835, section 3.2.
 OLMO_STEPS = (
@@ -124,6 +127,14 @@ def measure_checkpoints(
     ]
     results = _run(jobs, executor or _InProcess())
     return _together(jobs, results)
+
+
+def texts_to_measure(domain: str, *, count: int, length: int) -> list[str]:
+    """The first texts of a domain that give `length` tokens each.
+
+    Raises `SinkbookError` for a domain with too few of them.
+    """
+    return corpora.texts(domain, count, minimum_characters=CHARACTERS_PER_TOKEN * length)
 
 
 # --- Which revisions -------------------------------------------------------------------------

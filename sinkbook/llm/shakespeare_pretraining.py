@@ -30,11 +30,11 @@ from sinkbook.llm.checkpoint_metrics import (
     residual_ratio,
     value_ratio,
 )
+from sinkbook.models.losses import next_token_loss
 from sinkbook.parallel import in_processes
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.progress import progress
 from sinkbook.provenance import provenance
-from sinkbook.theory.reduced_network import next_token_loss
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import EVALUATION_SEED, hash_of_code, in_groups
 from sinkbook.toy.tasks import generator_at
@@ -46,6 +46,7 @@ HELD_OUT = 20  # one scene of so many is measured on and never trained on
 
 # The modules that decide what a pretraining gives. A changed one makes other runs of them.
 _CODE = (
+    "models/losses",
     "toy/attention",
     "toy/norms",
     "toy/transformer",
@@ -263,7 +264,7 @@ def _train(config: PretrainingConfig, device: str) -> None:
             if step < config.steps:
                 texts = characters.batch_at(config.batch_size, config.seed, step, device)
                 optimizer.zero_grad()
-                next_token_loss(model, texts).backward()
+                next_token_loss(model(texts[:, :-1]), texts).backward()
                 optimizer.step()
     facts = {
         "config": asdict(config),

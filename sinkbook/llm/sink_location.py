@@ -1,24 +1,19 @@
-"""Where a language model's heads look: kinds of heads, sinks elsewhere, and what makes a sink.
+"""Where a language model's sinks are, and what makes a token one.
 
-`changed_texts` asks whether a sink is a place or a token, by moving both. `head_scores` tells what
-each head habitually looks at. `seen_by_all` finds the tokens that draw attention at any position.
+`changed_texts` asks whether a sink is a place or a token, by moving both. `seen_by_all` finds the
+tokens that draw attention at any position.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sinkbook.models.attention_interface import attending_by
-from sinkbook.models.layout import layers
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.probe.measure import measure, residual_peak_ratio
 
@@ -112,124 +107,6 @@ def sinks_under_change(
         row["peak_at_first_token"] = nothing if result is None else peak(result)
         rows.append(xr.Dataset(row))
     return xr.concat(rows, dim=xr.Variable("condition", list(conditions)))
-
-
-# --- Kinds of heads --------------------------------------------------------------------------
-
-KINDS = ("first token", "previous token", "induction", "delimiter")
-
-
-def random_repeated(
-    language_model: LanguageModel, *, count: int, length: int, seed: int = 0
-) -> Tokens:
-    """A stretch of `length` random tokens, twice over, after the model's first token if it has one.
-
-    None of them is special and none occurs twice in a stretch. In the second one, only copying
-    what came after the last occurrence predicts what comes next.
-    """
-    generator = np.random.default_rng(seed)
-    ordinary = language_model.ordinary_tokens
-    drawn = torch.from_numpy(
-        np.stack([generator.choice(ordinary, length, replace=False) for _ in range(count)])
-    )
-    if language_model.first_token is None:
-        return torch.cat([drawn, drawn], 1)
-    first = torch.full((count, 1), language_model.first_token)
-    return torch.cat([first, drawn, drawn], 1)
-
-
-@torch.no_grad()
-def head_scores(
-    language_model: LanguageModel, tokens: Tokens, repeated: Int[Tensor, "text _repeated"]
-) -> Float[xr.DataArray, "kind batch layer head"]:
-    """How much of its attention every head gives to four kinds of keys, text by text.
-
-    - "first token": position 0, over later queries;
-    - "previous token": the token before, over queries from position 2 on;
-    - "delimiter": punctuation and line breaks after position 0, over queries from position 1 on;
-    - "induction": the token that came after the last occurrence of the query's own, over the second
-      half of `repeated`, which `random_repeated` makes. The other kinds are read off `tokens`.
-
-    Both have the same number of texts. NaN for layers without attention. Whole maps are formed,
-    for one text at a time.
-    """
-    delimiters = is_delimiter(language_model, tokens)
-    stretch = repeated.shape[1] // 2
-    offset = repeated.shape[1] % 2  # where a first token stands before the pair
-    prose, copies = [], []
-    for row, marks in zip(tokens, delimiters, strict=True):
-        by_layer = []
-        for weights in _maps(language_model.model, row[None]):
-            before = weights.diagonal(-1, dim1=-2, dim2=-1)[..., 1:].mean(-1)
-            on_marks = (weights * marks.to(weights.device))[..., 1:, 1:].sum(-1).mean(-1)
-            by_layer.append(torch.stack([weights[..., 1:, 0].mean(-1), before, on_marks]))
-        prose.append(_stack(by_layer))
-    for row in repeated:
-        by_layer = []
-        for weights in _maps(language_model.model, row[None]):
-            after = weights.diagonal(1 - stretch, dim1=-2, dim2=-1)
-            # Entry i is query i + stretch - 1: the second stretch begins `offset + 1` later.
-            by_layer.append(after[None, ..., offset + 1 :].mean(-1))
-        copies.append(_stack(by_layer))
-    scores = torch.cat([torch.stack(prose, 1), torch.stack(copies, 1)])
-    found = xr.DataArray(
-        scores.cpu().numpy(),
-        dims=("kind", "batch", "layer", "head"),
-        coords={"kind": ["first token", "previous token", "delimiter", "induction"]},
-    )
-    return found.sel(kind=list(KINDS))
-
-
-def kind_of_head(
-    scores: Float[xr.DataArray, "kind layer head"], threshold: float = 0.3
-) -> Int[xr.DataArray, "layer head"]:
-    """What each head is there for: an index in `KINDS`, or -1 where no score exceeds `threshold`.
-
-    It is the largest of the scores that tell of some work, and "first token" only where none of
-    those exceeds the threshold, since a head that works elsewhere may rest on the first token in
-    prose. The threshold is that of the sink rate.
-    """
-    work = scores.sel(kind=list(KINDS[1:])).fillna(-1)
-    rests = scores.sel(kind=KINDS[0], drop=True) > threshold
-    resting = xr.where(rests, 0, -1)
-    return xr.where(work.max("kind") > threshold, work.argmax("kind") + 1, resting)
-
-
-def is_delimiter(language_model: LanguageModel, tokens: Tokens) -> Bool[Tensor, "text position"]:
-    """Which tokens hold no letter and no digit: punctuation, spaces and line breaks."""
-    tokens = tokens.cpu()
-    ids = tokens.unique()
-    texts = language_model.tokenizer.batch_decode(ids[:, None])
-    plain = torch.tensor([not any(map(str.isalnum, text)) for text in texts])
-    return plain[torch.searchsorted(ids, tokens.contiguous())]
-
-
-def _maps(model: nn.Module, tokens: Tokens) -> list[Float[Tensor, "_head query query"]]:
-    """The attention weights of every layer on one text; one NaN for layers without attention."""
-    length = tokens.shape[1]
-    nothing = torch.full((1, length, length), float("nan"))
-    maps = [nothing for _ in layers(model)]
-
-    def keep(number, _attention, _arguments, output):
-        weights = [part for part in output if torch.is_tensor(part) and part.ndim == 4]
-        if weights and weights[-1].shape[-2:] == (length, length):
-            maps[number] = weights[-1][0]
-
-    with ExitStack() as undo:
-        undo.enter_context(attending_by(model, "eager"))
-        for number, layer in enumerate(layers(model)):
-            if layer.attention is not None:
-                handle = layer.attention.register_forward_hook(partial(keep, number))
-                undo.callback(handle.remove)
-        model.base_model(tokens.to(model.device), output_attentions=True, use_cache=False)
-    return maps
-
-
-def _stack(layers: list[Float[Tensor, "kind _head"]]) -> Float[Tensor, "kind layer _heads"]:
-    """Layers side by side; where the number of heads differs, NaN up to the largest."""
-    heads = max(scores.shape[1] for scores in layers)
-    padded = [F.pad(s, (0, heads - s.shape[1]), value=float("nan")).cpu() for s in layers]
-    return torch.stack(padded, 1)
 
 
 # --- Sinks elsewhere -------------------------------------------------------------------------

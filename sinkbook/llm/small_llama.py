@@ -36,7 +36,7 @@ from sinkbook import store
 from sinkbook.data import corpora
 from sinkbook.files import write_json
 from sinkbook.llm.checkpoint_metrics import concentration, residual_ratio, value_ratio
-from sinkbook.llm.sweeps import choose_texts
+from sinkbook.llm.checkpoints import texts_to_measure
 from sinkbook.models.pretrained import quiet
 from sinkbook.progress import progress
 from sinkbook.provenance import provenance
@@ -99,7 +99,7 @@ def _training_texts() -> list[str]:
     """The documents of all domains without those that `sinkbook checkpoints` measures."""
     found = []
     for domain in DOMAINS:
-        measured = choose_texts(None, domain, count=MEASURED_TEXTS, length=MEASURED_LENGTH)
+        measured = texts_to_measure(domain, count=MEASURED_TEXTS, length=MEASURED_LENGTH)
         found += [
             text for text in corpora.texts(domain, minimum_characters=200) if text not in measured
         ]

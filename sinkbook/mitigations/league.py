@@ -21,8 +21,8 @@ from sinkbook.mitigations.registry import FAMILIES, MITIGATIONS
 from sinkbook.models.layout import blocks
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.probe.measure import measure
-from sinkbook.theory import peak_growth
 from sinkbook.toy.measurements import measure_without
+from sinkbook.toy.optimizer_dynamics import at_loss, excess_risk
 from sinkbook.toy.runs import Run
 from sinkbook.toy.tasks import Task
 from sinkbook.toy.transformer import Transformer
@@ -161,7 +161,7 @@ def table(runs: dict[str, list[Run]]) -> xr.Dataset:
     of one seed share their batches and the first values of the weights that they have in common.
     """
     rows = []
-    loss = max(peak_growth.excess_risk(run)[-1] for of_name in runs.values() for run in of_name)
+    loss = max(excess_risk(run)[-1] for of_name in runs.values() for run in of_name)
     for of_name in runs.values():
         seeds = [standing(run).merge(_at_loss(run, loss)) for run in of_name]
         rows.append(xr.concat(seeds, dim=xr.Variable("seed", [r.config.seed for r in of_name])))
@@ -177,9 +177,9 @@ def table(runs: dict[str, list[Run]]) -> xr.Dataset:
 
 def _at_loss(run: Run, loss: float) -> xr.Dataset:
     """The `AT_LOSS` columns of one training."""
-    steps = peak_growth.at_loss(run, "step", loss)
-    sink = peak_growth.at_loss(run, "sink_attention", loss).mean(-1)
-    norms = [peak_growth.at_loss(run, f"{of}residual_norm", loss) for of in ("", "other_")]
+    steps = at_loss(run, "step", loss)
+    sink = at_loss(run, "sink_attention", loss).mean(-1)
+    norms = [at_loss(run, f"{of}residual_norm", loss) for of in ("", "other_")]
     if start_position(run.task) != 0:  # trainings are measured at position 0
         sink, norms = np.full_like(sink, np.nan), (np.nan, norms[1])
     return xr.Dataset(
@@ -234,7 +234,7 @@ def at_matched_risk(runs: dict[str, list[Run]]) -> xr.Dataset:
     columns = {"sink": "sink_attention", "peak": "residual_peak", "step": "step"}
     found = {
         column: [
-            [peak_growth.at_loss(run, variable, risk, risk="backcopy").max() for run in group]
+            [at_loss(run, variable, risk, risk="backcopy").max() for run in group]
             for group in runs.values()
         ]
         for column, variable in columns.items()

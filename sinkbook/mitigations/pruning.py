@@ -12,8 +12,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sinkbook.mitigations.consequences import token_losses
 from sinkbook.models.interventions import zero
+from sinkbook.models.losses import token_losses
 from sinkbook.probe.measure import measure, sink_rate
 from sinkbook.progress import progress
 

@@ -7,7 +7,7 @@ numbers are those of an int8 kernel with symmetric ranges, the speed is not.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import blocks
+from sinkbook.models.losses import token_losses
+from sinkbook.progress import progress
+from sinkbook.toy.runs import Run
 
 Hidden = Float[Tensor, "*batch position width"]
 
@@ -172,3 +175,30 @@ def _round_input(_module: nn.Module, arguments: tuple, *, ranges: str) -> tuple:
     if ranges == "sink apart":
         rounded = torch.cat([exact[..., :1, :], rounded[..., 1:, :]], dim=-2)
     return (rounded,)
+
+
+def rounding_losses(model: nn.Module, input_ids: Int[Tensor, "text position"]) -> xr.DataArray:
+    """Loss of each token in eight-bit arithmetic: over (numbers, text, position).
+
+    `numbers` is "exact", "weights alone", or the name of the ranges in which activations are
+    rounded as well: see `RANGES`.
+    """
+    ways = {"exact": nullcontext(model), "weights alone": quantized(model, None)}
+    ways |= {ranges: quantized(model, ranges) for ranges in RANGES}
+    losses = []
+    with progress("rounding", len(ways)) as show:
+        for way in ways.values():
+            with way:
+                losses.append(token_losses(model, input_ids))
+            show(len(losses))
+    return xr.DataArray(
+        np.stack(losses),
+        dims=("numbers", "text", "position"),
+        coords={"numbers": list(ways), "position": np.arange(1, input_ids.shape[1])},
+    )
+
+
+def toy_rounding_errors(runs: list[Run]) -> Float[np.ndarray, "seed layer"]:
+    """`int8_error` of what each layer of a toy reads, in one range, mean over its texts."""
+    errors = [layer_errors(run.model, run.evaluation_tokens) for run in runs]
+    return np.stack([e.sel(ranges="tensor").mean("text").values for e in errors])

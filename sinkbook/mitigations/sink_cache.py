@@ -12,10 +12,12 @@ query sees what it would have seen in the cache.
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
+import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,8 +25,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.attention_interface import attending_by
+from sinkbook.models.losses import token_losses
+from sinkbook.progress import progress
 from sinkbook.toy.transformer import Transformer
 
+Tokens = Int[Tensor, "text position"]
 States = Float[Tensor, "batch head position width"]
 KeyStates = Float[Tensor, "batch key_head position width"]
 Held = Float[Tensor, "batch key_head held width"]
@@ -270,3 +275,78 @@ def _hides_past(mask: Tensor) -> bool:
     """Whether a mask hides more than what is later than the query."""
     visible = mask if mask.dtype == torch.bool else mask == 0
     return bool((~visible).tril().any())
+
+
+def streaming_losses(
+    model: nn.Module,
+    input_ids: Tokens,
+    *,
+    window: int,
+    sinks: Sequence[int] = (0, 1, 2, 4, 8),
+    random: int = 4,
+    stride: int = 16,
+    seed: int = 0,
+) -> xr.DataArray:
+    """Loss of each token when a text is read with a window of `window` tokens, and ways around it.
+
+    Over (layout, text, position):
+
+    - "dense": every token sees all before it;
+    - "recompute": it sees the last `window` tokens, read afresh as if the text began there; the
+      window moves in steps of `stride`, so that some tokens see up to `stride - 1` fewer. Only from
+      position `window` on;
+    - "0", "1", ...: it sees the window and that many first tokens, from a cache;
+    - "random": the window and `random` early tokens, drawn for each text from those that no number
+      of first tokens includes and that the first window does.
+    """
+    length, most = input_ids.shape[1], max(sinks)
+    if window - most < random or length <= window + most:
+        raise SinkbookError(
+            f"a window of {window}, texts of {length} tokens, {most} kept, {random} drawn. "
+            "Give texts longer than window and kept tokens, and a window with room for the draw."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [
+        (most + torch.randperm(window - most, generator=generator)[:random]).tolist()
+        for _ in input_ids
+    ]
+    layouts: dict[str, list] = {"dense": [None] * len(input_ids)}
+    layouts |= {str(count): [count] * len(input_ids) for count in sinks} | {"random": drawn}
+    losses = {}
+    with progress("streaming", len(layouts) * len(input_ids)) as show:
+        for number, (layout, choices) in enumerate(layouts.items()):
+            rows = []
+            for row, kept in zip(input_ids.split(1), choices, strict=True):
+                way = nullcontext() if kept is None else streaming(model, window=window, kept=kept)
+                with way:
+                    rows.append(token_losses(model, row)[0])
+                show(number * len(input_ids) + len(rows))
+            losses[layout] = np.stack(rows)
+    losses["recompute"] = recomputed_losses(model, input_ids, window=window, stride=stride)
+    return xr.DataArray(
+        np.stack(list(losses.values())),
+        dims=("layout", "text", "position"),
+        coords={"layout": list(losses), "position": np.arange(1, length)},
+    )
+
+
+def recomputed_losses(
+    model: nn.Module, input_ids: Tokens, *, window: int, stride: int
+) -> Float[np.ndarray, "text scored"]:
+    """Loss of each token but the first, from a text that begins `window` tokens before it or less.
+
+    The last `stride` tokens of every window are scored; NaN before position `window`, and for what
+    is left over at the end of a text. Raises `SinkbookError` if `stride` exceeds `window`.
+    """
+    if stride > window:
+        raise SinkbookError(
+            f"steps of {stride} with a window of {window} would leave tokens out. "
+            f"Give a stride of at most {window}."
+        )
+    texts, length = input_ids.shape
+    losses = np.full((texts, length - 1), np.nan, dtype=np.float32)
+    for end in range(window + stride, length + 1, stride):
+        scored = slice(end - stride - 1, end - 1)
+        rows = input_ids[:, end - window - 1 : end]
+        losses[:, scored] = token_losses(model, rows, last=stride)
+    return losses

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from sinkbook.models.losses import next_token_loss
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.theory.reduced_network import train_on
 from sinkbook.toy.attention import KERNELS, relu_weights, scores_and_mask
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import EVALUATION_SEED, TrainingConfig
 from sinkbook.toy.tasks import Task, generator_at, task
-from sinkbook.toy.transformer import Block, SelfAttention, Transformer, TransformerConfig
+from sinkbook.toy.transformer import SelfAttention, Transformer, TransformerConfig
 
 
 def with_damped_values(model: Transformer, factor: float) -> Transformer:
@@ -58,23 +59,6 @@ def with_isolated_position(model: Transformer, position: int) -> Transformer:
     return model
 
 
-class PostNormBlock(Block):
-    """A layer with its norms after the residual sums: `x <- LN(x + Attn(x))`, the same for MLP."""
-
-    def forward(self, x: Float[Tensor, "batch position width"]):
-        x = self.attention_norm(x + self.attention(x))
-        return self.mlp_norm(x + self.mlp(x))
-
-
-def with_post_norm(model: Transformer) -> Transformer:
-    """The same weights in layers that normalise after each sum (arXiv 2603.05498)."""
-    for layer, block in enumerate(model.layers):
-        changed = PostNormBlock(model.config, layer)
-        changed.load_state_dict(block.state_dict())
-        model.layers[layer] = changed
-    return model
-
-
 def value_gradients(
     model: Transformer, task: Task, texts: Int[Tensor, "text position"]
 ) -> Float64[np.ndarray, "layer input"]:
@@ -88,8 +72,7 @@ def value_gradients(
         with torch.enable_grad():
             embedded = model.token_embedding.weight.requires_grad_()
             logits = model(texts[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())
-            gradients = torch.autograd.grad(loss, kept)
+            gradients = torch.autograd.grad(next_token_loss(logits, texts), kept)
     finally:
         embedded.requires_grad_(False)
         for hook in hooks:

@@ -21,6 +21,7 @@ from scipy.integrate import solve_ivp
 from scipy.special import expit
 
 from sinkbook.errors import SinkbookError
+from sinkbook.fits import positive_times
 from sinkbook.toy.tasks import Task
 
 SINK_LOGITS, SINK_VALUE = "sink_logits", "sink_value"
@@ -147,7 +148,7 @@ def asymptotic_sink_logits(
             f"row {int(np.argmin(rates))} has C = 0: nothing in view can mislead it, and its sink "
             "logit does not grow. Leave the row out."
         )
-    return 0.5 * np.log(2 * rates * _positive(times)[:, None])
+    return 0.5 * np.log(2 * rates * positive_times(times)[:, None])
 
 
 def adam_sink_logits(
@@ -177,7 +178,7 @@ def adam_sink_logits(
         passed = np.hypot(1, u) - np.arcsinh(1 / u)
         return (passed - passed[0]) / learning_rate
 
-    return np.array([np.interp(_positive(steps), when(scale), path) for scale in scales]).T
+    return np.array([np.interp(positive_times(steps), when(scale), path) for scale in scales]).T
 
 
 def settled_sink_value(
@@ -222,7 +223,7 @@ def gradient_flow(
     average, or NaN. The solver is stiff, adapts its step over any number of decades, and gives the
     same bits at every call. Raises `SinkbookError` for times that are not positive and increasing.
     """
-    times = _positive(times)
+    times = positive_times(times)
     parts = {SINK_LOGITS: sink_logits, SINK_VALUE: sink_value}
     if unknown := [name for name in moving if name not in parts]:
         raise SinkbookError(f"no part named {unknown[0]!r} moves. Known: {', '.join(parts)}.")
@@ -267,24 +268,6 @@ def gradient_flow(
         coords={"time": times},
         attrs={"half_asleep": float(next(iter(solution.t_events[0]), np.nan))},
     )
-
-
-def log_slope(
-    times: Float64[np.ndarray, " time"], values: Float64[np.ndarray, "time *rest"]
-) -> np.float64 | np.ndarray:
-    """The slope of values against ln t, by least squares, one for each column."""
-    logs = np.log(_positive(times))
-    logs = logs - logs.mean()
-    return np.tensordot(logs, values, axes=1) / (logs @ logs)
-
-
-def _positive(times: Float64[np.ndarray, " time"]) -> Float64[np.ndarray, " time"]:
-    if not len(times) or times[0] <= 0 or (np.diff(times) <= 0).any():
-        raise SinkbookError(
-            f"times {times[:3]} ... are not positive and increasing. Start after t = 0, where "
-            "log t is not defined; the state at t = 0 is the one that you pass in."
-        )
-    return times
 
 
 def frequencies(

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
+from sinkbook.models.losses import next_token_loss
 from sinkbook.parallel import in_processes
 from sinkbook.toy.runs import EVALUATION_SEED
 from sinkbook.toy.tasks import Task, TaskConfig, task
@@ -140,18 +141,12 @@ def risks_beside_law(
     return xr.Dataset({name: ("point", values) for name, values in rows})
 
 
-def next_token_loss(network: nn.Module, texts: Int[Tensor, "text position"]) -> Tensor:
-    """Mean next-token cross-entropy over all positions, nats."""
-    logits = network(texts[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten())
-
-
 def train_on(
     batches: Iterable[Int[Tensor, "text position"]],
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     measure: Callable[[], dict[str, Float[Tensor, "..."]]],
-    loss: Callable[[nn.Module, Tensor], Tensor] = next_token_loss,
+    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
     *,
     steps: int,
     measurements: int = 60,
@@ -159,9 +154,10 @@ def train_on(
     """Train a network on batches, in memory; `measure` is called on a logarithmic schedule.
 
     What it returns is stacked over `step`, the number of steps done, up to `steps`, as many as
-    there are batches. `loss(network, texts)` is to be lowered.
+    there are batches. `loss(network, texts)` is to be lowered; it is that of the next token.
     """
     measured = np.unique(np.geomspace(1, steps, measurements).round().astype(int))
+    loss = loss or (lambda network, texts: next_token_loss(network(texts[:, :-1]), texts))
     found = []
     for step, texts in enumerate(batches, start=1):
         optimizer.zero_grad()

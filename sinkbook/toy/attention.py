@@ -128,12 +128,15 @@ def sigmoid_weights(scores: Weights) -> Weights:
 def capped_softmax_weights(scores: Weights, cap: float = 0.1) -> Weights:
     """Softmax whose weight on the first key is at most `cap`; the other keys share what is over.
 
-    A control: can values drain where nobody may look at the first token for long? The first query
-    sees nothing else and is left alone.
+    A control: can values drain where nobody may look at the first token for long? The first key is
+    the first that a query sees; a query that sees no other is left alone.
     """
-    first = softmax_weights(scores)[..., :1]
-    first = torch.where(_visible_keys(scores) == 1, first, first.clamp(max=cap))
-    return torch.cat([first, (1 - first) * softmax_weights(scores[..., 1:])], dim=-1)
+    visible = ~scores.isneginf()
+    first = visible & (visible.cumsum(dim=-1) == 1)
+    on_first = (softmax_weights(scores) * first).sum(dim=-1, keepdim=True)
+    on_first = torch.where(_visible_keys(scores) == 1, on_first, on_first.clamp(max=cap))
+    others = softmax_weights(scores.masked_fill(first, float("-inf")))
+    return torch.where(first, on_first, (1 - on_first) * others)
 
 
 @kernel_of_weights("softpick")

@@ -1,7 +1,8 @@
 """The three extreme-token phenomena and the two risks of a toy model, in one dataset."""
 
 import math
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkbook.models.interventions import replace, zero
 from sinkbook.probe.attention_maps import attention_logits, attention_weights
@@ -143,6 +144,26 @@ def excess_risks(
         "backcopy": np.array([risks.backcopy_excess.item() for risks in found]),
         "bigram": np.array([risks.bigram_excess.item() for risks in found]),
     }
+
+
+def bigram_excess(
+    toys: dict[str, list[Run]],
+    changes: dict[str, Callable[[nn.Module], AbstractContextManager]],
+) -> dict[str, dict[str, Float[np.ndarray, " seed"]]]:
+    """Excess bigram risk of the runs of each toy under each change, in nats, by change and toy.
+
+    A change is a context manager made of the model, such as `partial(streaming, window=8, kept=1)`
+    or `quantized`. The risk is about tokens on which a head has nothing to do.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for label, change in changes.items():
+        found[label] = {}
+        for name, runs in toys.items():
+            with ExitStack() as changed:
+                for run in runs:
+                    changed.enter_context(change(run.model))
+                found[label][name] = excess_risks(runs)["bigram"]
+    return found
 
 
 def measure_without(

@@ -28,6 +28,7 @@ Name = TypeVar("Name", str, float)
 
 # The modules that decide what a training does.
 _TRAINING_CODE = (
+    "models/losses",
     "toy/attention",
     "toy/norms",
     "toy/tasks",

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sinkbook import store
 from sinkbook.errors import SinkbookError
+from sinkbook.models.losses import next_token_loss
 from sinkbook.parallel import asked_for, in_processes
 from sinkbook.progress import progress
 from sinkbook.provenance import provenance
@@ -341,7 +341,7 @@ class _Program:
     def _loss_of(self, weights: dict[str, Tensor], texts: Tensor) -> Tensor:
         with in_precision(self.config.precision, texts.device):
             logits = torch.func.functional_call(self.model, weights, (texts[:, :-1],))
-        return _loss(logits, texts)
+        return next_token_loss(logits, texts)
 
     def _is_measured(self, step: int) -> bool:
         return any(step in m.step for m in self.runs[0].measurements[-1:])
@@ -366,7 +366,7 @@ class _Program:
         for w in self.model.parameters():
             w.grad = None
         for part in texts.split(16):
-            (_loss(self.model(part[:, :-1]), part) * (len(part) / len(texts))).backward()
+            (next_token_loss(self.model(part[:, :-1]), part) * (len(part) / len(texts))).backward()
         norms = [_norm(w.grad) for w in self.model.parameters()]
         for name, w in self.model.named_parameters():
             w.grad = kept[name]
@@ -466,9 +466,4 @@ def add_gradients(
     for part in texts.split(at_once):
         with in_precision(precision, texts.device):
             logits = model(part[:, :-1])
-        (_loss(logits, part) * (len(part) / len(texts))).backward()
-
-
-def _loss(logits: Tensor, texts: Tensor) -> Tensor:
-    """Mean next-token cross-entropy over all positions, nats: what the paper trains on."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), texts[:, 1:].flatten())
+        (next_token_loss(logits, part) * (len(part) / len(texts))).backward()

@@ -21,13 +21,16 @@ import numpy as np
 import pytest
 import xarray as xr
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
 from sinkbook import store
+from sinkbook.cli import app
 from sinkbook.errors import SinkbookError
-from sinkbook.llm import checkpoints, sweeps
+from sinkbook.llm import checkpoints
 from sinkbook.llm.checkpoint_metrics import measure_checkpoint
 from sinkbook.llm.checkpoints import measure_checkpoints, revisions_of
 from sinkbook.models import pretrained
+from sinkbook.parallel import cluster
 from tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.weights
@@ -402,12 +405,28 @@ def test_two_dask_workers_one_of_which_is_killed_lose_nothing_and_repeat_nothing
     xr.testing.assert_identical(dataset, alone)
 
 
-def test_the_commands_own_mistakes_are_told(tmp_path):
-    with pytest.raises(SinkbookError, match="--steps '0,many' is no list of steps"):
-        sweeps.parse_steps("0,many")
-    assert sweeps.parse_steps("0,10_000") == [0, 10_000]
+def test_the_command_measures_the_steps_that_it_is_given_or_says_what_is_wrong(
+    tmp_path, monkeypatch
+):
+    asked = []
+    texts = tmp_path / "texts.txt"
+    texts.write_text("to be\n\nor not\n")
+
+    def measured(model, steps, texts, **options):
+        asked.append((model, steps, texts))
+        raise SinkbookError("measured nothing")
+
+    monkeypatch.setattr(checkpoints, "measure_checkpoints", measured)
+    command = ["checkpoints", "someone/many", "--text", str(texts), "--steps"]
+    wrong = CliRunner().invoke(app, [*command, "0,many"])
+    assert "--steps '0,many' is no list of steps" in str(wrong.exception) and not asked
+    CliRunner().invoke(app, [*command, "0,10_000"])
+    assert asked == [("someone/many", [0, 10_000], ["to be", "or not"])]
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once():
     with (
         pytest.raises(SinkbookError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"),
-        sweeps.cluster("tcp://127.0.0.1:9", patience="1s"),
+        cluster("tcp://127.0.0.1:9", patience="1s"),
     ):
         pass

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sinkbook.data import corpora
-from sinkbook.llm import components, sink_location
+from sinkbook.llm import components, head_types, sink_location
 from sinkbook.llm.neurons import unit_writes
 from sinkbook.models import load
 from sinkbook.models.interventions import zero
@@ -73,8 +73,8 @@ def test_two_units_of_that_mlp_carry_the_peak(smollm2, tokens):
 
 
 def test_the_induction_heads_of_smollm2_rest_on_the_first_token_in_prose(smollm2, tokens):
-    repeated = sink_location.random_repeated(smollm2, count=2, length=16)
-    scores = sink_location.head_scores(smollm2, tokens, repeated).mean("batch")
+    repeated = head_types.random_repeated(smollm2, count=2, length=16)
+    scores = head_types.head_scores(smollm2, tokens, repeated).mean("batch")
     copying = scores.sel(kind="induction") > 0.4
     assert copying.sum() >= 4
     assert scores.sel(kind="first token").where(copying).min() > 0.5

@@ -8,9 +8,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from sinkbook.llm import small_llama
-from sinkbook.llm.checkpoints import revisions_of
+from sinkbook.llm.checkpoints import revisions_of, texts_to_measure
 from sinkbook.llm.small_llama import MODEL_ID, SmallLlama, Windows, pretrain
-from sinkbook.llm.sweeps import choose_texts
 from sinkbook.models import pretrained
 
 pytestmark = pytest.mark.weights
@@ -89,7 +88,7 @@ def test_measured_texts_are_not_trained_on(monkeypatch):
     monkeypatch.undo()
     trained = set(small_llama._training_texts())
     for domain in small_llama.DOMAINS:
-        assert trained.isdisjoint(choose_texts(None, domain, count=8, length=128))
+        assert trained.isdisjoint(texts_to_measure(domain, count=8, length=128))
     assert len(trained) > 1_000
 
 

@@ -14,7 +14,7 @@ from sinkbook.mitigations import league
 from sinkbook.mitigations.registry import MITIGATIONS, Mitigation
 from sinkbook.models.interventions import zero
 from sinkbook.probe import measure
-from sinkbook.theory.peak_growth import excess_risk
+from sinkbook.toy.optimizer_dynamics import excess_risk
 from sinkbook.toy.runs import Run, TrainingConfig
 from sinkbook.toy.tasks import TaskConfig
 from sinkbook.toy.training import seeds_of, train_all

@@ -1,8 +1,12 @@
 """Int8 errors are those of known cases, and a quantised model is one in fact, and put back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import xarray as xr
 
+from sinkbook.book import experiments
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.quantization import (
     RANGES,
@@ -10,11 +14,16 @@ from sinkbook.mitigations.quantization import (
     layer_errors,
     quantized,
     round_int8,
+    rounding_losses,
     split_error,
+    toy_rounding_errors,
 )
 from sinkbook.models.layout import layers
+from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import logits_of
-from tiny import EACH_LAYOUT
+from sinkbook.toy.runs import Run
+from sinkbook.toy.transformer import Transformer
+from tiny import EACH_LAYOUT, LOUD_TOKENS, assert_close, loud_llama
 
 TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
 
@@ -152,3 +161,29 @@ def test_unknown_ranges_are_refused_with_the_ones_there_are(model):
     ):
         with pytest.raises(SinkbookError, match="no ranges named 'channel'. Known: tensor, sink"):
             refused()
+
+
+def test_eight_bit_losses_stand_beside_the_exact_ones():
+    model = loud_llama()
+    losses = rounding_losses(model, LOUD_TOKENS)
+    exact = token_losses(model, LOUD_TOKENS)
+    assert_close(losses.sel(numbers="exact"), exact, 0)
+    with quantized(model, "token"):
+        assert_close(losses.sel(numbers="token"), token_losses(model, LOUD_TOKENS), 0)
+    assert float(abs(losses.sel(numbers="weights alone") - exact).max()) > 0
+
+
+def test_a_toys_rounding_errors_are_those_of_its_own_texts_in_one_range():
+    config = replace(experiments.one_layer("quick")[0], evaluation_size=5)
+    runs = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        made = replace(config, seed=seed)
+        runs.append(Run(made, Transformer(made.model).requires_grad_(False), xr.Dataset(), {}))
+    found = toy_rounding_errors(runs)
+    assert found.shape == (2, 1)
+    embedded = [
+        run.model.token_embedding(run.evaluation_tokens) + run.model.position_embedding.weight
+        for run in runs
+    ]
+    assert_close(found[:, 0], [int8_error(states, first=1).mean() for states in embedded], 1e-6)

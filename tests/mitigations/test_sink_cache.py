@@ -1,5 +1,8 @@
 """The sink cache, its one-pass twin, and StreamingLLM's definition written out agree."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -19,8 +22,11 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sinkbook.errors import SinkbookError
+from sinkbook.mitigations import sink_cache
 from sinkbook.mitigations.sink_cache import SinkCache, streaming, visible_keys
+from sinkbook.models.losses import token_losses
 from sinkbook.toy.transformer import Transformer, TransformerConfig
+from tiny import LOUD_TOKENS, assert_close, losses_of, loud_llama
 
 TOKENS = torch.randint(0, 50, (2, 30), generator=torch.Generator().manual_seed(0))
 SIZES = {
@@ -233,3 +239,59 @@ def test_what_cannot_be_streamed_is_refused_with_the_reason(llama):
         in_one_pass(gemma, window=4)
     with pytest.raises(SinkbookError, match="cannot go back"):
         SinkCache(llama, window=4).crop(-1)
+
+
+@pytest.fixture
+def loud():
+    return loud_llama()
+
+
+def test_losses_under_a_window_are_those_of_the_cache(loud):
+    losses = sink_cache.streaming_losses(
+        loud, LOUD_TOKENS, window=9, sinks=(0, 2), random=3, stride=4
+    )
+    assert losses.layout.values.tolist() == ["dense", "0", "2", "random", "recompute"]
+    assert losses.dims == ("layout", "text", "position") and losses.position[0] == 1
+    for sinks in (0, 2):
+        cache = SinkCache(loud, sinks=sinks, window=9)
+        steps = [loud(LOUD_TOKENS[:, i : i + 1], past_key_values=cache).logits for i in range(40)]
+        assert_close(losses.sel(layout=str(sinks)), losses_of(torch.cat(steps, 1), LOUD_TOKENS))
+    same = losses.sel(layout=["dense", "0", "2", "random"], position=slice(1, 9))
+    assert float((same.max("layout") - same.min("layout")).max()) < 1e-4
+    later = losses.sel(position=slice(14, None))
+    assert float(abs(later.sel(layout="0") - later.sel(layout="dense")).max()) > 0.1
+
+
+def test_random_tokens_are_drawn_after_the_sinks_and_within_the_first_window(loud, monkeypatch):
+    drawn = []
+
+    def watched(model, *, window, kept):
+        drawn.append(kept)
+        return streaming(model, window=window, kept=kept)
+
+    monkeypatch.setattr(sink_cache, "streaming", watched)
+    run = partial(sink_cache.streaming_losses, loud, LOUD_TOKENS, window=12, sinks=(0, 4), stride=4)
+    first, again, other = (run(seed=seed).sel(layout="random") for seed in (0, 0, 1))
+    draws = [kept for kept in drawn if isinstance(kept, list)]
+    assert len(draws) == 9 and all(len(set(kept)) == 4 for kept in draws)
+    assert {p for kept in draws for p in kept} <= set(range(4, 12))
+    assert draws[0] != draws[1]  # texts have draws of their own
+    assert first.equals(again) and not first.equals(other)
+
+
+def test_reading_afresh_is_reading_a_text_that_begins_a_window_before(loud):
+    found = sink_cache.recomputed_losses(loud, LOUD_TOKENS, window=9, stride=3)
+    assert np.isnan(found[:, :8]).all() and not np.isnan(found[:, 8:38]).any()
+    for position in (9, 10, 11, 12, 38):
+        seen = 9 - 2 + (position - 9) % 3  # as far as its window has been filled
+        alone = LOUD_TOKENS[:, position - seen : position + 1]
+        assert_close(found[:, position - 1], token_losses(loud, alone)[:, -1])
+    with pytest.raises(SinkbookError, match="steps of 10 with a window of 9"):
+        sink_cache.recomputed_losses(loud, LOUD_TOKENS, window=9, stride=10)
+
+
+def test_a_window_that_leaves_no_room_is_refused(loud):
+    with pytest.raises(SinkbookError, match="a window of 10, texts of 40 tokens, 8 kept, 4 drawn"):
+        sink_cache.streaming_losses(loud, LOUD_TOKENS, window=10)
+    with pytest.raises(SinkbookError, match="longer than window"):
+        sink_cache.streaming_losses(loud, LOUD_TOKENS[:, :20], window=12)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from sinkbook.data.corpora import texts
-from sinkbook.mitigations import consequences as costs
 from sinkbook.mitigations.sink_cache import SinkCache, streaming
 from sinkbook.models import load
+from sinkbook.models.losses import token_losses
 
 pytestmark = pytest.mark.weights
 
@@ -48,8 +48,8 @@ def test_smollm2_writes_on_past_the_window_and_the_twin_agrees_word_by_word(smol
 
 def test_one_first_token_is_what_a_window_lacks(smollm2, tokens):
     with streaming(smollm2.model, window=32, kept=0):
-        without = costs.token_losses(smollm2.model, tokens)[:, 40:].mean()
+        without = token_losses(smollm2.model, tokens)[:, 40:].mean()
     with streaming(smollm2.model, window=32, kept=1):
-        with_one = costs.token_losses(smollm2.model, tokens)[:, 40:].mean()
-    whole = costs.token_losses(smollm2.model, tokens)[:, 40:].mean()
+        with_one = token_losses(smollm2.model, tokens)[:, 40:].mean()
+    whole = token_losses(smollm2.model, tokens)[:, 40:].mean()
     assert without - whole > np.log(2) > 0.3 > abs(with_one - whole)

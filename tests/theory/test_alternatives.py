@@ -48,13 +48,6 @@ def test_an_isolated_position_sees_itself_alone_and_is_seen(model, texts):
     assert not torch.allclose(isolated(tokens)[:, 7], isolated(other)[:, 7])
 
 
-def test_post_norm_states_all_have_the_same_length(model, texts):
-    changed = alternatives.with_post_norm(model)
-    with torch.no_grad():
-        x = changed.layers[0](changed.token_embedding(texts))
-    torch.testing.assert_close(x.norm(dim=-1), torch.full(texts.shape, 4.0), rtol=1e-3, atol=0)
-
-
 def test_value_gradients_leave_the_model_without_gradients(model, task, texts):
     model.requires_grad_(False)
     found = alternatives.value_gradients(model, task, texts)

@@ -1,30 +1,15 @@
-"""Peaks that grow: the toy against its closed forms, and what is measured in real trainings."""
-
-from dataclasses import replace
+"""Peaks that grow: the toy of one number against its closed forms."""
 
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinkbook.errors import SinkbookError
 from sinkbook.theory import peak_growth
-from sinkbook.toy.runs import TrainingConfig
-from sinkbook.toy.tasks import TaskConfig
-from sinkbook.toy.training import seeds_of, train, train_all
-from sinkbook.toy.transformer import TransformerConfig
 
 FEW = settings(max_examples=15, deadline=None)
-SMALL = TrainingConfig(
-    task=TaskConfig(length=16),
-    model=TransformerConfig(length=16, width=8, layers=2),
-    batch_size=4,
-    steps=6,
-    learning_rate=1e-2,
-    evaluation_size=8,
-)
 
 
 @given(st.floats(3, 20), st.floats(-0.9, 0.9))
@@ -66,46 +51,3 @@ def test_the_toy_ends_where_the_papers_code_does():
 def test_a_time_before_one_is_refused():
     with pytest.raises(SinkbookError, match="increase from 1 on"):
         peak_growth.peak_flow(np.array([0.0, 2.0]), 1.0)
-
-
-def test_plain_gradient_descent_steps_are_the_rate_times_the_gradient():
-    config = replace(SMALL, optimizer="sgd-without-momentum", weight_decay=0.0)
-    norms = peak_growth.step_norms(config, many=8)
-    np.testing.assert_allclose(norms.update_norm, 1e-2 * norms.batch_norm, rtol=1e-3, atol=1e-7)
-
-
-def test_exponents_are_those_of_powers_of_the_step():
-    step = xr.DataArray(np.unique(np.geomspace(1, 400, 30).round()), dims="step")
-    powers = xr.DataArray([-1.5, 0.0, 0.25], dims="parameter")
-    early = step < 15  # the first half of the axis does not count
-    norms = xr.Dataset({"gradient_norm": xr.where(early, 7.0, 3 * step**powers)}, {"step": step})
-    found = peak_growth.exponents(norms.assign(update_norm=step + 0 * powers))
-    np.testing.assert_allclose(found.gradient_norm, powers, atol=1e-12)
-    np.testing.assert_allclose(found.update_norm, 1.0)
-
-
-def test_a_run_has_moved_as_far_as_its_weights_say_and_reached_its_losses():
-    run = train(SMALL)
-    assert peak_growth.distance_moved(run, layer=0) > 0
-    risks = peak_growth.excess_risk(run)
-    assert peak_growth.at_loss(run, "residual_peak", risks[-1] / 2).shape == (3,)
-    assert np.isnan(peak_growth.at_loss(run, "residual_peak", risks[-1] / 2)).all()
-    later = int(np.argmin(risks))
-    found = peak_growth.at_loss(run, "residual_peak", risks[later])
-    np.testing.assert_allclose(found, run.measurements.residual_peak.values[later], rtol=1e-6)
-
-
-def test_a_table_of_optimizers_compares_them_where_they_are_equally_good():
-    configs = {"fast": SMALL, "slow": replace(SMALL, learning_rate=1e-3)}
-    runs = {name: train_all(seeds_of(config, 2)) for name, config in configs.items()}
-    table = peak_growth.optimizer_table(runs)
-    sizes = {"optimizer": 2, "seed": 2, "step": 7, "residual_layer": 3, "layer": 2}
-    assert table.sizes == sizes
-    at = peak_growth.at_equal_loss(table, "residual_peak")
-    for seed in range(2):
-        reached = max(peak_growth.excess_risk(group[seed])[-1] for group in runs.values())
-        for name, group in runs.items():
-            expected = peak_growth.at_loss(group[seed], "residual_peak", reached)
-            np.testing.assert_allclose(at.sel(optimizer=name)[seed], expected, rtol=1e-6)
-    moved = peak_growth.distance_moved(runs["slow"][1], layer=0)
-    assert table.distance_moved.sel(optimizer="slow")[1] == pytest.approx(moved)

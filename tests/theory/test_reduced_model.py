@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sinkbook.errors import SinkbookError
+from sinkbook.fits import log_slope
 from sinkbook.theory.reduced_model import (
     ReducedModel,
     adam_sink_logits,
     asymptotic_sink_logits,
     frequencies,
     gradient_flow,
-    log_slope,
     reduced_model,
     rows_and_tokens,
     settled_sink_value,

@@ -7,6 +7,7 @@ import torch
 
 from sinkbook.toy.attention import (
     KERNELS,
+    capped_softmax_weights,
     clipped_softmax_weights,
     null_slot_weights,
     relu_weights,
@@ -160,6 +161,10 @@ def row_by_hand(name, logits, length, null=0.0):
     if name == "softpick":
         total = sum(abs(q - 1) for q in powers) + 1e-6 * max(1.0, *powers)
         return [max(p - 1, 0) / total for p in powers]
+    if name == "capped-softmax":
+        first = powers[0] / sum(powers)
+        first = first if len(logits) == 1 else min(first, 0.1)
+        return [first, *((1 - first) * p / sum(powers[1:]) for p in powers[1:])]
     assert name == "clipped-softmax"
     gamma = -4 / length
     return [min(max((1 - gamma) * p / sum(powers) + gamma, 0), 1) for p in powers]
@@ -239,6 +244,14 @@ def test_clipped_softmax_is_zero_for_small_weights_and_one_for_a_weight_of_one()
     scores = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0], [math.log(9), 0, -50, -50]])
     expected = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0], [0.8, 0, 0, 0]])
     torch.testing.assert_close(clipped_softmax_weights(scores), expected)
+
+
+def test_capped_softmax_caps_the_first_key_that_is_seen_wherever_padding_ends():
+    padded = [HIDDEN, 9.0, 0.0, 0.0]
+    scores = torch.tensor([[9.0, 0.0, 0.0, HIDDEN], padded, [-9.0, 0.0, 0.0, HIDDEN]])
+    low = math.exp(-9) / (math.exp(-9) + 2)
+    expected = [[0.1, 0.45, 0.45, 0], [0, 0.1, 0.45, 0.45], [low, (1 - low) / 2, (1 - low) / 2, 0]]
+    torch.testing.assert_close(capped_softmax_weights(scores), torch.tensor(expected))
 
 
 def test_differential_attention_cancels_what_both_maps_attend_to():

@@ -1,0 +1,52 @@
+"""Losses of texts, token by token, in nats."""
+
+from inspect import signature
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sinkbook.models.partial_forward import logits_of
+
+Tokens = Int[Tensor, "text position"]
+
+AT_ONCE = 512  # tokens: the logits of a large vocabulary are the largest thing in memory
+
+
+def next_token_loss(
+    logits: Float[Tensor, "text position symbol"], texts: Int[Tensor, "text _longer"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of each next token, over all texts and positions, in nats.
+
+    `logits` are those of `texts` without their last token.
+    """
+    return F.cross_entropy(logits.flatten(0, 1).float(), texts[:, 1:].flatten())
+
+
+@torch.no_grad()
+def token_losses(
+    model: nn.Module, input_ids: Tokens, *, last: int | None = None
+) -> Float[np.ndarray, "text scored"]:
+    """Loss of every token but the first given those before it, in nats; or of the `last` ones.
+
+    `model` is a toy transformer or a causal LM of transformers.
+    """
+    last = input_ids.shape[1] - 1 if last is None else last
+    losses, device = [], next(model.parameters()).device
+    cut_short = "logits_to_keep" in signature(model.forward).parameters
+    for rows in input_ids.to(device).split(max(1, AT_ONCE // input_ids.shape[1])):
+        if cut_short:
+            logits = model(rows, use_cache=False, logits_to_keep=last + 1).logits
+        else:
+            logits = logits_of(model, rows)[:, -last - 1 :]
+        logits, targets = logits[:, :-1].float(), rows[:, -last:]
+        losses.append(F.cross_entropy(logits.mT, targets, reduction="none").cpu().numpy())
+    return np.concatenate(losses)
+
+
+def perplexity(losses: xr.DataArray, *, after: int = 0) -> xr.DataArray:
+    """The exponential of the mean loss of each text's tokens from position `after` on."""
+    return np.exp(losses.sel(position=slice(after, None)).mean("position"))

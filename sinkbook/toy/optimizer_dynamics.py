@@ -1,0 +1,143 @@
+"""What optimizers do on the way: the steps that they take, and where equal losses find them."""
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float64, Num
+
+from sinkbook.fits import log_slope
+from sinkbook.models.losses import next_token_loss
+from sinkbook.toy.optimizers import OPTIMIZERS
+from sinkbook.toy.runs import EVALUATION_SEED, Run, TrainingConfig, together
+from sinkbook.toy.tasks import task
+from sinkbook.toy.transformer import Transformer
+
+
+def step_norms(config: TrainingConfig, measurements: int = 24, many: int = 256) -> xr.Dataset:
+    """Train in memory, and measure every parameter's gradient and step on a logarithmic schedule.
+
+    The result has three Frobenius norms over (step, parameter): `gradient_norm` of the gradient on
+    `many` texts that are not trained on, `batch_norm` of that on the batch, most of which may be
+    noise, and `update_norm` of the change that the optimizer makes. The training is that of the
+    config (`training.train` has the same weights), on the CPU.
+    """
+    texts_of = task(config.task)
+    torch.manual_seed(config.seed)
+    model = Transformer(config.model)
+    named = dict(model.named_parameters())
+    optimizer = OPTIMIZERS[config.optimizer](named.values(), config)
+    measured = np.unique(np.geomspace(1, config.steps, measurements).round().astype(int))
+    fresh = texts_of.batch_at(many, EVALUATION_SEED, 0)
+    found: dict[str, list] = {"gradient_norm": [], "batch_norm": [], "update_norm": []}
+    batches = texts_of.batches(config.batch_size, config.seed, range(config.steps))
+    for step, texts in enumerate(batches, start=1):
+        if step in measured:
+            gradients = torch.autograd.grad(
+                next_token_loss(model(fresh[:, :-1]), fresh), list(named.values())
+            )
+            found["gradient_norm"].append([g.norm().item() for g in gradients])
+            before = [p.detach().clone() for p in named.values()]
+        optimizer.zero_grad()
+        next_token_loss(model(texts[:, :-1]), texts).backward()
+        optimizer.step()
+        if step in measured:
+            pairs = zip(named.values(), before, strict=True)
+            found["batch_norm"].append([p.grad.norm().item() for p in named.values()])
+            found["update_norm"].append([(p.detach() - b).norm().item() for p, b in pairs])
+    return xr.Dataset(
+        {name: (("step", "parameter"), np.array(norms)) for name, norms in found.items()},
+        coords={"step": measured, "parameter": list(named)},
+    )
+
+
+def exponents(norms: xr.Dataset) -> xr.Dataset:
+    """The powers of the number of steps as which norms of `step_norms` grow: negative if they fade.
+
+    Fitted to their logarithms, over the second half of the logarithmic axis of steps.
+    """
+    late = norms.sel(step=norms.step >= norms.step[-1] ** 0.5)
+    step = late.step.values.astype(float)
+    return np.log(late.astype(float)).reduce(
+        lambda logs, axis: log_slope(step, np.moveaxis(logs, axis, 0)), dim="step"
+    )
+
+
+def distance_moved(run: Run, layer: int) -> float:
+    """How far a layer's attention has moved in training: norm of its weights minus their start."""
+    torch.manual_seed(run.config.seed)
+    start = Transformer(run.config.model).layers[layer].attention.state_dict()
+    end = run.model.layers[layer].attention.state_dict()
+    return sum((end[name] - start[name]).square().sum().item() for name in end) ** 0.5
+
+
+def at_loss(
+    run: Run, variable: str, loss: float, *, risk: str = "all"
+) -> Float64[np.ndarray, "*rest"]:
+    """A measurement of a run at the moment when its excess risk first falls to `loss`, in nats.
+
+    The excess risk is the mean over "all" positions, or the "backcopy" or "bigram" one; between
+    measurements it is interpolated. NaN if the run never gets there.
+    """
+    risks = excess_risk(run) if risk == "all" else run.measurements[f"{risk}_excess"].values
+    return _first_below(risks, run.measurements[variable].values, loss)
+
+
+def _first_below(
+    risks: Float64[np.ndarray, " step"], values: Num[np.ndarray, "step *rest"], loss: float
+) -> Float64[np.ndarray, "*rest"]:
+    below = np.flatnonzero(risks <= loss)
+    if not len(below) or below[0] == 0:
+        return np.full(values.shape[1:], np.nan)
+    i = below[0]
+    share = np.log(risks[i - 1] / loss) / np.log(risks[i - 1] / risks[i])
+    return np.asarray(values[i - 1] + share * (values[i] - values[i - 1]))
+
+
+def excess_risk(run: Run) -> Float64[np.ndarray, " step"]:
+    """The mean excess risk over all positions, in nats, at each measured step."""
+    share = run.task.at_triggers(run.evaluation_tokens).float().mean().item()
+    found = run.measurements
+    return (share * found.backcopy_excess + (1 - share) * found.bigram_excess).values
+
+
+# What an `optimizer_table` takes from the measurements of its runs.
+MEASURED = [
+    "residual_peak",
+    "residual_norm",
+    "other_residual_norm",
+    "value_norm",
+    "other_value_norm",
+    "sink_attention",
+]
+
+
+def optimizer_table(runs: dict[str, list[Run]]) -> xr.Dataset:
+    """Trainings that differ in their optimizer, by its name, along `optimizer` and `seed`.
+
+    Along `step` as well, `excess_risk` in nats, the norms and the peak of residual states, with
+    `residual_layer`, and those of value states and the sink attention, with `layer`.
+    `distance_moved` is that of the first layer's attention.
+    """
+    found = []
+    for of_optimizer in runs.values():
+        measured = together(of_optimizer)[MEASURED].isel(head=0)
+        risks = [excess_risk(run) for run in of_optimizer]
+        moved = [distance_moved(run, layer=0) for run in of_optimizer]
+        more = {"excess_risk": (("seed", "step"), risks), "distance_moved": ("seed", moved)}
+        found.append(measured.assign(more).transpose("seed", "step", ...))
+    return xr.concat(found, dim=xr.Variable("optimizer", list(runs)), join="exact")
+
+
+def at_equal_loss(table: xr.Dataset, variable: str) -> xr.DataArray:
+    """A variable of an `optimizer_table` where each optimizer reaches the excess risk that the
+    slowest one of the table ends with, seed by seed."""
+    losses = table.excess_risk.isel(step=-1).max("optimizer")
+    values = table[variable].transpose(..., "step")
+    return xr.apply_ufunc(
+        _first_below,
+        table.excess_risk,
+        values,
+        losses,
+        input_core_dims=[["step"], ["step"], []],
+        vectorize=True,
+    )

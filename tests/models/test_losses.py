@@ -1,0 +1,35 @@
+"""Losses are the model's own, token by token."""
+
+import numpy as np
+import torch
+import xarray as xr
+
+from sinkbook.models.losses import next_token_loss, perplexity, token_losses
+from sinkbook.toy.transformer import Transformer, TransformerConfig
+from tiny import LOUD_TOKENS, assert_close, losses_of, loud_llama
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_all_its_tokens():
+    logits = torch.randn(3, 39, 50, generator=torch.Generator().manual_seed(0))
+    loss = next_token_loss(logits, LOUD_TOKENS)
+    by_hand = -logits.log_softmax(-1).gather(2, LOUD_TOKENS[:, 1:, None]).mean()
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_token_losses_are_the_models_own():
+    model = loud_llama()
+    losses = token_losses(model, LOUD_TOKENS)
+    assert_close(losses, losses_of(model(LOUD_TOKENS).logits, LOUD_TOKENS))
+    assert_close(losses.mean(), model(LOUD_TOKENS, labels=LOUD_TOKENS).loss)
+    assert_close(token_losses(model, LOUD_TOKENS, last=7), losses[:, -7:])
+    toy = Transformer(TransformerConfig(vocab_size=50, length=40, width=16)).requires_grad_(False)
+    assert_close(
+        token_losses(toy, LOUD_TOKENS, last=7), losses_of(toy(LOUD_TOKENS), LOUD_TOKENS)[:, -7:]
+    )
+
+
+def test_perplexity_is_over_the_tokens_past_a_position():
+    losses = xr.DataArray(
+        np.log([[9.0, 2.0, 8.0]]), dims=("text", "position"), coords={"position": [1, 2, 3]}
+    )
+    assert_close(perplexity(losses, after=2), [4.0])

@@ -1,0 +1,29 @@
+"""What is measured of a toy is measured of the toy as it is at that moment."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+import xarray as xr
+
+from sinkbook.book import experiments
+from sinkbook.mitigations.sink_cache import streaming
+from sinkbook.toy.measurements import bigram_excess, excess_risks
+from sinkbook.toy.runs import Run
+from sinkbook.toy.transformer import Transformer
+from tiny import assert_close
+
+
+def test_bigram_excess_is_measured_while_a_change_holds():
+    config = experiments.one_layer("quick")[0]
+    config = replace(config, evaluation_size=8)
+    model = Transformer(config.model).requires_grad_(False)
+    with torch.no_grad():
+        model.layers[0].attention.wo.weight.mul_(30)  # an untrained head, loud enough to matter
+    runs = [Run(config, model, xr.Dataset(), {})]
+    changes = {"whole": nullcontext, "window": partial(streaming, window=4, kept=0)}
+    found = bigram_excess({"toy": runs}, changes)
+    assert_close(found["whole"]["toy"], excess_risks(runs)["bigram"], 0)
+    assert abs(found["window"]["toy"] - found["whole"]["toy"]) > 1e-3
+    assert_close(excess_risks(runs)["bigram"], found["whole"]["toy"], 0)
