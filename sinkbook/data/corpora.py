@@ -1,121 +1,24 @@
-"""The texts of the book: Shakespeare's characters, encyclopaedic prose, code and other domains.
+"""The texts of the book, domain by domain: encyclopaedic prose, code, plays and others.
 
-They come from the pinned downloads in `sources.py`, and code from the running Python's own library.
+They come from the pinned downloads in `sources.py`, so they are the same on every machine.
 """
 
 import hashlib
 import itertools
 import json
-import os
 import re
-import sysconfig
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
 
+from sinkbook.data import shakespeare
 from sinkbook.data.sources import SOURCES, fetch_source, wheel_path
 from sinkbook.errors import SinkbookError
 from sinkbook.files import cache_folder
-
-SYMBOLS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-
-# The plays that tiny Shakespeare is cut from, in its order.
-_TINY_SHAKESPEARE = (
-    "roman/coriolanus",
-    "histories/richard-iii",
-    "histories/richard-ii",
-    "histories/henry-vi-part-3",
-    "tragedies/romeo-and-juliet",
-    "problems/measure-for-measure",
-    "problems/the-taming-of-the-shrew",
-    "romances/a-winter-s-tale",
-    "romances/the-tempest",
-)
-
-
-@dataclass(frozen=True, eq=False)
-class CharacterStatistics:
-    """How often each character occurs, and which follows which."""
-
-    symbols: str  # in code-point order: the index of a symbol is its token id
-    unigrams: Int64[np.ndarray, "symbol"]
-    bigrams: Int64[np.ndarray, "symbol symbol"]  # bigrams[i, j]: how often j follows i
-
-
-@cache
-def characters() -> CharacterStatistics:
-    """Character counts over the nine plays that tiny Shakespeare is cut from, whole, made once.
-
-    The 65 symbols are those of tiny Shakespeare, and all of them occur. Speakers stand on a line
-    of their own with a colon, a blank line parts the speeches, stage directions and headings are
-    left out; the one exception is tiny Shakespeare's own, that each scene of Henry VI, part 3,
-    is headed "3 KING HENRY VI" (there is no other 3). A character that is no symbol parts its
-    neighbours: they make no pair. Source of the statistics: arXiv 2410.13835, section 2.
-
-    >>> statistics = characters()
-    >>> [statistics.symbols[i] for i in statistics.unigrams.argsort()[::-1][:3]]
-    [' ', 'e', 't']
-    """
-    plays = _plays("shakespeare")
-    scenes = []
-    for name in _TINY_SHAKESPEARE:
-        heading = "3 KING HENRY VI\n\n" if name == "histories/henry-vi-part-3" else ""
-        scenes += [heading + scene for scene in _scenes(plays[name])]
-    return _count("\n\n".join(scenes))
-
-
-def _count(text: str) -> CharacterStatistics:
-    """The counts of the symbols in a text, and of pairs of symbols side by side."""
-    size = len(SYMBOLS)
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    order = np.array([ord(symbol) for symbol in SYMBOLS], dtype=np.uint32)
-    ids = np.minimum(np.searchsorted(order, codes), size - 1)
-    known = order[ids] == codes
-    pairs = known[:-1] & known[1:]  # a character that is no symbol parts its neighbours
-    flat = ids[:-1][pairs] * size + ids[1:][pairs]
-    return CharacterStatistics(
-        symbols=SYMBOLS,
-        unigrams=np.bincount(ids[known], minlength=size),
-        bigrams=np.bincount(flat, minlength=size * size).reshape(size, size),
-    )
-
-
-def _plays(asked: str) -> dict[str, str]:
-    """The Markdown of each play by folder and name, such as `tragedies/hamlet`."""
-    source = SOURCES["shakespeare"]
-    (wheel,) = source.wheels
-    with zipfile.ZipFile(wheel_path(source, wheel, asked)) as archive:
-        return {
-            member.removeprefix(wheel.data).removesuffix(".md"): archive.read(member).decode()
-            for member in sorted(archive.namelist())
-            if member.startswith(wheel.data) and member.endswith(".md")
-        }
-
-
-# A stage direction: _Exit_, __\[Aside]_, [Within], or in one play *Exit*.
-_DIRECTION = re.compile(r"_+[^_]+_+|\[[^\]\n]*\]?|(?<!\*)\*[^*]+\*(?!\*)")
-
-
-def _scenes(play: str) -> Iterator[str]:
-    """The spoken text of each scene, laid out as in tiny Shakespeare."""
-    for scene in re.split(r"^#.*$", play, flags=re.MULTILINE):
-        speeches = []
-        for block in re.split(r"\n\s*\n", scene):
-            spoken = re.sub(r"^\*\*(.+)\*\*", r"\1:", block.strip(), flags=re.MULTILINE)
-            spoken = re.sub(r"[\\_]", "", _DIRECTION.sub("", spoken))
-            lines = [line.strip() for line in spoken.splitlines() if line.strip()]
-            if lines:
-                speeches.append("\n".join(lines))
-        if speeches:
-            yield "\n\n".join(speeches)
-
-
-# --- Texts, domain by domain -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -223,30 +126,30 @@ def _numbers(minimum: int) -> Iterator[str]:
 
 
 def _code(minimum: int) -> Iterator[str]:
-    """The running Python's library, module by module, each from its first class or function on.
+    """Twisted's modules, each from its first class or function on; tests are left out.
 
-    What comes before is a licence and a description in English. Left out: tests, and the codecs,
-    which are all alike.
+    What comes before is a licence and a description in English.
     """
-    library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
-    modules = []
-    for folder, subfolders, files in os.walk(library):
-        subfolders[:] = [name for name in subfolders if name not in skipped]
-        inside = Path(folder).relative_to(library)
-        modules += [(inside / file).as_posix() for file in files if file.endswith(".py")]
-    for module in _mixed(modules):
-        source = (library / module).read_text(encoding="utf-8")
-        if start := re.search(r"^(class |def |async def |@)", source, flags=re.MULTILINE):
-            yield source[start.start() :]
+    source = SOURCES["twisted"]
+    (wheel,) = source.wheels
+    with zipfile.ZipFile(wheel_path(source, wheel, asked="code")) as archive:
+        modules = [
+            member
+            for member in archive.namelist()
+            if member.startswith(wheel.data) and member.endswith(".py") and "/test/" not in member
+        ]
+        for module in _mixed(modules):
+            text = archive.read(module).decode()
+            if start := re.search(r"^(class |def |async def |@)", text, flags=re.MULTILINE):
+                yield text[start.start() :]
 
 
 def _shakespeare(minimum: int) -> Iterator[str]:
     """Scenes of all plays, spoken text only."""
     scenes = {
         f"{play} {number}": scene
-        for play, markdown in _plays("shakespeare").items()
-        for number, scene in enumerate(_scenes(markdown))
+        for play, markdown in shakespeare.plays().items()
+        for number, scene in enumerate(shakespeare.scenes(markdown))
     }
     for title in _mixed(scenes):
         yield scenes[title]
@@ -291,9 +194,9 @@ _DOMAINS = (
     ),
     Domain(
         "code",
-        "modules of the running Python's library, from the first class or function on",
-        "PSF-2.0",
-        None,
+        "modules of Twisted, a library of Python, from the first class or function on",
+        SOURCES["twisted"].licence,
+        "twisted",
         _code,
     ),
     Domain(

@@ -89,6 +89,22 @@ _SOURCES = (
         ),
     ),
     Source(
+        name="twisted",
+        about="Twisted, a networking library of some 400 modules in Python",
+        holds="text",
+        licence="MIT, by the authors of Twisted",
+        origin="https://github.com/twisted/twisted",
+        megabytes=4,
+        wheels=(
+            Wheel(
+                "twisted",
+                "26.10.0",
+                "3732f42af218925a0fe78d6668db55853f7fb532245a89a2669babe7d3000fa8",
+                data="twisted/",
+            ),
+        ),
+    ),
+    Source(
         name="smollm2-135m",
         about="SmolLM2-135M-Instruct, quantised to 4 bits (GGUF)",
         holds="model",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 
-from sinkbook.data.corpora import SYMBOLS
+from sinkbook.data.shakespeare import SYMBOLS
 from sinkbook.llm.shakespeare_pretraining import Characters, Pretraining, copying_head
 from sinkbook.probe.attention_maps import attention_weights
 

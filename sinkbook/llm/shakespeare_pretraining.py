@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sinkbook import store
 from sinkbook.data import corpora
+from sinkbook.data.shakespeare import SYMBOLS
 from sinkbook.llm.checkpoint_metrics import (
     concentration,
     measure_checkpoint,
@@ -40,7 +41,7 @@ from sinkbook.toy.runs import EVALUATION_SEED, hash_of_code, in_groups
 from sinkbook.toy.tasks import generator_at
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 
-START = len(corpora.SYMBOLS)  # the id of <s>; ids below are characters
+START = len(SYMBOLS)  # the id of <s>; ids below are characters
 QUERIED_TEXTS = 4  # whose beginnings random queries are put after
 HELD_OUT = 20  # one scene of so many is measured on and never trained on
 
@@ -112,7 +113,7 @@ def character_ids(held_out: bool) -> Int[Tensor, " character"]:
     scenes = corpora.texts("shakespeare", minimum_characters=1)
     chosen = [s for i, s in enumerate(scenes) if (i % HELD_OUT == 0) == held_out]
     codes = np.frombuffer("\n\n".join(chosen).encode("utf-32-le"), dtype=np.uint32)
-    order = np.array([ord(symbol) for symbol in corpora.SYMBOLS], dtype=np.uint32)
+    order = np.array([ord(symbol) for symbol in SYMBOLS], dtype=np.uint32)
     ids = np.searchsorted(order, codes).clip(max=len(order) - 1)
     return torch.from_numpy(ids[order[ids] == codes])
 
@@ -159,7 +160,7 @@ def spell(text: Int[Tensor, " position"]) -> str:
     """The characters of a text, with line breaks shown."""
     ids = [token for token in text.tolist() if token != START]
     start = "<s>" if len(ids) < len(text) else ""
-    return start + "".join(corpora.SYMBOLS[i] for i in ids).replace("\n", "⏎")
+    return start + "".join(SYMBOLS[i] for i in ids).replace("\n", "⏎")
 
 
 # --- Measuring -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinkbook import store
-from sinkbook.data.corpora import characters
+from sinkbook.data.shakespeare import characters
 from sinkbook.errors import SinkbookError
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.tasks import Task, TaskConfig, task

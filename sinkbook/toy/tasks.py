@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sinkbook.data.corpora import CharacterStatistics, characters
+from sinkbook.data.shakespeare import CharacterStatistics, characters
 from sinkbook.errors import SinkbookError
 
 START, DELIMITER = "<s>", "<d>"

@@ -1,91 +1,24 @@
 """The texts are real, in a fixed order, of the length asked for, and free of markup."""
 
+import hashlib
 import json
-import time
 
-import numpy as np
 import pytest
 
 from sinkbook.data import corpora
-from sinkbook.data.corpora import DOMAINS, SYMBOLS, characters, texts
+from sinkbook.data.corpora import DOMAINS, texts
 from sinkbook.errors import SinkbookError
 
-
-@pytest.fixture(scope="module")
-def statistics():
-    return characters()
-
-
-def test_the_three_most_frequent_characters_are_space_e_and_t(statistics):
-    order = np.argsort(-statistics.unigrams)
-    assert [statistics.symbols[i] for i in order[:3]] == [" ", "e", "t"]
-    share = statistics.unigrams[order[:3]] / statistics.unigrams.sum()
-    # Tiny Shakespeare's own shares, arXiv 2410.13835's trigger statistics.
-    np.testing.assert_allclose(share, [0.1523, 0.0848, 0.0601], atol=5e-4)
-
-
-def test_every_symbol_occurs_and_is_followed_by_something(statistics):
-    assert len(statistics.symbols) == 65
-    assert list(statistics.symbols) == sorted(statistics.symbols)
-    assert statistics.unigrams.min() > 0
-    assert statistics.bigrams.sum(axis=1).min() > 0
-
-
-def test_there_is_at_most_one_pair_for_each_character(statistics):
-    followed = statistics.bigrams.sum(axis=1)
-    assert np.all(followed <= statistics.unigrams)
-    assert statistics.unigrams.sum() - followed.sum() < 10
-
-
-def test_characters_that_are_no_symbols_part_their_neighbours():
-    counted = corpora._count("ab#ba")
-    a, b = SYMBOLS.index("a"), SYMBOLS.index("b")
-    assert counted.unigrams[a] == counted.unigrams[b] == 2
-    assert counted.bigrams[a, b] == counted.bigrams[b, a] == 1
-    assert counted.bigrams.sum() == 2
-
-
-def test_character_statistics_take_less_than_two_seconds():
-    start = time.perf_counter()
-    characters.__wrapped__()
-    assert time.perf_counter() - start < 2
-
-
-def test_scenes_read_like_tiny_shakespeare():
-    play = r"""# A Play
-
-## ACT I
-
-### SCENE I. A street.
-
-_Enter a company, with
-clubs_
-
-**First Citizen**
-__\[Aside]_
-Hear me\--speak.
-Speak.
-
-**All**
-Speak, speak.
-
-_Exeunt_
-
-### SCENE II. Rome.
-
-*Sound a horn.*
-
-**All**
-[Within] We know't.
-"""
-    assert list(corpora._scenes(play.replace("\n", "  \n"))) == [
-        "First Citizen:\nHear me--speak.\nSpeak.\n\nAll:\nSpeak, speak.",
-        "All:\nWe know't.",
-    ]
-
-
-def test_no_markup_is_left_in_any_play():
-    assert not set("*_#[]\\") & set("".join(texts("shakespeare")))
+FIRST_TEXTS = {  # the beginning of their sha256
+    "prose-en": "78ad4def2c6a269d",
+    "prose-fr": "d90ac2bb44116c67",
+    "prose-es": "910f2539fa402bdc",
+    "repeated-prose": "45ae1b850efdbf66",
+    "json": "fabb79caa8f30e9d",
+    "code": "298f0aefdddbc143",
+    "shakespeare": "ee03f684aaad25bb",
+    "numbers": "ac7542ba65ce540d",
+}
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -122,6 +55,13 @@ def test_repeated_prose_repeats_the_beginning_of_the_prose_text_of_the_same_numb
 def test_code_begins_with_code_and_not_with_a_licence():
     for module in texts("code", count=50):
         assert module.startswith(("class ", "def ", "async def ", "@"))
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_texts_are_the_same_on_every_machine(domain):
+    """What a Python ships differs from machine to machine: no text may come from it."""
+    found = "\0".join(texts(domain, count=16, minimum_characters=700))
+    assert hashlib.sha256(found.encode()).hexdigest()[:16] == FIRST_TEXTS[domain]
 
 
 def test_json_is_json():
@@ -166,5 +106,5 @@ def test_fetching_a_domain_fetches_its_source():
 
 def test_a_domain_that_needs_no_download_is_fetched_at_once(monkeypatch, tmp_path):
     monkeypatch.setenv("SINKBOOK_CACHE", str(tmp_path / "empty"))
-    assert corpora.fetch("code") == tmp_path / "empty"
-    assert texts("code", count=1)
+    assert corpora.fetch("numbers") == tmp_path / "empty"
+    assert texts("numbers", count=1)

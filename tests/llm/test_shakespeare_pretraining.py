@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 
 from sinkbook import store
-from sinkbook.data import corpora
+from sinkbook.data.shakespeare import SYMBOLS
 from sinkbook.llm import checkpoint_metrics, copying_head, shakespeare_pretraining
 from sinkbook.llm.shakespeare_pretraining import START, Characters, PretrainingConfig
 from sinkbook.probe.attention_maps import attention_weights
@@ -26,7 +26,7 @@ def run_store(tmp_path, monkeypatch):
 
 
 def spelt(ids) -> str:
-    return "".join(corpora.SYMBOLS[i] for i in ids)
+    return "".join(SYMBOLS[i] for i in ids)
 
 
 @pytest.mark.parametrize("starts", [True, False])
@@ -175,7 +175,7 @@ def test_attention_by_character_adds_up_and_is_that_of_the_weights():
     assert float(found.attention.sel(character="<s>")) == pytest.approx(
         weights[..., 0].mean().item(), abs=1e-5
     )
-    spaces = (tokens == corpora.SYMBOLS.index(" ")).float()[:, None]
+    spaces = (tokens == SYMBOLS.index(" ")).float()[:, None]
     assert float(found.attention.sel(character="␣")) == pytest.approx(
         (weights * spaces).sum(-1).mean().item(), abs=1e-5
     )

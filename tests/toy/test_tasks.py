@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinkbook.data.corpora import CharacterStatistics
+from sinkbook.data.shakespeare import CharacterStatistics
 from sinkbook.errors import SinkbookError
 from sinkbook.toy.tasks import STEPS_AT_ONCE, Task, TaskConfig, _Rows, task
 
