@@ -2,20 +2,18 @@
 
 Three lines measure any causal language model:
 
-    from sinkbook import measure
-    from sinkbook.models import load
-    result = measure(load("smollm2-135m").model, input_ids)
+    from sinkbook import load, measure_texts, sink_rate
+    result = measure_texts(load("smollm2-135m"), ["Summer is warm. Winter is cold."])
+    sink_rate(result)
 
-The chapters of the book live in `book/`; `sinkbook --help` lists what the command line does.
+The names that stand here are imported, and torch with them, when they are first used. The chapters
+of the book live in `book/`; `sinkbook --help` lists what the command line does.
 """
 
-__all__ = ["measure"]
+import lazy_loader
 
+__version__ = "0.1.0"
 
-def __getattr__(name: str) -> object:
-    """Import the probe, and torch with it, only when it is asked for."""
-    if name == "measure":
-        from sinkbook.probe.measure import measure
-
-        return measure
-    raise AttributeError(f"module 'sinkbook' has no attribute {name!r}")
+# The names and where they come from are listed in __init__.pyi, which editors read too.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__all__ += ["__version__"]

@@ -107,9 +107,11 @@ def measure_checkpoints(
     a full disk does. Whatever was measured is kept in the store: the same call again measures only
     what is missing. `executor` runs the measurements, on other machines too if its workers are
     there; they come back to the caller's store.
-    Raises `SinkbookError` for a missing revision before anything is measured, and at the end for
-    those without weights or otherwise unreadable.
+    Raises `SinkbookError` for a missing revision, or for a string in the place of the texts, before
+    anything is measured, and at the end for revisions without weights or otherwise unreadable.
     """
+    if isinstance(texts, str):
+        raise SinkbookError(f"texts is one string, {texts[:30]!r}. Give a list: [text].")
     jobs = [
         _Job(
             model_id,

@@ -137,8 +137,13 @@ def measure_texts(
     `language_model` is what `sinkbook.models.load` returns. Each text becomes the model's first
     token, if its convention has one, and its own tokens, `length` in all at most. The result is
     in the order of `texts`, with NaN after the end of the shorter ones; one batch is in memory
-    at a time. Shows progress on a terminal. Raises `SinkbookError` for a text without tokens.
+    at a time. Shows progress on a terminal. Raises `SinkbookError` for a string in the place of a
+    list, no texts, a text without tokens, and a `length` below 2.
     """
+    if isinstance(texts, str):
+        raise SinkbookError(f"texts is one string, {texts[:30]!r}. Give a list: [text].")
+    if length < 2:
+        raise SinkbookError(f"length={length} leaves nothing to measure. Give 2 or more.")
     if not texts:
         raise SinkbookError("there are no texts to measure. Give one at least.")
     encoded = language_model.tokenizer(list(texts), add_special_tokens=False, verbose=False)

@@ -302,6 +302,11 @@ def test_a_model_that_is_nowhere_or_has_no_steps_is_an_error_that_says_so(hub, t
         revisions_of("someone/plain")
 
 
+def test_one_string_is_no_list_of_texts(hub):
+    with pytest.raises(SinkbookError, match="texts is one string, 'to be or not'. Give a list"):
+        measure_checkpoints("someone/tiny", None, "to be or not")
+
+
 def test_texts_that_are_too_short_are_named(hub):
     with pytest.raises(SinkbookError, match="texts are shorter than 10 tokens: text 0"):
         measure_checkpoints("someone/tiny", [0], ["to be"], **SMALL)

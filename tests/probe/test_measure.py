@@ -435,6 +435,10 @@ def test_texts_of_any_length_come_back_in_their_order():
         probe.measure_texts(language_model, [])
     with pytest.raises(SinkbookError, match="text number 1 holds no token"):
         probe.measure_texts(language_model, ["fine", ""])
+    with pytest.raises(SinkbookError, match="texts is one string, 'fine'. Give a list"):
+        probe.measure_texts(language_model, "fine")
+    with pytest.raises(SinkbookError, match="length=1 leaves nothing to measure"):
+        probe.measure_texts(language_model, ["fine"], length=1)
 
 
 @pytest.mark.parametrize(
