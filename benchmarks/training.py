@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks.timing import alternate, row
 from sinkbook.book import experiments
+from sinkbook.book.settings import Settings
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import TrainingConfig
 from sinkbook.toy.tasks import Task, task
@@ -30,9 +31,9 @@ CPU_ATTENTION = {
 def ratios() -> list[dict]:
     """Batches against a loop, steps against matrix products, many seeds, and measuring."""
     torch.set_num_threads(1)
-    quick = experiments.one_layer("quick")[0]
+    quick = experiments.one_layer(Settings("quick"))[0]
     # The paper's width and length; a smaller batch, which makes drawing it dearer per text.
-    paper = replace(experiments.one_layer("paper")[0], batch_size=64)
+    paper = replace(experiments.one_layer(Settings("paper"))[0], batch_size=64)
     return [
         _batches_against_a_loop(task(paper.task)),
         _share_of_batches(paper),

@@ -24,8 +24,10 @@ from pathlib import Path
 import filelock
 
 from sinkbook import provenance
-from sinkbook.book import chapter, claims
+from sinkbook.book import claims
+from sinkbook.book.chapters import status_folder
 from sinkbook.book.execution import Execution, execute
+from sinkbook.book.settings import check_profile
 from sinkbook.errors import SinkbookError
 from sinkbook.files import write_json
 
@@ -71,7 +73,7 @@ def workplace(profile: str, output: Path | None = None) -> Workplace:
             f"no book here: neither {Path.cwd()} nor a folder above it has a _toc.yml and a "
             "book/claims.yml. Change to a copy of the repository and run it there."
         )
-    return Workplace(root, (output or root / "build").resolve(), chapter.check_profile(profile))
+    return Workplace(root, (output or root / "build").resolve(), check_profile(profile))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def _remember(execution: Execution) -> None:
         claims.keep(record)
     for facts in execution.outputs("sinkbook.facts"):
         record = {"chapter": execution.chapter, "seconds": execution.seconds, **facts}
-        write_json(chapter.status_folder() / f"{execution.chapter}.json", record)
+        write_json(status_folder() / f"{execution.chapter}.json", record)
 
 
 # ---------------------------------------------------------------------------------------------

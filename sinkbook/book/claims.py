@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sinkbook.book.chapter import check_profile
+from sinkbook.book.settings import check_profile
 from sinkbook.errors import SinkbookError
 from sinkbook.files import cache_folder, write_json
 from sinkbook.provenance import repository, versions

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from sinkbook.book import chapter as page
 from sinkbook.book import experiments
+from sinkbook.book.chapters import Table
+from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.toy.runs import TrainingConfig
 from sinkbook.toy.transformer import Transformer
@@ -88,25 +89,26 @@ def training_cost(config: Config) -> Cost:
 
 def trainings_of_chapters() -> dict[str, list[Config]]:
     """What each chapter trains at the paper's sizes, every config once."""
+    paper = Settings("paper")
     named = {
-        "03 · active-dormant": [experiments.one_layer("paper")],
+        "03 · active-dormant": [experiments.one_layer(paper)],
         "04 · mutual reinforcement": [
-            experiments.one_layer("paper", 0, experiments.sizes("paper").dynamics_seeds)
+            experiments.one_layer(paper, experiments.sizes(paper).dynamics_seeds)
         ],
-        "05 · residual peaks": experiments.structures("paper").values(),
+        "05 · residual peaks": experiments.structures(paper).values(),
         "06 · variations": [
-            *experiments.variations("paper").values(),
-            *experiments.copy_probabilities("paper").values(),
+            *experiments.variations(paper).values(),
+            *experiments.copy_probabilities(paper).values(),
         ],
-        "08 · Adam and peaks": [list(experiments.optimizer_sweep("paper").values())],
+        "08 · Adam and peaks": [list(experiments.optimizer_sweep(paper).values())],
         "09 · ReLU and SGD": [
-            configs for way in experiments.two_ways("paper").values() for configs in way.values()
+            configs for way in experiments.two_ways(paper).values() for configs in way.values()
         ],
         "10 · league table": [
-            *experiments.league("paper", layers=1).values(),
-            *experiments.league("paper", layers=3).values(),
+            *experiments.league(paper, layers=1).values(),
+            *experiments.league(paper, layers=3).values(),
         ],
-        "14 · pretraining": experiments.pretraining("paper").values(),
+        "14 · pretraining": experiments.pretraining(paper).values(),
     }
     return {
         chapter: list(dict.fromkeys(config for group in groups for config in group))
@@ -114,7 +116,7 @@ def trainings_of_chapters() -> dict[str, list[Config]]:
     }
 
 
-def training_table() -> page.Table:
+def training_table() -> Table:
     """A row for each chapter that trains: runs, operations, memory, hours on each device.
 
     Chapters share trainings, which the store keeps: the row of a chapter counts all of its own.
@@ -137,10 +139,10 @@ def training_table() -> page.Table:
         for name, device in DEVICES.items():
             row[f"hours, {name}"] = _short(operations / (UTILISATION * device.float32) / 3600)
         rows.append(row)
-    return page.Table(pd.DataFrame(rows).set_index("chapter"))
+    return Table(pd.DataFrame(rows).set_index("chapter"))
 
 
-def reading_table(*, tokens: int = 1024, texts: int = 128, checkpoints: int = 31) -> page.Table:
+def reading_table(*, tokens: int = 1024, texts: int = 128, checkpoints: int = 31) -> Table:
     """A row for each large model: weights, operations of a text, seconds for many of them.
 
     The last columns are for a sweep through so many checkpoints, which downloads each.
@@ -174,7 +176,7 @@ def reading_table(*, tokens: int = 1024, texts: int = 128, checkpoints: int = 31
             f"{checkpoints * 4 * weights / 1e9:.0f}"
         )
         rows.append(row)
-    return page.Table(pd.DataFrame(rows).set_index("model"))
+    return Table(pd.DataFrame(rows).set_index("model"))
 
 
 def _without_seed(config: Config) -> Config:
@@ -185,7 +187,7 @@ def _short(number: float) -> str:
     return f"{number:.2f}" if number < 1 else f"{number:.1f}" if number < 10 else f"{number:,.0f}"
 
 
-def devices() -> page.Table:
+def devices() -> Table:
     """The devices of the tables, by their makers' numbers."""
     rows: Sequence[dict] = [
         {
@@ -196,4 +198,4 @@ def devices() -> page.Table:
         }
         for name, device in DEVICES.items()
     ]
-    return page.Table(pd.DataFrame(rows).set_index("GPU"))
+    return Table(pd.DataFrame(rows).set_index("GPU"))

@@ -3,7 +3,8 @@
 What pretrained models read, and how much of it, is in `llm_experiments.py`.
 
 `quick` finishes each chapter in about a minute on two CPU cores. `paper` is the setting of
-arXiv 2410.13835, for one GPU. A profile changes sizes only; code paths are the same.
+arXiv 2410.13835, for one GPU. A profile changes sizes only; code paths are the same. A chapter is
+`Settings`, so that it can say `experiments.one_layer(chapter)`.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from functools import partial
 
 import xarray as xr
 
-from sinkbook.book.chapter import check_profile
+from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.mitigations.registry import MITIGATIONS, Mitigation
 from sinkbook.theory.reduced_network import over_seeds, train_reduced, train_sink
@@ -69,74 +70,74 @@ SIZES = {
 }
 
 
-def sizes(profile: str) -> Sizes:
-    """The sizes of a profile. Raises `SinkbookError` for a name that is none."""
-    return SIZES[check_profile(profile)]
+def sizes(settings: Settings) -> Sizes:
+    """The sizes of a profile."""
+    return SIZES[settings.profile]
 
 
-def bigram_backcopy(profile: str, **changes) -> TaskConfig:
+def bigram_backcopy(settings: Settings, **changes) -> TaskConfig:
     """The task at the profile's length; `changes` are fields of `TaskConfig`."""
-    return TaskConfig(**{"length": sizes(profile).length} | changes)
+    return TaskConfig(**{"length": sizes(settings).length} | changes)
 
 
-def toy(profile: str, task_config: TaskConfig, **changes) -> TransformerConfig:
+def toy(settings: Settings, task_config: TaskConfig, **changes) -> TransformerConfig:
     """The toy transformer for a task; `changes` are fields of `TransformerConfig`."""
     made = {"vocab_size": task(task_config).vocab_size, "length": task_config.length}
-    return TransformerConfig(**made | {"width": sizes(profile).width} | changes)
+    return TransformerConfig(**made | {"width": sizes(settings).width} | changes)
 
 
-def one_layer(profile: str, seed: int = 0, count: int | None = None) -> list[TrainingConfig]:
+def one_layer(settings: Settings, count: int | None = None) -> list[TrainingConfig]:
     """One-layer softmax transformers on Bigram-Backcopy, trained by AdamW (Figures 2 to 4).
 
-    `count` seeds from `42 + seed` on, by default the profile's; 42 is the paper's.
+    `count` seeds from 42 and the settings' on, by default the profile's; 42 is the paper's.
     """
-    size = sizes(profile)
-    task_config = bigram_backcopy(profile)
+    size = sizes(settings)
+    task_config = bigram_backcopy(settings)
     config = TrainingConfig(
         task=task_config,
-        model=toy(profile, task_config),
+        model=toy(settings, task_config),
         learning_rate=size.learning_rate,
         batch_size=size.batch_size,
         steps=size.steps,
         evaluation_size=size.evaluation_size,
-        seed=42 + seed,
+        seed=42 + settings.seed,
     )
     return seeds_of(config, count or size.seeds)
 
 
-def sink_training(profile: str, optimizer: str) -> dict:
+def sink_training(settings: Settings, optimizer: str) -> dict:
     """Arguments of `reduced_network.train_sink`: sink logits alone, by "sgd" or "adam".
 
     They start at 4, where `<s>` has half of the attention, and the laws of the theory begin.
     """
-    quick = check_profile(profile) == "quick"
+    quick = settings.quick
     return {
         "value": 5.0,
         "start": 4.0,
         "learning_rate": {"sgd": 40.0, "adam": 0.03}[optimizer],
         "steps": 3_000 if quick else 10_000,
-        "batch_size": sizes(profile).batch_size,
+        "batch_size": sizes(settings).batch_size,
     }
 
 
-def reduced_training(profile: str) -> dict:
+def reduced_training(settings: Settings) -> dict:
     """Arguments of `reduced_network.train_reduced`: all of it, by AdamW at the paper's rate."""
     return {
         "learning_rate": 0.03,
-        "steps": 2_000 if check_profile(profile) == "quick" else 10_000,
-        "batch_size": sizes(profile).batch_size,
+        "steps": 2_000 if settings.quick else 10_000,
+        "batch_size": sizes(settings).batch_size,
     }
 
 
-def optimizer_sweep(profile: str, seed: int = 0) -> dict[str, TrainingConfig]:
+def optimizer_sweep(settings: Settings) -> dict[str, TrainingConfig]:
     """Three-layer transformers that differ in their optimizer, by its name in the figures.
 
     Learning rates are common ones; none was tuned. In `quick` the models are half as wide and long.
     """
-    quick = check_profile(profile) == "quick"
-    size = sizes(profile)
-    task_config = bigram_backcopy(profile, length=size.length // 2 if quick else size.length)
-    model = toy(profile, task_config, layers=3, width=size.width // 2 if quick else size.width)
+    quick = settings.quick
+    size = sizes(settings)
+    task_config = bigram_backcopy(settings, length=size.length // 2 if quick else size.length)
+    model = toy(settings, task_config, layers=3, width=size.width // 2 if quick else size.width)
     rates = {  # quick, paper
         "AdamW": ("adamw", 3e-3, 3e-4),
         "AdamW, ε = 1e-4": ("adamw-large-epsilon", 3e-3, 3e-4),
@@ -156,35 +157,35 @@ def optimizer_sweep(profile: str, seed: int = 0) -> dict[str, TrainingConfig]:
             steps=600 if quick else size.steps,
             measurements=24,
             evaluation_size=size.evaluation_size,
-            seed=42 + seed,
+            seed=42 + settings.seed,
         )
         for label, (name, rate, paper_rate) in rates.items()
     }
 
 
-def reduced_networks(profile: str, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Reduced networks trained on Bigram-Backcopy, along the profile's seeds from `seed` on.
+def reduced_networks(settings: Settings) -> dict[str, xr.Dataset]:
+    """Reduced networks trained on Bigram-Backcopy, along the profile's seeds from the settings' on.
 
     "sgd" and "adam" train the sink logits alone, and so does "adam-long", whose mean square
     remembers 10,000 steps instead of 100. "whole" is AdamW on all of the network.
     """
     sgd, adam = (
-        partial(train_sink, optimizer=name, **sink_training(profile, name))
+        partial(train_sink, optimizer=name, **sink_training(settings, name))
         for name in ("sgd", "adam")
     )
     trainings = {
         "sgd": sgd,
         "adam": adam,
         "adam-long": partial(adam, second_beta=0.9999),
-        "whole": partial(train_reduced, **reduced_training(profile)),
+        "whole": partial(train_reduced, **reduced_training(settings)),
     }
-    seeds = range(seed, seed + sizes(profile).seeds)
-    return over_seeds(bigram_backcopy(profile), trainings, seeds)
+    seeds = range(settings.seed, settings.seed + sizes(settings).seeds)
+    return over_seeds(bigram_backcopy(settings), trainings, seeds)
 
 
-def averaging(profile: str) -> dict:
+def averaging(settings: Settings) -> dict:
     """Arguments of `alternatives.train_averaging`, the same in both profiles but for the steps."""
-    return {"steps": 1_000 if check_profile(profile) == "quick" else 10_000, "batch_size": 32}
+    return {"steps": 1_000 if settings.quick else 10_000, "batch_size": 32}
 
 
 # The structures of the paper's appendix, minimal ones among them: what a layer lacks.
@@ -199,72 +200,72 @@ STRUCTURES: dict[str, dict] = {
 }
 
 
-def structures(profile: str, seed: int = 0) -> dict[str, list[TrainingConfig]]:
+def structures(settings: Settings) -> dict[str, list[TrainingConfig]]:
     """The structures of `STRUCTURES`, trained by AdamW on Bigram-Backcopy, by name.
 
     In `quick` the three full layers are trained longer than the others, for the growth of the
     peak; compare structures at the steps of the shortest.
     """
-    quick = check_profile(profile) == "quick"
-    size = sizes(profile)
-    task_config = bigram_backcopy(profile, length=32 if quick else size.length)
+    quick = settings.quick
+    size = sizes(settings)
+    task_config = bigram_backcopy(settings, length=32 if quick else size.length)
     width = 48 if quick else size.width
     configs = {}
     for name, changes in STRUCTURES.items():
         config = TrainingConfig(
             task=task_config,
-            model=toy(profile, task_config, width=width, **changes),
+            model=toy(settings, task_config, width=width, **changes),
             learning_rate=size.learning_rate,
             batch_size=size.batch_size,
             steps=(1_000 if name == "3 × TF" else 400) if quick else size.steps,
             evaluation_size=size.evaluation_size,
-            seed=42 + seed,
+            seed=42 + settings.seed,
             measurements=40 if name == "3 × TF" or not quick else 12,
         )
         configs[name] = seeds_of(config, size.seeds)
     return configs
 
 
-def three_layers(profile: str, seed: int = 0) -> list[TrainingConfig]:
+def three_layers(settings: Settings) -> list[TrainingConfig]:
     """Three full layers, trained by AdamW on Bigram-Backcopy (Figure 7)."""
-    return structures(profile, seed)["3 × TF"]
+    return structures(settings)["3 × TF"]
 
 
-def variation(profile: str, seed: int = 0, *, layers: int = 1, **changes) -> list[TrainingConfig]:
+def variation(settings: Settings, *, layers: int = 1, **changes) -> list[TrainingConfig]:
     """Transformers on a task that differs from Bigram-Backcopy in the fields `changes`.
 
     In `quick` the language has Shakespeare's 32 most frequent characters, and the models are a
     quarter of the size of `one_layer`'s: there are many of them.
     """
-    quick = check_profile(profile) == "quick"
-    size = sizes(profile)
+    quick = settings.quick
+    size = sizes(settings)
     small = {"length": 32, "characters": 32} if quick else {}
-    task_config = bigram_backcopy(profile, **small | changes)
+    task_config = bigram_backcopy(settings, **small | changes)
     config = TrainingConfig(
         task=task_config,
-        model=toy(profile, task_config, layers=layers, width=32 if quick else size.width),
+        model=toy(settings, task_config, layers=layers, width=32 if quick else size.width),
         learning_rate=size.learning_rate,
         batch_size=16 if quick else size.batch_size,
         steps=(800 if layers == 1 else 1_000) if quick else size.steps,
         evaluation_size=size.evaluation_size,
-        seed=42 + seed,
+        seed=42 + settings.seed,
         measurements=8,  # what counts is the end
     )
     return seeds_of(config, size.seeds)
 
 
-def variations(profile: str, seed: int = 0) -> dict[str, list[TrainingConfig]]:
+def variations(settings: Settings) -> dict[str, list[TrainingConfig]]:
     """Bigram-Backcopy and the languages that change one of its rules, by name."""
     return {
-        "Bigram-Backcopy": variation(profile, seed),
-        "no <s>": variation(profile, seed, starts=0),
-        "two starts": variation(profile, seed, starts=2),
-        "delimiters": variation(profile, seed, delimiter_probability=0.1),
-        "in-context": variation(profile, seed, rule="in-context", layers=3),
-        "Bigram-backward": variation(profile, seed, rule="backward"),
-        "Markov": variation(profile, seed, rule="markov"),
-        "1 trigger": variation(profile, seed, triggers=1),
-        "8 triggers": variation(profile, seed, triggers=8),
+        "Bigram-Backcopy": variation(settings),
+        "no <s>": variation(settings, starts=0),
+        "two starts": variation(settings, starts=2),
+        "delimiters": variation(settings, delimiter_probability=0.1),
+        "in-context": variation(settings, rule="in-context", layers=3),
+        "Bigram-backward": variation(settings, rule="backward"),
+        "Markov": variation(settings, rule="markov"),
+        "1 trigger": variation(settings, triggers=1),
+        "8 triggers": variation(settings, triggers=8),
     }
 
 
@@ -272,9 +273,9 @@ def variations(profile: str, seed: int = 0) -> dict[str, list[TrainingConfig]]:
 COPY_PROBABILITIES = (0.1, 0.5, 0.7, 0.8, 1.0)
 
 
-def copy_probabilities(profile: str, seed: int = 0) -> dict[float, list[TrainingConfig]]:
+def copy_probabilities(settings: Settings) -> dict[float, list[TrainingConfig]]:
     """Bigram-Backcopy whose triggers ask for a copy only with some probability, by it."""
-    return {p: variation(profile, seed, copy_probability=p) for p in COPY_PROBABILITIES}
+    return {p: variation(settings, copy_probability=p) for p in COPY_PROBABILITIES}
 
 
 # The paper's two mitigations beside their control, by their names in figures and in the registry.
@@ -282,7 +283,7 @@ TWO_WAYS = {"softmax, AdamW": "softmax", "ReLU, AdamW": "relu", "softmax, SGD": 
 RATES = (1 / 3, 1.0, 3.0)  # learning rates, in those of the other chapters
 
 
-def two_ways(profile: str, seed: int = 0) -> dict[str, dict[float, list[TrainingConfig]]]:
+def two_ways(settings: Settings) -> dict[str, dict[float, list[TrainingConfig]]]:
     """The methods of `TWO_WAYS` in three layers, by name and learning rate.
 
     The control at the rate 1 is `three_layers`. In `quick` the other rates have one seed and
@@ -294,21 +295,21 @@ def two_ways(profile: str, seed: int = 0) -> dict[str, dict[float, list[Training
         for rate in RATES:
             configs = [
                 MITIGATIONS[name].applied_to(replace(c, learning_rate=rate * c.learning_rate))
-                for c in three_layers(profile, seed)
+                for c in three_layers(settings)
             ]
-            if check_profile(profile) == "quick" and rate != 1:
+            if settings.quick and rate != 1:
                 configs = [replace(configs[0], steps=600)]
             sweep[label][rate] = configs
     return sweep
 
 
-def league(profile: str, seed: int = 0, *, layers: int) -> dict[str, list[TrainingConfig]]:
+def league(settings: Settings, *, layers: int) -> dict[str, list[TrainingConfig]]:
     """Every mitigation of the registry on Bigram-Backcopy, by its name there.
 
     In `quick` the language has 32 characters, as in `variation`, and two seeds have to do.
     """
-    base = _league_base(profile, seed, layers)
-    return under_mitigations(base, 2 if check_profile(profile) == "quick" else sizes(profile).seeds)
+    base = _league_base(settings, layers)
+    return under_mitigations(base, 2 if settings.quick else sizes(settings).seeds)
 
 
 def under_mitigations(base: TrainingConfig, count: int) -> dict[str, list[TrainingConfig]]:
@@ -316,9 +317,9 @@ def under_mitigations(base: TrainingConfig, count: int) -> dict[str, list[Traini
     return {name: seeds_of(m.applied_to(base), count) for name, m in MITIGATIONS.items()}
 
 
-def _league_base(profile: str, seed: int, layers: int) -> TrainingConfig:
-    config = variation(profile, seed, layers=layers)[0]
-    steps = {1: 800, 3: 600}[layers] if check_profile(profile) == "quick" else config.steps
+def _league_base(settings: Settings, layers: int) -> TrainingConfig:
+    config = variation(settings, layers=layers)[0]
+    steps = {1: 800, 3: 600}[layers] if settings.quick else config.steps
     return replace(config, steps=steps, measurements=20)
 
 
@@ -331,12 +332,12 @@ SLOT_CONTROLS = {
 }
 
 
-def null_slots(profile: str, seed: int = 0) -> dict[str, dict[str, list[TrainingConfig]]]:
+def null_slots(settings: Settings) -> dict[str, dict[str, list[TrainingConfig]]]:
     """One-layer transformers with a null slot under each of `SLOT_CONTROLS`, by control and name.
 
     Those of "as it is" are in `league`. The slot of softmax-1 learns nothing and has no speed.
     """
-    return under_slot_controls(league(profile, seed, layers=1))
+    return under_slot_controls(league(settings, layers=1))
 
 
 def under_slot_controls(
@@ -364,20 +365,20 @@ PRETRAINING_CONTROLS = {
 }
 
 
-def pretraining(profile: str, seed: int = 0) -> dict[str, list[PretrainingConfig]]:
+def pretraining(settings: Settings) -> dict[str, list[PretrainingConfig]]:
     """A pretraining on Shakespeare, "as it is" and under `PRETRAINING_CONTROLS`, by name.
 
     The paper has none of this size: the larger one, too, is ours. In `quick` a control has one
     seed and fewer steps.
     """
-    quick = PretrainingConfig(seed=seed)
+    quick = PretrainingConfig(seed=settings.seed)
     larger = replace(
         quick, length=256, width=256, layers=4, heads=8, batch_size=128, learning_rate=1e-3,
         steps=20_000, measure_every=500, evaluation_size=64,
     )  # fmt: skip
-    base = {"quick": quick, "paper": larger}[check_profile(profile)]
-    found = {"as it is": seeds_of(base, sizes(profile).seeds)}
-    count, steps = (1, 1_000) if profile == "quick" else (sizes(profile).seeds, base.steps)
+    base = {"quick": quick, "paper": larger}[settings.profile]
+    found = {"as it is": seeds_of(base, sizes(settings).seeds)}
+    count, steps = (1, 1_000) if settings.quick else (sizes(settings).seeds, base.steps)
     for name, changes in PRETRAINING_CONTROLS.items():
         found[name] = seeds_of(replace(base, steps=steps, **changes), count)
     return found

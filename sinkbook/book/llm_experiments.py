@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sinkbook.book.chapter import check_profile
+from sinkbook.book.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,21 @@ class Consequences:
     shares: tuple[float, ...] = (0.05, 0.1)  # of all heads
 
 
-def dormant_heads(profile: str) -> DormantHeads:
+def dormant_heads(settings: Settings) -> DormantHeads:
     """How many texts and heads the search for dormant heads has at a profile."""
-    if check_profile(profile) == "quick":
+    if settings.quick:
         return DormantHeads(texts=16, trial_texts=4, candidates=5, shortlist=4, random_heads=12)
     return DormantHeads(texts=256, trial_texts=32, candidates=24, shortlist=16, random_heads=64)
 
 
-def anatomy(profile: str) -> Anatomy:
+def anatomy(settings: Settings) -> Anatomy:
     """How many texts, and how long, a pretrained model is taken apart on at a profile."""
     quick = Anatomy(cut_texts=4, cut_length=48, texts=8, length=96)
     paper = Anatomy(cut_texts=16, cut_length=128, texts=128, length=128)
-    return {"quick": quick, "paper": paper}[check_profile(profile)]
+    return {"quick": quick, "paper": paper}[settings.profile]
 
 
-def consequences(profile: str) -> Consequences:
+def consequences(settings: Settings) -> Consequences:
     """How many texts, and how long, pay for dropped tokens, rounded states and cut heads."""
     quick = Consequences(
         streams=4,
@@ -92,4 +92,4 @@ def consequences(profile: str) -> Consequences:
         pruned_length=128,
         shares=(0.05, 0.1, 0.15, 0.2),
     )
-    return {"quick": quick, "paper": paper}[check_profile(profile)]
+    return {"quick": quick, "paper": paper}[settings.profile]

@@ -12,10 +12,12 @@ import numpy as np
 import xarray as xr
 
 from sinkbook.book.experiments import STRUCTURES, bigram_backcopy, toy
+from sinkbook.book.settings import Settings
 from sinkbook.mitigations.registry import MITIGATIONS
 from sinkbook.toy.runs import Run, TrainingConfig, seeds_of, together
 
 Groups = dict[str, list[TrainingConfig]]
+PAPER = Settings("paper")
 
 
 def _training(
@@ -27,9 +29,9 @@ def _training(
     **changes,
 ) -> list[TrainingConfig]:
     """Trainings at the paper's size; what is not changed is the paper's, but for the batch."""
-    of_task = bigram_backcopy("paper", **task or {})
+    of_task = bigram_backcopy(PAPER, **task or {})
     made = {"batch_size": 64, "steps": 3_000, "precision": "bfloat16", "details": True} | changes
-    model = toy("paper", of_task, layers=layers, **model or {})
+    model = toy(PAPER, of_task, layers=layers, **model or {})
     return seeds_of(TrainingConfig(task=of_task, model=model, **made), seeds)
 
 

@@ -28,6 +28,7 @@ from sinkbook.book.experiments import (
     under_mitigations,
     under_slot_controls,
 )
+from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
 from sinkbook.files import write
 from sinkbook.mitigations.registry import MITIGATIONS
@@ -42,7 +43,7 @@ from sinkbook.toy.transformer import Transformer
 
 def _one_layer(batch_size: int, steps: int) -> xr.Dataset:
     """The paper's one-layer run on two CPU cores: its width, length and optimizer."""
-    (config, *_) = one_layer("paper")
+    (config, *_) = one_layer(Settings("paper"))
     run = train(replace(config, batch_size=batch_size, steps=steps, evaluation_size=64))
     return run.measurements.assign_attrs(
         _provenance(asdict(run.config), run.facts, run.seconds), seed=run.config.seed
@@ -56,7 +57,7 @@ def _league(seeds: int = 5) -> xr.Dataset:
     """
     from sinkbook.mitigations import league
 
-    (deep, *_) = three_layers("quick")
+    (deep, *_) = three_layers(Settings("quick"))
     bases = {1: replace(deep, model=replace(deep.model, layers=1)), 3: deep}
     configs = {layers: under_mitigations(base, seeds) for layers, base in bases.items()}
     runs = {layers: train_groups(groups) for layers, groups in configs.items()}
@@ -112,7 +113,7 @@ def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
 
     sweep = {
         name: seeds_of(replace(config, steps=steps, measurements=48), seeds)
-        for name, config in optimizer_sweep("quick").items()
+        for name, config in optimizer_sweep(Settings("quick")).items()
     }
     runs = train_groups(sweep)
     norms, damped = [], []

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sinkbook import files
-from sinkbook.book import chapter, claims
+from sinkbook import book, files
+from sinkbook.book import claims
 from sinkbook.errors import SinkbookError
 
 ENTRY = """
@@ -127,7 +127,9 @@ def test_a_profile_without_a_criterion_is_an_error(ledger):
 
 
 def test_the_facts_of_a_run_are_one_line_with_profile_seed_device_and_versions():
-    line = str(chapter.facts("quick", 3))
+    shown, metadata = book.chapter("quick", 3)._repr_mimebundle_()
+    line = shown["text/plain"]
+    assert metadata["sinkbook.facts"]["seed"] == 3
     assert line.startswith("profile quick · seed 3 · ")
     assert "torch 2" in line and "transformers 5" in line and "\n" not in line
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sinkbook.book import costs, experiments
+from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.toy.transformer import Transformer
 
@@ -32,7 +33,7 @@ def test_memory_holds_four_numbers_a_weight_and_grows_with_the_batch():
 def test_the_tables_name_every_chapter_that_trains_and_every_device():
     chapters = costs.trainings_of_chapters()
     assert all(configs for configs in chapters.values())
-    assert experiments.one_layer("paper")[0] in chapters["03 · active-dormant"]
+    assert experiments.one_layer(Settings("paper"))[0] in chapters["03 · active-dormant"]
     table = costs.training_table()
     assert list(table.rows.index) == list(chapters)
     assert [column for column in table.rows if "hours" in column] == [

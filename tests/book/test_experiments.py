@@ -9,6 +9,7 @@ import xarray as xr
 
 from sinkbook import figures
 from sinkbook.book import experiments
+from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.toy import measurements
@@ -34,14 +35,16 @@ def untrained(seed=0, layers=1, **changes) -> Run:
 
 @pytest.mark.parametrize("profile", ["quick", "paper"])
 def test_every_structure_and_variation_has_a_run_for_each_seed(profile):
-    groups = experiments.structures(profile, 5) | experiments.variations(profile, 5)
-    groups |= experiments.copy_probabilities(profile, 5)
+    groups = experiments.structures(Settings(profile, 5)) | experiments.variations(
+        Settings(profile, 5)
+    )
+    groups |= experiments.copy_probabilities(Settings(profile, 5))
     for configs in groups.values():
         assert [config.seed for config in configs] == [47, 48, 49]
 
 
 def test_variations_differ_from_bigram_backcopy_in_the_task_alone():
-    varied = experiments.variations("quick")
+    varied = experiments.variations(Settings("quick"))
     for name, (config, *_) in varied.items():
         if name == "in-context":
             continue
@@ -52,17 +55,20 @@ def test_variations_differ_from_bigram_backcopy_in_the_task_alone():
 
 
 def test_certain_copying_is_bigram_backcopy_itself():
-    plain = experiments.variations("quick")["Bigram-Backcopy"]
-    assert experiments.copy_probabilities("quick")[1.0] == plain
+    plain = experiments.variations(Settings("quick"))["Bigram-Backcopy"]
+    assert experiments.copy_probabilities(Settings("quick"))[1.0] == plain
 
 
 def test_three_layers_are_shared_with_the_structures():
-    assert experiments.three_layers("quick") == experiments.structures("quick")["3 × TF"]
+    assert (
+        experiments.three_layers(Settings("quick"))
+        == experiments.structures(Settings("quick"))["3 × TF"]
+    )
 
 
 def test_unknown_profiles_are_named():
     with pytest.raises(SinkbookError, match="fast"):
-        experiments.structures("fast")
+        experiments.structures(Settings("fast"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"starts": 0}, {"starts": 2}, {"triggers": 1}])

@@ -9,6 +9,7 @@ import pytest
 import xarray as xr
 
 from sinkbook.book import experiments, records
+from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.registry import MITIGATIONS
 
@@ -46,7 +47,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
     few = {name: MITIGATIONS[name] for name in NAMES}
     monkeypatch.setattr(experiments, "MITIGATIONS", few)
-    (deep, *_) = experiments.three_layers("quick")
+    (deep, *_) = experiments.three_layers(Settings("quick"))
     small = replace(
         deep,
         model=replace(deep.model, width=8),
@@ -55,7 +56,7 @@ def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
         measurements=2,
         evaluation_size=2,
     )
-    monkeypatch.setattr(records, "three_layers", lambda profile: [small])
+    monkeypatch.setattr(records, "three_layers", lambda settings: [small])
     monkeypatch.setitem(records.RECORDS, "league", lambda: records._league(seeds=2))
     made = xr.load_dataset(records.make("league"), engine="h5netcdf")
     assert made.sizes["mitigation"] == 3 and made.sizes["seed"] == 2
@@ -68,13 +69,13 @@ def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
 
 
 def test_the_record_of_the_optimizers_is_made_of_its_runs(elsewhere, monkeypatch):
-    whole = experiments.optimizer_sweep("quick")
+    whole = experiments.optimizer_sweep(Settings("quick"))
     small = {
         name: replace(c, model=replace(c.model, width=8), batch_size=4, evaluation_size=2)
         for name, c in whole.items()
         if name in ("AdamW", "SGD")
     }
-    monkeypatch.setattr(records, "optimizer_sweep", lambda profile: small)
+    monkeypatch.setattr(records, "optimizer_sweep", lambda settings: small)
     making = partial(records._optimizers, seeds=2, steps=4)
     monkeypatch.setitem(records.RECORDS, "optimizers", making)
     made = xr.load_dataset(records.make("optimizers"), engine="h5netcdf")

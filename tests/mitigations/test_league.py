@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 
 from sinkbook.book import experiments
+from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
 from sinkbook.llm.components import residual_states
 from sinkbook.mitigations import league
@@ -223,19 +224,19 @@ def test_attention_goes_somewhere(runs):
 
 
 def test_the_league_of_the_book_is_the_registry(monkeypatch):
-    before = experiments.league("quick", layers=1)
+    before = experiments.league(Settings("quick"), layers=1)
     assert list(before) == list(MITIGATIONS)
     fifteenth = Mitigation("no MLP", "control", "this test", {"without_mlp": (0,)})
     monkeypatch.setitem(MITIGATIONS, "no-mlp", fifteenth)
-    after = experiments.league("quick", layers=1)
+    after = experiments.league(Settings("quick"), layers=1)
     assert set(after) - set(before) == {"no-mlp"}
     assert after["no-mlp"][0].model == replace(before["softmax"][0].model, without_mlp=(0,))
     assert all(len(seeds) >= 2 for seeds in after.values())
 
 
 def test_slots_are_compared_with_everything_else_alike():
-    slots = experiments.null_slots("quick")
-    league_of_one = experiments.league("quick", layers=1)
+    slots = experiments.null_slots(Settings("quick"))
+    league_of_one = experiments.league(Settings("quick"), layers=1)
     assert slots["as it is"]["key-bias"] == league_of_one["key-bias"]
     assert slots["no <s>"]["sink-logit"][0].task.starts == 0
     fast = slots["slot 10 × as fast"]
@@ -245,8 +246,8 @@ def test_slots_are_compared_with_everything_else_alike():
 
 
 def test_the_two_ways_out_are_compared_with_the_models_of_chapter_five():
-    sweep = experiments.two_ways("quick")
-    assert sweep["softmax, AdamW"][1.0] == experiments.three_layers("quick")
+    sweep = experiments.two_ways(Settings("quick"))
+    assert sweep["softmax, AdamW"][1.0] == experiments.three_layers(Settings("quick"))
     assert all(len(rates[1.0]) >= 3 and len(rates) == 3 for rates in sweep.values())
     with pytest.raises(SinkbookError, match="no profile"):
-        experiments.two_ways("slow")
+        experiments.two_ways(Settings("slow"))

@@ -7,6 +7,7 @@ import torch
 import xarray as xr
 
 from sinkbook.book import experiments
+from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.quantization import (
     RANGES,
@@ -174,7 +175,7 @@ def test_eight_bit_losses_stand_beside_the_exact_ones():
 
 
 def test_a_toys_rounding_errors_are_those_of_its_own_texts_in_one_range():
-    config = replace(experiments.one_layer("quick")[0], evaluation_size=5)
+    config = replace(experiments.one_layer(Settings("quick"))[0], evaluation_size=5)
     runs = []
     for seed in range(2):
         torch.manual_seed(seed)

@@ -54,8 +54,8 @@ def test_files_that_a_chapter_offers_lie_beside_its_page_and_in_its_link(
     (repository.root / "_config.yml").touch()
     repository.chapter(
         "01_good",
-        "from sinkbook.book import chapter",
-        'chapter.attach({"numbers.csv": b"a,b\\n1,2\\n"})',
+        "from sinkbook import book",
+        'book.chapter(profile, seed).attach({"numbers.csv": b"a,b\\n1,2\\n"})',
     )
     assert sinkbook("build")[0] == 0
     beside = repository.output / "src-quick" / "extra" / "book" / "numbers.csv"
@@ -95,8 +95,8 @@ def test_a_checked_claim_reaches_the_ledger_again_from_the_cache(repository, sin
     (repository.root / "_config.yml").touch()
     repository.chapter(
         "01_good",
-        "from sinkbook.book import claims",
-        "claims.check('two', [2.0, 2.0], profile=profile)",
+        "from sinkbook import book",
+        "book.chapter(profile, seed).check('two', [2.0, 2.0])",
     )
     assert sinkbook("build")[0] == 0
     (claims.ledger_folder() / "two.json").unlink()

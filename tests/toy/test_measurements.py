@@ -8,6 +8,7 @@ import torch
 import xarray as xr
 
 from sinkbook.book import experiments
+from sinkbook.book.settings import Settings
 from sinkbook.mitigations.sink_cache import streaming
 from sinkbook.toy.measurements import bigram_excess, excess_risks
 from sinkbook.toy.runs import Run
@@ -16,7 +17,7 @@ from tiny import assert_close
 
 
 def test_bigram_excess_is_measured_while_a_change_holds():
-    config = experiments.one_layer("quick")[0]
+    config = experiments.one_layer(Settings("quick"))[0]
     config = replace(config, evaluation_size=8)
     model = Transformer(config.model).requires_grad_(False)
     with torch.no_grad():

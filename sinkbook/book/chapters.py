@@ -1,42 +1,104 @@
-"""What a chapter says about itself: the profile, seed, device and versions it ran with.
+"""The object that a chapter works with, and what a page shows beside its text and figures.
 
-A chapter's set-up cell ends with `page.facts(profile, seed)`. `sinkbook build` adds the seconds
-that the chapter took, and keeps one record a chapter for the status page.
+    from sinkbook import book
+
+    chapter = book.chapter(profile, seed)
+
+It knows the profile and the seed, so that sizes follow from it (`experiments.one_layer(chapter)`)
+and claims are judged by it (`chapter.check("sink.one-layer", values)`). `sinkbook build` adds the
+seconds that the chapter took, and keeps one file a chapter for the status page.
 """
 
 import json
 from base64 import b64encode
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from html import escape
 from pathlib import Path
 
 import pandas as pd
+import xarray as xr
 
-from sinkbook.errors import SinkbookError
+from sinkbook.book import claims
+from sinkbook.book.settings import Settings
 from sinkbook.files import cache_folder
 from sinkbook.provenance import device, repository, versions
 
-PROFILES = ("quick", "paper")
+
+@dataclass(frozen=True)
+class Chapter(Settings):
+    """A chapter being run. Made by `book.chapter`; shown, it is the line of what it runs with."""
+
+    def check(self, claim_id: str, values: Iterable[float]) -> None:
+        """Hand in the measurement of a claim, one number a seed: it is judged, shown and kept.
+
+        A claim that fails is shown as failed and raises nothing: that is a result. An id that is
+        not in `book/claims.yml` raises `SinkbookError`.
+        """
+        claims.check(claim_id, values, profile=self.profile)
+
+    def report(self, **numbers: float | int | str) -> None:
+        """Hand numbers to the text, where a Markdown cell prints one by the role `{glue:text}`."""
+        claims.report(**numbers)
+
+    def record(self, name: str) -> xr.Dataset:
+        """The measurements of a record; shows when, on what and by which command it was made.
+
+        Raises `SinkbookError` if there is no such record, or none yet, naming the command.
+        """
+        from IPython.display import display
+
+        from sinkbook.book import records
+
+        record = records.load(name)
+        display(Line(provenance_in_words(record)))
+        return record
+
+    def table(self, rows: pd.DataFrame) -> "Table":
+        """Rows as a table that fits the page."""
+        return Table(rows)
+
+    def attach(self, files: dict[str, bytes]) -> "Attachments":
+        """Offer files on the page, by name."""
+        return Attachments(files)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        return Facts(self.profile, self.seed)._repr_mimebundle_()
 
 
-def check_profile(profile: str) -> str:
-    """The profile's name, or an error that names the ones there are.
+@dataclass(frozen=True)
+class Line:
+    """A line in small print."""
 
-    >>> check_profile("quick")
-    'quick'
+    text: str
+
+    def _repr_html_(self) -> str:
+        return f'<p class="sinkbook-facts">{escape(self.text)}</p>'
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def provenance_in_words(record: xr.Dataset) -> str:
+    """When, on what, in which time and by which command a record was made.
+
+    >>> provenance_in_words(xr.Dataset(attrs={"record": "league", "date": "2026-11-20T10:00:00Z",
+    ...     "seconds": 9000, "device": "CPU, 1 thread", "command": "sinkbook record league"}))
+    'Record league: made on 2026-11-20 in 2.5 hours on CPU, 1 thread, by: sinkbook record league'
     """
-    if profile not in PROFILES:
-        raise SinkbookError(
-            f"no profile named {profile!r}. There are two: quick (minutes on two CPU cores) and "
-            "paper (the paper's own sizes, for one GPU)."
-        )
-    return profile
+    about = record.attrs
+    minutes = about["seconds"] / 60
+    time = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
+    return (
+        f"Record {about['record']}: made on {about['date'][:10]} in {time} "
+        f"on {about['device']}, by: {about['command']}"
+    )
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One line on a chapter's page: what it was run with. Made by `facts`."""
+    """The line on a chapter's page that says what it was run with."""
 
     profile: str
     seed: int
@@ -52,14 +114,9 @@ class Facts:
         )
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
-        html = f'<p class="sinkbook-facts">{escape(str(self))}</p>'
+        html = Line(str(self))._repr_html_()
         # The metadata travels with the executed notebook, where the status page finds it.
-        return {"text/html": html, "text/plain": str(self)}, {"sinkbook.facts": vars(self)}
-
-
-def facts(profile: str, seed: int) -> Facts:
-    """The line that ends a chapter's set-up cell; an unknown profile is an error here."""
-    return Facts(check_profile(profile), seed)
+        return {"text/html": html, "text/plain": str(self)}, {"sinkbook.facts": asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +136,7 @@ class Table:
 class Attachments:
     """Files that a page offers: as links that need no server, and beside the built page.
 
-    Made by `attach`. `sinkbook build` finds the files in the metadata of the executed notebook.
+    `sinkbook build` finds the files in the metadata of the executed notebook.
     """
 
     files: dict[str, bytes]
@@ -96,11 +153,6 @@ class Attachments:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} ({len(c) / 1000:.0f} kB)" for name, c in self.files.items())
-
-
-def attach(files: dict[str, bytes]) -> Attachments:
-    """Offer files on the page, by name."""
-    return Attachments(files)
 
 
 def status_folder() -> Path:
