@@ -9,13 +9,12 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -26,10 +25,11 @@ from sinkbook.llm import components
 from sinkbook.llm.neurons import down_projection, unit_writes
 from sinkbook.llm.sink_location import seen_by_all
 from sinkbook.models import pretrained
+from sinkbook.models.losses import next_token_loss
 from sinkbook.models.partial_forward import logits_of
 from sinkbook.models.pretrained import LanguageModel
-from sinkbook.progress import progress
 from sinkbook.provenance import provenance
+from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.tasks import generator_at
 
 # Raise it when `fine_tune` changes what it gives: stored runs are then not taken. No hash of the
@@ -81,9 +81,7 @@ class Config:
     @property
     def measured_steps(self) -> tuple[int, ...]:
         """The numbers of steps after which the model is measured; 0 is right after the cut."""
-        early = np.geomspace(1, self.steps, self.measurements).round().astype(int)
-        regular = range(0, self.steps, self.measure_every)
-        return tuple(sorted({*early.tolist(), *regular, self.steps}))
+        return schedule(self.steps, self.measurements, every=self.measure_every)
 
     @property
     def folder(self) -> Path:
@@ -230,20 +228,18 @@ def _train(config: Config) -> None:
     above = above & (above.layer > writer.layer)
     weights = list(model.requires_grad_(True).parameters())
     optimizer = OPTIMIZERS[config.optimizer](weights, config.learning_rate)
-    found, measured_steps = [], config.measured_steps
-    with progress("fine-tuning", config.steps) as show:
-        for step in range(config.steps + 1):
-            if step in measured_steps:
-                now = measure_reemergence(model, tokens, writer)
-                found.append(now.expand_dims(step=[step]))
-            if step < config.steps:
-                batch = batch_at(reader, config, step)
-                F.cross_entropy(logits_of(model, batch)[:, :-1].mT, batch[:, 1:]).backward()
-                nn.utils.clip_grad_norm_(weights, config.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                show(step + 1)
-    measured = xr.concat(found, "step").assign(above=above).assign_coords(domain=list(DOMAINS))
+    measured = train_measured(
+        descend(
+            optimizer,
+            lambda texts: next_token_loss(logits_of(model, texts)[:, :-1], texts),
+            clip=config.clip,
+        ),
+        (batch_at(reader, config, step) for step in range(config.steps)),
+        partial(measure_reemergence, model, tokens, writer),
+        measured=config.measured_steps,
+        label="fine-tuning",
+    )
+    measured = measured.assign(above=above).assign_coords(domain=list(DOMAINS))
     facts = {
         "config": asdict(config),
         "writer": writer._asdict(),

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +34,8 @@ from sinkbook.llm.checkpoint_metrics import (
 from sinkbook.models.losses import next_token_loss
 from sinkbook.parallel import in_processes
 from sinkbook.probe.attention_maps import attention_weights
-from sinkbook.progress import progress
 from sinkbook.provenance import provenance
+from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import EVALUATION_SEED, hash_of_code, in_groups
 from sinkbook.toy.tasks import generator_at
@@ -49,6 +49,7 @@ HELD_OUT = 20  # one scene of so many is measured on and never trained on
 _CODE = (
     "models/losses",
     "toy/attention",
+    "toy/loop",
     "toy/norms",
     "toy/transformer",
     "toy/optimizers",
@@ -92,8 +93,7 @@ class PretrainingConfig:
     @property
     def measured_steps(self) -> tuple[int, ...]:
         """The numbers of steps after which the model is measured."""
-        early = np.geomspace(1, self.steps, self.measurements).round().astype(int)
-        return tuple(sorted({*early.tolist(), *range(0, self.steps, self.measure_every)}))
+        return schedule(self.steps, self.measurements, every=self.measure_every)
 
     @property
     def folder(self) -> Path:
@@ -256,22 +256,22 @@ def _train(config: PretrainingConfig, device: str) -> None:
     model = Transformer(config.model).to(device)
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config)
     characters = Characters(config)
-    found, measured_steps = [], config.measured_steps
-    with progress("pretraining", config.steps) as show:
-        for step in range(config.steps + 1):
-            if step in measured_steps:
-                found.append(measure_pretraining(model, characters).expand_dims(step=[step]))
-                show(step)
-            if step < config.steps:
-                texts = characters.batch_at(config.batch_size, config.seed, step, device)
-                optimizer.zero_grad()
-                next_token_loss(model(texts[:, :-1]), texts).backward()
-                optimizer.step()
+    batches = (
+        characters.batch_at(config.batch_size, config.seed, step, device)
+        for step in range(config.steps)
+    )
+    measured = train_measured(
+        descend(optimizer, lambda texts: next_token_loss(model(texts[:, :-1]), texts)),
+        batches,
+        partial(measure_pretraining, model, characters),
+        measured=config.measured_steps,
+        label="pretraining",
+    )
     facts = {
         "config": asdict(config),
         "seconds": time.monotonic() - started,
     } | provenance()
-    store.save_run(config.folder, model.state_dict(), xr.concat(found, "step"), facts)
+    store.save_run(config.folder, model.state_dict(), measured, facts)
 
 
 # --- The head that learns to be dormant ------------------------------------------------------

@@ -40,6 +40,7 @@ from sinkbook.llm.checkpoints import texts_to_measure
 from sinkbook.models.pretrained import quiet
 from sinkbook.progress import progress
 from sinkbook.provenance import provenance
+from sinkbook.toy.loop import schedule
 
 MODEL_ID = "sinkbook/small-llama"
 DOMAINS = ("prose-en", "code")
@@ -68,8 +69,7 @@ class SmallLlama:
     @property
     def saved_steps(self) -> tuple[int, ...]:
         """The numbers of steps after which the model becomes a revision."""
-        later = np.geomspace(self.steps / 40, self.steps, self.checkpoints).round().astype(int)
-        return tuple(np.unique([0, *later]).tolist())
+        return schedule(self.steps, self.checkpoints, first=self.steps / 40)
 
     @property
     def folder(self) -> Path:

@@ -5,6 +5,7 @@ their authors say of them in their abstracts; the tests are ours.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from sinkbook.models.losses import next_token_loss
 from sinkbook.probe.attention_maps import attention_weights
-from sinkbook.theory.reduced_network import train_on
 from sinkbook.toy.attention import KERNELS, relu_weights, scores_and_mask
+from sinkbook.toy.loop import descend, train_steps
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import EVALUATION_SEED, TrainingConfig
 from sinkbook.toy.tasks import Task, generator_at, task
@@ -153,7 +154,7 @@ def train_averaging(
     head = SelfAttention(config, layer_idx=0)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01, betas=(0.9, 0.99))
     batches = (task.batch_at(batch_size, seed, step) for step in range(steps))
-    train_on(batches, head, optimizer, dict, task.loss, steps=steps)
+    train_steps(descend(optimizer, partial(task.loss, head)), batches, steps=steps)
     return head.requires_grad_(False)
 
 
@@ -213,7 +214,11 @@ def train_changed(
     model = change(Transformer(config.model))
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config)
     batches = task(config.task).batches(config.batch_size, config.seed, range(config.steps))
-    train_on(batches, model, optimizer, dict, steps=config.steps)
+
+    def loss(texts: Int[Tensor, "text position"]) -> Tensor:
+        return next_token_loss(model(texts[:, :-1]), texts)
+
+    train_steps(descend(optimizer, loss), batches, steps=config.steps)
     return model.eval().requires_grad_(False)
 
 

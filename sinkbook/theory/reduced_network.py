@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_loss
 from sinkbook.parallel import in_processes
+from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.runs import EVALUATION_SEED
 from sinkbook.toy.tasks import Task, TaskConfig, task
 
@@ -141,38 +142,30 @@ def risks_beside_law(
     return xr.Dataset({name: ("point", values) for name, values in rows})
 
 
-def train_on(
-    batches: Iterable[Int[Tensor, "text position"]],
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    measure: Callable[[], dict[str, Float[Tensor, "..."]]],
-    loss: Callable[[nn.Module, Tensor], Tensor] | None = None,
-    *,
-    steps: int,
-    measurements: int = 60,
-) -> xr.Dataset:
-    """Train a network on batches, in memory; `measure` is called on a logarithmic schedule.
+# When a training is measured. Not at the start, which has no place on a logarithmic axis.
+MEASUREMENTS = 60
 
-    What it returns is stacked over `step`, the number of steps done, up to `steps`, as many as
-    there are batches. `loss(network, texts)` is to be lowered; it is that of the next token.
-    """
-    measured = np.unique(np.geomspace(1, steps, measurements).round().astype(int))
-    loss = loss or (lambda network, texts: next_token_loss(network(texts[:, :-1]), texts))
-    found = []
-    for step, texts in enumerate(batches, start=1):
-        optimizer.zero_grad()
-        loss(network, texts).backward()
-        optimizer.step()
-        if step in measured:
-            with torch.no_grad():
-                found.append(
-                    {name: value.cpu().numpy().copy() for name, value in measure().items()}
-                )
-    variables = {}
-    for name, first in found[0].items():
-        dims = ("step", *["token"] * first.ndim)
-        variables[name] = (dims, np.stack([values[name] for values in found]))
-    return xr.Dataset(variables, coords={"step": measured})
+
+def _train(
+    network: ReducedNetwork,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Int[Tensor, "text position"]],
+    steps: int,
+    measure: Callable[[], dict[str, Float[Tensor, "..."]]],
+) -> xr.Dataset:
+    """The measurements of a training, vectors over `token`, along the number of steps done."""
+
+    def loss(texts: Int[Tensor, "text position"]) -> Tensor:
+        return next_token_loss(network(texts[:, :-1]), texts)
+
+    @torch.no_grad()
+    def measured() -> xr.Dataset:
+        values = {name: value.cpu().numpy().copy() for name, value in measure().items()}
+        return xr.Dataset({name: (("token",) * v.ndim, v) for name, v in values.items()})
+
+    return train_measured(
+        descend(optimizer, loss), batches, measured, measured=schedule(steps, MEASUREMENTS)[1:]
+    )
 
 
 def train_reduced(
@@ -205,7 +198,7 @@ def train_reduced(
         }
 
     batches = task.batches(batch_size, seed, range(steps), _device())
-    return train_on(batches, network, optimizer, measure, steps=steps)
+    return _train(network, optimizer, batches, steps, measure)
 
 
 def train_sink(
@@ -238,7 +231,7 @@ def train_sink(
         "adam": lambda: torch.optim.Adam(moved, lr=learning_rate, betas=(0.9, second_beta)),
     }[optimizer]()
     batches = task.batches(batch_size, seed, range(steps), _device())
-    return train_on(batches, network, made, lambda: parameters, steps=steps)
+    return _train(network, made, batches, steps, lambda: parameters)
 
 
 def over_seeds(

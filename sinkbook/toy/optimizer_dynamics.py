@@ -1,53 +1,31 @@
 """What optimizers do on the way: the steps that they take, and where equal losses find them."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float64, Num
 
 from sinkbook.fits import log_slope
-from sinkbook.models.losses import next_token_loss
-from sinkbook.toy.optimizers import OPTIMIZERS
-from sinkbook.toy.runs import EVALUATION_SEED, Run, TrainingConfig, together
-from sinkbook.toy.tasks import task
+from sinkbook.toy.runs import Run, TrainingConfig, together
+from sinkbook.toy.training import train
 from sinkbook.toy.transformer import Transformer
 
 
 def step_norms(config: TrainingConfig, measurements: int = 24, many: int = 256) -> xr.Dataset:
-    """Train in memory, and measure every parameter's gradient and step on a logarithmic schedule.
+    """Every parameter's gradient and step, measured on a logarithmic schedule of a training.
 
     The result has three Frobenius norms over (step, parameter): `gradient_norm` of the gradient on
-    `many` texts that are not trained on, `batch_norm` of that on the batch, most of which may be
-    noise, and `update_norm` of the change that the optimizer makes. The training is that of the
-    config (`training.train` has the same weights), on the CPU.
+    `many` texts that are not trained on, `batch_gradient_norm` of that on the batch, most of which
+    may be noise, and `update_norm` of the change that the optimizer makes. Steps count from 1. The
+    weights are those of the config's own run.
     """
-    texts_of = task(config.task)
-    torch.manual_seed(config.seed)
-    model = Transformer(config.model)
-    named = dict(model.named_parameters())
-    optimizer = OPTIMIZERS[config.optimizer](named.values(), config)
-    measured = np.unique(np.geomspace(1, config.steps, measurements).round().astype(int))
-    fresh = texts_of.batch_at(many, EVALUATION_SEED, 0)
-    found: dict[str, list] = {"gradient_norm": [], "batch_norm": [], "update_norm": []}
-    batches = texts_of.batches(config.batch_size, config.seed, range(config.steps))
-    for step, texts in enumerate(batches, start=1):
-        if step in measured:
-            gradients = torch.autograd.grad(
-                next_token_loss(model(fresh[:, :-1]), fresh), list(named.values())
-            )
-            found["gradient_norm"].append([g.norm().item() for g in gradients])
-            before = [p.detach().clone() for p in named.values()]
-        optimizer.zero_grad()
-        next_token_loss(model(texts[:, :-1]), texts).backward()
-        optimizer.step()
-        if step in measured:
-            pairs = zip(named.values(), before, strict=True)
-            found["batch_norm"].append([p.grad.norm().item() for p in named.values()])
-            found["update_norm"].append([(p.detach() - b).norm().item() for p, b in pairs])
-    return xr.Dataset(
-        {name: (("step", "parameter"), np.array(norms)) for name, norms in found.items()},
-        coords={"step": measured, "parameter": list(named)},
-    )
+    detailed = replace(config, details=True, measurements=measurements, evaluation_size=many)
+    norms = train(detailed).measurements[["gradient_norm", "batch_gradient_norm", "update_norm"]]
+    # What is measured after so many steps is the step that follows; none follows the last.
+    taken = norms.isel(step=slice(None, -1))
+    return taken.assign_coords(step=taken.step + 1)
 
 
 def exponents(norms: xr.Dataset) -> xr.Dataset:

@@ -9,7 +9,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Int
@@ -18,6 +17,7 @@ from torch import Tensor
 from sinkbook import store
 from sinkbook.data.shakespeare import characters
 from sinkbook.errors import SinkbookError
+from sinkbook.toy.loop import schedule
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.tasks import Task, TaskConfig, task
 from sinkbook.toy.transformer import Transformer, TransformerConfig
@@ -30,6 +30,7 @@ Name = TypeVar("Name", str, float)
 _TRAINING_CODE = (
     "models/losses",
     "toy/attention",
+    "toy/loop",
     "toy/norms",
     "toy/tasks",
     "toy/transformer",
@@ -101,10 +102,7 @@ class TrainingConfig:
     @property
     def measured_steps(self) -> tuple[int, ...]:
         """The steps before which the model is measured: 0, then evenly on a log axis to the end."""
-        return (
-            0,
-            *np.unique(np.geomspace(1, self.steps, self.measurements).round().astype(int)).tolist(),
-        )
+        return schedule(self.steps, self.measurements)
 
 
 @dataclass(frozen=True)

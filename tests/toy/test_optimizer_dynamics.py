@@ -25,7 +25,9 @@ SMALL = TrainingConfig(
 def test_plain_gradient_descent_steps_are_the_rate_times_the_gradient():
     config = replace(SMALL, optimizer="sgd-without-momentum", weight_decay=0.0)
     norms = optimizer_dynamics.step_norms(config, many=8)
-    np.testing.assert_allclose(norms.update_norm, 1e-2 * norms.batch_norm, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(
+        norms.update_norm, 1e-2 * norms.batch_gradient_norm, rtol=1e-3, atol=1e-7
+    )
 
 
 def test_exponents_are_those_of_powers_of_the_step():
