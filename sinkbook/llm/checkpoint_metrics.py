@@ -15,11 +15,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
-from sinkbook.probe.attention_maps import attention_logits
-from sinkbook.probe.masks import Scope
+from sinkbook.probe.attention_maps import attention_maps
 from sinkbook.probe.measure import measure
-from sinkbook.probe.recorder import Recorder
-from sinkbook.toy.transformer import Transformer
 
 
 def measure_checkpoint(
@@ -165,36 +162,19 @@ def concentration(checkpoint: xr.Dataset, *, pool_heads: bool = False) -> xr.Dat
 def last_query_logits(
     model: nn.Module, tokens: Int[Tensor, "text position"]
 ) -> Float[Tensor, "text layer head key"]:
-    """The attention logits of the last position's query to all keys, itself among them."""
-    if isinstance(model, Transformer):
-        tokens = tokens.to(next(model.parameters()).device)
-        layers = [
-            attention_logits(model, tokens, layer=layer)[:, :, -1]
-            for layer in range(model.config.layers)
-        ]
-        return torch.stack(layers, dim=1)
-    device = next(model.parameters()).device
-    real = torch.ones_like(tokens, dtype=torch.bool, device=device)
-    sink = torch.zeros(len(tokens), dtype=torch.long, device=device)
-    listener = _LogitListener(model, Scope(sink, real, real, frozenset()))
-    listener.run({"input_ids": tokens.to(device)}, with_logits=False)
-    return torch.stack(_even(listener.logits, tokens.shape), dim=1)
+    """The attention logits of the last position's query to all keys, itself among them.
 
-
-class _LogitListener(Recorder):
-    """Keeps the logits of the last query of each layer."""
-
-    def __init__(self, model: nn.Module, scope: Scope):
-        super().__init__(model, scope)
-        self.logits: list[Tensor | None] = [None] * len(self.layers)
-
-    def attend(self, query, key, value, mask, *, scaling, softcap=None, **rest):
-        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        logits = (scaling * query[:, :, -1:].float() @ keys.float().mT)[:, :, 0]
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        self.logits[self.layer] = logits.cpu()
-        return super().attend(query, key, value, mask, scaling=scaling, softcap=softcap, **rest)
+    NaN for keys that it cannot see, and in layers without softmax attention.
+    """
+    last = torch.tensor([tokens.shape[1] - 1])
+    maps = attention_maps(model, tokens, queries=last)
+    if not any(maps):
+        raise SinkbookError(
+            f"{type(model).__name__} has no softmax attention, so its queries have no logits."
+        )
+    logits = [None if found is None else found.logits[:, :, 0].float().cpu() for found in maps]
+    every = torch.stack(_even(logits, tokens.shape), dim=1)
+    return every.masked_fill(every.isneginf(), float("nan"))
 
 
 def _even(layers: Sequence[Tensor | None], shape: torch.Size) -> list[Tensor]:

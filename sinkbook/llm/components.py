@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import zero
 from sinkbook.models.layout import Layer, layers
-from sinkbook.models.partial_forward import can_resume, given, kept
+from sinkbook.models.partial_forward import can_resume, given, kept, residual_states, state_of
 from sinkbook.probe.measure import measure, residual_peak_ratio, value_drain_ratio
 from sinkbook.progress import progress
 
@@ -98,26 +98,6 @@ def _length(vectors: xr.DataArray) -> xr.DataArray:
 
 
 @contextmanager
-def residual_states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Keep the residual states while the body runs the model once, the embedding first."""
-    states: list[Tensor] = []
-
-    def enter(_block, arguments, keywords):
-        states.append(arguments[0] if arguments else keywords["hidden_states"])
-
-    found = layers(model)
-    with ExitStack() as hooks:
-        first = found[0].block.register_forward_pre_hook(enter, with_kwargs=True)
-        hooks.callback(first.remove)
-        for layer in found:
-            leave = layer.block.register_forward_hook(
-                lambda *call: states.append(state_of(call[2]))
-            )
-            hooks.callback(leave.remove)
-        yield states
-
-
-@contextmanager
 def _part_writes(layer: Layer, written: dict[str, Tensor]) -> Iterator[None]:
     """Keep what the parts of a layer give, and then what the norms that follow make of it."""
     owners = {"attention": layer.attention, "mlp": layer.mlp}
@@ -133,11 +113,6 @@ def _part_writes(layer: Layer, written: dict[str, Tensor]) -> Iterator[None]:
         for module in modules:
             hooks.callback(module.register_forward_hook(note).remove)
         yield
-
-
-def state_of(output: Tensor | tuple) -> Tensor:
-    """The states that a layer or a part gives: its output, or the first of several."""
-    return output if torch.is_tensor(output) else output[0]
 
 
 @torch.no_grad()

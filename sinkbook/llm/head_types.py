@@ -1,8 +1,5 @@
 """What each head of a language model habitually looks at, and what it is there for."""
 
-from contextlib import ExitStack
-from functools import partial
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,9 +7,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sinkbook.models.attention_interface import attending_by
-from sinkbook.models.layout import layers
 from sinkbook.models.pretrained import LanguageModel
+from sinkbook.probe.attention_maps import attention_maps
 
 Tokens = Int[Tensor, "text position"]
 
@@ -106,23 +102,9 @@ def is_delimiter(language_model: LanguageModel, tokens: Tokens) -> Bool[Tensor, 
 
 def _maps(model: nn.Module, tokens: Tokens) -> list[Float[Tensor, "_head query query"]]:
     """The attention weights of every layer on one text; one NaN for layers without attention."""
-    length = tokens.shape[1]
-    nothing = torch.full((1, length, length), float("nan"))
-    maps = [nothing for _ in layers(model)]
-
-    def keep(number, _attention, _arguments, output):
-        weights = [part for part in output if torch.is_tensor(part) and part.ndim == 4]
-        if weights and weights[-1].shape[-2:] == (length, length):
-            maps[number] = weights[-1][0]
-
-    with ExitStack() as undo:
-        undo.enter_context(attending_by(model, "eager"))
-        for number, layer in enumerate(layers(model)):
-            if layer.attention is not None:
-                handle = layer.attention.register_forward_hook(partial(keep, number))
-                undo.callback(handle.remove)
-        model.base_model(tokens.to(model.device), output_attentions=True, use_cache=False)
-    return maps
+    nothing = torch.full((1, tokens.shape[1], tokens.shape[1]), float("nan"))
+    found = attention_maps(model, tokens)
+    return [nothing if of_layer is None else of_layer.weights[0] for of_layer in found]
 
 
 def _stack(layers: list[Float[Tensor, "kind _head"]]) -> Float[Tensor, "kind layer _heads"]:

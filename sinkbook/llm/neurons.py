@@ -14,9 +14,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
-from sinkbook.llm.components import Tokens, state_of, symptoms
+from sinkbook.llm.components import Tokens, symptoms
 from sinkbook.models.layout import layers
-from sinkbook.models.partial_forward import can_resume, given, kept
+from sinkbook.models.partial_forward import can_resume, given, kept, state_of
 from sinkbook.probe.measure import measure
 from sinkbook.progress import progress
 

@@ -15,10 +15,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from sinkbook import probe
-from sinkbook.llm.components import residual_states
 from sinkbook.mitigations.quantization import int8_error
 from sinkbook.mitigations.registry import FAMILIES, MITIGATIONS
 from sinkbook.models.layout import blocks
+from sinkbook.models.partial_forward import residual_states
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.probe.measure import measure
 from sinkbook.toy.measurements import measure_without

@@ -1,4 +1,4 @@
-"""Cutting and replacing parts of a running model, the same way for toys and pretrained models.
+"""Cutting and replacing parts of a running model, the same way in every model that `layout` reads.
 
     with zero(model, "mlp", layer=11, position=0):
         loss_without = loss_of(model, tokens)
@@ -10,7 +10,6 @@ exception. Interventions nest, and each sees what the ones before it have change
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,16 +17,8 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import Layer, layers
-from sinkbook.toy.transformer import SelfAttention
 
 PARTS = ("attention", "head", "value", "mlp", "residual")
-
-
-class _Heads(NamedTuple):
-    """Heads side by side in the last dimension, from a fraction `start` of it on."""
-
-    count: int
-    start: float = 0.0
 
 
 @contextmanager
@@ -68,8 +59,10 @@ def replace(
             module = _module(found[index], part)
             if module is None:
                 raise SinkbookError(f"layer {index} has no {part} of its own to replace.")
-            heads = _heads(model, found[index], part)
-            hook = partial(_write_over, with_=with_, heads=heads, head=head, position=position)
+            heads = {"head": found[index].heads, "value": found[index].value_heads}.get(part)
+            start = found[index].value_start if part == "value" else 0.0
+            where = {"heads": heads, "start": start, "head": head, "position": position}
+            hook = partial(_write_over, with_=with_, **where)
             if part == "head":
                 handle = module.register_forward_pre_hook(
                     lambda _, inputs, hook=hook: (hook(inputs[0]), *inputs[1:])
@@ -106,29 +99,20 @@ def _module(layer: Layer, part: str) -> nn.Module | None:
     }[part]
 
 
-def _heads(model: nn.Module, layer: Layer, part: str) -> _Heads | None:
-    """How a part divides into heads; None for parts that are not divided."""
-    if part not in ("head", "value"):
-        return None
-    if isinstance(layer.attention, SelfAttention):
-        return _Heads(layer.attention.heads)
-    config = model.config.get_text_config()
-    count = config.num_attention_heads
-    if part == "value":
-        count = getattr(config, "num_key_value_heads", None) or count
-    fused = part == "value" and type(layer.value).__name__ == "Conv1D"
-    return _Heads(count, start=2 / 3 if fused else 0)
-
-
 def _write_over(
     states: Float[Tensor, "batch position states"],
     *,
     with_: float | Tensor,
-    heads: _Heads | None,
+    heads: int | None,
+    start: float,
     head: int | Iterable[int] | None,
     position: int | Iterable[int] | None,
 ) -> Float[Tensor, "batch position states"]:
-    """A copy of a part's states in which those of some heads and positions are replaced."""
+    """A copy of a part's states in which those of some heads and positions are replaced.
+
+    `heads` stand side by side in the last dimension, from the fraction `start` of it on; `None`
+    for parts that are not divided into heads.
+    """
     states = states.clone()
     rows = torch.arange(states.shape[1])
     rows = rows if position is None else rows[_indices(position)]
@@ -136,9 +120,9 @@ def _write_over(
     if heads is None:
         states[:, rows] = new
         return states
-    chosen = list(range(heads.count)) if head is None else _indices(head)
-    if not all(0 <= h < heads.count for h in chosen):
-        raise SinkbookError(f"head {head} is not there; 0 to {heads.count - 1} are.")
-    own = states[..., round(heads.start * states.shape[-1]) :].unflatten(-1, (heads.count, -1))
+    chosen = list(range(heads)) if head is None else _indices(head)
+    if not all(0 <= h < heads for h in chosen):
+        raise SinkbookError(f"head {head} is not there; 0 to {heads - 1} are.")
+    own = states[..., round(start * states.shape[-1]) :].unflatten(-1, (heads, -1))
     own[:, rows[:, None], chosen] = new
     return states

@@ -26,10 +26,39 @@ Output = Tensor | tuple
 def logits_of(
     model: nn.Module, tokens: Int[Tensor, "text position"]
 ) -> Float[Tensor, "text position vocab"]:
-    """The next-token logits of a toy or of a transformers causal LM, without a key-value cache."""
+    """The next-token logits of a causal language model, without a key-value cache."""
     cacheless = "use_cache" in inspect.signature(model.forward).parameters
     output = model(tokens, **({"use_cache": False} if cacheless else {}))
-    return getattr(output, "logits", output)
+    return state_of(getattr(output, "logits", output))
+
+
+def state_of(output: Output) -> Tensor:
+    """The states that a layer or a part gives: its output, or the first of several."""
+    return output if torch.is_tensor(output) else output[0]
+
+
+def state_into(arguments: tuple, keywords: dict) -> Tensor:
+    """The residual state that a block is called with: its first argument, by place or by name."""
+    if arguments or "hidden_states" not in keywords:
+        return next(iter((*arguments, *keywords.values())))
+    return keywords["hidden_states"]
+
+
+@contextmanager
+def residual_states(model: nn.Module) -> Iterator[list[Float[Tensor, "batch position width"]]]:
+    """Keep the residual states while the body runs the model once, the embedding first."""
+    states: list[Tensor] = []
+    found = blocks(model)
+    with ExitStack() as hooks:
+        first = found[0].register_forward_pre_hook(
+            lambda _, arguments, keywords: states.append(state_into(arguments, keywords)),
+            with_kwargs=True,
+        )
+        hooks.callback(first.remove)
+        for block in found:
+            leave = block.register_forward_hook(lambda *call: states.append(state_of(call[2])))
+            hooks.callback(leave.remove)
+        yield states
 
 
 @contextmanager

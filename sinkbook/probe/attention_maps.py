@@ -1,66 +1,92 @@
 """Whole attention maps, for pictures of short texts. `measure.py` needs none."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.layout import layers
-from sinkbook.toy.attention import scores_and_mask
-from sinkbook.toy.transformer import SelfAttention, Transformer
+from sinkbook.probe.masks import Scope
+from sinkbook.probe.recorder import Recorder
 
 LONGEST = 1024
 
 
-@torch.no_grad()
+class AttentionMap(NamedTuple):
+    """What some queries of one layer attend to, and by which logits."""
+
+    logits: Float[Tensor, "batch head query key"]  # as they enter the softmax; -inf if hidden
+    weights: Float[Tensor, "batch head query key"]
+
+
 def attention_weights(
     model: nn.Module, input_ids: Int[Tensor, "batch position"], *, layer: int
 ) -> Float[Tensor, "batch head query key"]:
     """The attention weights of one layer, all queries against all keys.
 
-    `model` is a toy transformer or a causal LM of transformers; `layer` counts from 0.
-    Raises `SinkbookError` for a layer that is not there, and for texts of more than 1,024 tokens,
-    whose maps nobody can look at: `sinkbook.measure` has what they show.
+    `model` is any that `measure` takes; `layer` counts all layers, from 0.
+    Raises `SinkbookError` for a layer that is not there or has no attention that can be read, and
+    for texts of more than 1,024 tokens, whose maps nobody can look at: `sinkbook.measure` has what
+    they show.
     """
-    found = layers(model)
-    if not 0 <= layer < len(found) or found[layer].attention is None:
-        raise SinkbookError(f"there is no attention in layer {layer}; 0 to {len(found) - 1} exist.")
+    return _map_of(model, input_ids, layer).weights
+
+
+def attention_logits(
+    model: nn.Module, input_ids: Int[Tensor, "batch position"], *, layer: int
+) -> Float[Tensor, "batch head query key"]:
+    """The attention logits of one layer, after scaling, soft cap and biases; as the weights are.
+
+    `-inf` where a key is hidden from a query.
+    """
+    return _map_of(model, input_ids, layer).logits
+
+
+@torch.no_grad()
+def attention_maps(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch position"],
+    *,
+    queries: Int[Tensor, " asked"] | None = None,
+    layer: int | None = None,
+) -> list[AttentionMap | None]:
+    """The attention of every layer, or of one; `None` where there is none or none was asked for.
+
+    `queries` are the positions of the queries, all by default. The texts are whole: no padding.
+    """
+    found: list[AttentionMap | None] = [None] * len(layers(model))
+
+    def look(number, rows_of) -> None:
+        if layer in (None, number):
+            rows = list(rows_of(queries))
+            hidden = [r.logits.masked_fill(~r.visible, float("-inf")) for r in rows]
+            weights = [r.weights.masked_fill(~r.visible, 0.0) for r in rows]
+            found[number] = AttentionMap(torch.cat(hidden, dim=2), torch.cat(weights, dim=2))
+
+    input_ids = input_ids.to(next(model.parameters()).device)
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    scope = Scope(torch.zeros_like(input_ids[:, 0]), real, real, frozenset())
+    Recorder(model, scope, look).run({"input_ids": input_ids}, with_logits=False)
+    return found
+
+
+def _map_of(model: nn.Module, input_ids: Tensor, layer: int) -> AttentionMap:
     if input_ids.shape[1] > LONGEST:
         raise SinkbookError(
             f"a map of {input_ids.shape[1]} tokens cannot be looked at. Give at most {LONGEST}, or "
             "use sinkbook.measure."
         )
-    if hasattr(model, "set_attn_implementation"):
-        with attending_by(model, "eager"):
-            output = model(input_ids, output_attentions=True, use_cache=False)
-        return output.attentions[layer]
-    scores, weights = _listen(model, input_ids, found[layer].attention)
-    return scores.softmax(dim=-1) if weights is None else weights
-
-
-@torch.no_grad()
-def attention_logits(
-    model: Transformer, input_ids: Int[Tensor, "batch position"], *, layer: int
-) -> Float[Tensor, "batch head query key"]:
-    """The attention logits `S` of one layer of a toy transformer; `-inf` where a key is hidden."""
-    return _listen(model, input_ids, model.layers[layer].attention)[0]
-
-
-def _listen(model: Transformer, input_ids: Tensor, attention: SelfAttention):
-    """The logits of one attention while the model runs, and its weights if it makes them."""
-    original, kept = attention.attention_function, []
-
-    def keeping(module, query, key, value, attention_mask, scaling, **keywords):
-        output, weights = original(
-            module, query, key, value, attention_mask, scaling=scaling, **keywords
+    count = len(layers(model))
+    if not 0 <= layer < count:
+        raise SinkbookError(f"layer {layer} is not there; 0 to {count - 1} are.")
+    found = attention_maps(model, input_ids, layer=layer)[layer]
+    if found is None:
+        every = attention_maps(model, input_ids[:1, :2])
+        attend = [str(number) for number, of_layer in enumerate(every) if of_layer is not None]
+        raise SinkbookError(
+            f"there is no softmax attention in layer {layer} of {type(model).__name__}. "
+            f"Layers that attend: {', '.join(attend) or 'none'}."
         )
-        kept.append((scores_and_mask(query, key, attention_mask, scaling), weights))
-        return output, weights
-
-    attention.attention_function = keeping
-    try:
-        model(input_ids)
-    finally:
-        attention.attention_function = original
-    return kept[0]
+    return found

@@ -34,13 +34,18 @@ def softmax_rows(
     bias: Tensor | None = None,
     softcap: float | None = None,
     learned_sink: Float[Tensor, " head"] | None = None,
+    queries: Int[Tensor, " asked"] | None = None,
 ) -> Iterator[Rows]:
-    """Softmax attention formed outright, so few queries at a time that memory stays linear."""
+    """Softmax attention formed outright, so few queries at a time that memory stays linear.
+
+    Of all queries, or of those at the positions `queries`.
+    """
     exact = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length, _ = query.shape
     key = key.to(exact).repeat_interleave(heads // key.shape[1], dim=1)
+    asked = torch.arange(length) if queries is None else queries
     step = max(1, ENTRIES // (batch * heads * length))
-    for positions in torch.arange(length, device=query.device).split(step):
+    for positions in asked.to(query.device).split(step):
         logits = scaling * query[:, :, positions].to(exact) @ key.mT
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -77,12 +82,14 @@ def formed_rows(
     logits: Float[Tensor, "batch head query key"],
     visible: Spans | Bool[Tensor, "batch head_or_1 query key"],
     weights: Float[Tensor, "batch head query key"],
+    queries: Int[Tensor, " asked"] | None = None,
 ) -> Iterator[Rows]:
     """Weights that a model has formed itself, handed on in the same small parts."""
     batch, heads, length, _ = weights.shape
     exact = torch.promote_types(weights.dtype, torch.float32)
+    asked = torch.arange(length) if queries is None else queries
     step = max(1, ENTRIES // (batch * heads * length))
-    for positions in torch.arange(length, device=weights.device).split(step):
+    for positions in asked.to(weights.device).split(step):
         yield Rows(
             positions,
             logits[:, :, positions].to(exact),

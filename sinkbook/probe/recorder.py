@@ -1,15 +1,16 @@
 """Listening to a model while it runs: what its attention gets and gives, and its residual states.
 
-Attention is reached in one of three ways. Toy transformers call the function that they carry as
-`attention_function`. Models of transformers look theirs up by name in `AttentionInterface`, where
-ours is registered. The few architectures that do neither are overheard: `_Overhearing` watches
-for the softmax, or the fused attention, inside one layer after the other. Each way puts back what
-the model had, also after an exception.
+Attention is reached in one of three ways. Models of transformers look theirs up by name in
+`AttentionInterface`, where ours is registered. The few architectures that do not are overheard:
+`_Overhearing` watches for the softmax, or the fused attention, inside one layer after the other.
+All other models call the function that they carry as `attention_function` (`models/layout.py`),
+and so do toys; the weights that it returns are read, or the fused attention inside it is
+overheard. Each way puts back what the model had, also after an exception.
 """
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
 
@@ -22,7 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.attention_interface import attending_by
-from sinkbook.models.layout import layers
+from sinkbook.models.layout import layers, of_transformers
+from sinkbook.models.partial_forward import logits_of, state_into, state_of
 from sinkbook.probe import explicit, fused
 from sinkbook.probe.masks import (
     Heads,
@@ -34,10 +36,12 @@ from sinkbook.probe.masks import (
     causal_spans,
     find_spans,
 )
-from sinkbook.toy.attention import KERNELS
 
 NAME = "sinkbook"  # of our attention function in transformers' registries
 HIDDEN = -3e4  # additive masks hold something lower, biases do not
+
+# Called with a layer, and a function from positions of queries to their rows.
+Look = Callable[[int, Callable[[Tensor | None], Iterator[explicit.Rows]]], None]
 
 _active: ContextVar["Recorder | None"] = ContextVar("active recorder", default=None)
 
@@ -46,10 +50,11 @@ class Recorder:
     """Collects, layer by layer, what one forward pass of `model` shows of a `Scope`.
 
     `readings` holds a dictionary of variables for each layer, empty where there is no attention;
-    `residuals` one for each residual state, the embedding first.
+    `residuals` one for each residual state, the embedding first. Who gives a `look` is shown every
+    layer's attention, from which it can form whole rows of logits and weights.
     """
 
-    def __init__(self, model: nn.Module, scope: Scope):
+    def __init__(self, model: nn.Module, scope: Scope, look: Look | None = None):
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise SinkbookError(
                 f"{type(model).__name__} has an encoder and a decoder. The probe measures causal "
@@ -58,6 +63,7 @@ class Recorder:
         self.model = model
         self.layers = layers(model)
         self.scope = scope
+        self._look = look
         self.layer: int | None = None  # the one that runs now
         self.readings: list[dict[str, Tensor]] = [{} for _ in self.layers]
         self.residuals: list[dict[str, Tensor]] = [{} for _ in range(len(self.layers) + 1)]
@@ -73,7 +79,7 @@ class Recorder:
             undo.enter_context(self._listening())
             token = _active.set(self)
             undo.callback(_active.reset, token)
-            if hasattr(self.model, "set_attn_implementation"):
+            if of_transformers(self.model):
                 forward = self.model if with_logits else self.model.base_model
                 accepted = inspect.signature(forward.forward).parameters
                 if "use_cache" in accepted:
@@ -81,10 +87,31 @@ class Recorder:
                 undo.enter_context(_transformers_attention(self.model, self))
                 output = forward(**inputs)
                 return output.logits if with_logits else None
-            if (self.scope.real[:, 1:] & ~self.scope.real[:, :-1]).any():
-                raise SinkbookError("toy transformers take padding after the text only.")
-            undo.enter_context(_toy_attention(self.model))
-            return self.model(inputs["input_ids"])
+            self._check_named(inputs)
+            undo.enter_context(_named_attention(self))
+            logits = logits_of(self.model, inputs["input_ids"])
+            self._check_heard()
+            return logits
+
+    def _check_named(self, inputs: dict[str, Tensor]) -> None:
+        """A model that is not of transformers takes tokens alone; what it would ignore is told."""
+        name = type(self.model).__name__
+        if "position_ids" in inputs or inputs.get("attention_mask", self.scope.real).ndim != 2:
+            raise SinkbookError(
+                f"{name} takes whole texts: no position_ids, and no attention_mask over pairs. "
+                "Only models of transformers do."
+            )
+        if (self.scope.real[:, 1:] & ~self.scope.real[:, :-1]).any():
+            raise SinkbookError(f"{name} takes padding after the text only.")
+
+    def _check_heard(self) -> None:
+        there = {number for number, layer in enumerate(self.layers) if layer.attention is not None}
+        if unheard := sorted(there - self._heard):
+            raise SinkbookError(
+                f"{type(self.model).__name__} never called the attention_function of layer "
+                f"{unheard[0]}. Call it as self.attention_function(self, query, key, value, mask, "
+                "scaling=scaling), or set attention to None."
+            )
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -105,12 +132,12 @@ class Recorder:
         if _active.get() is self:
             self.layer = number
             if number == 0:
-                self._keep_residual(0, arguments[0] if arguments else keywords["hidden_states"])
+                self._keep_residual(0, state_into(arguments, keywords))
 
     def _leave(self, number: int, _block, _arguments, output) -> None:
         if _active.get() is self:
             self.layer = None
-            self._keep_residual(number + 1, output if torch.is_tensor(output) else output[0])
+            self._keep_residual(number + 1, state_of(output))
 
     def _keep_residual(self, number: int, state: Tensor) -> None:
         if state.shape[:-1] != self.scope.real.shape:
@@ -153,9 +180,12 @@ class Recorder:
                 "self-attention of whole texts only."
             )
         scope = self.scope.to(query.device)
-        visible, mask_bias = self._visibility(mask, causal, scope)
+        visible, mask_bias = self.visibility(mask, causal, scope)
         if mask_bias is not None:
             bias = mask_bias if bias is None else bias + mask_bias
+        extras = (bias, softcap, learned_sink)
+        of_queries = partial(explicit.softmax_rows, query, key, scaling, visible, *extras)
+        self.look(of_queries)
         plain = isinstance(visible, Spans) and softcap is None and bias is None
         if plain and fused.can_be_fused(query):
             output, reading = fused.read_fused(
@@ -163,11 +193,34 @@ class Recorder:
             )
             self.routes.add("fused")
         else:
-            rows = explicit.softmax_rows(query, key, scaling, visible, bias, softcap, learned_sink)
-            output, reading = explicit.read_formed(rows, value, scope)
+            output, reading = explicit.read_formed(of_queries(), value, scope)
             self.routes.add("chunked")
         self.keep(reading, value, query.shape[1])
         return output
+
+    def read_weights(
+        self,
+        logits: Float[Tensor, "batch head query key"],
+        visible: Spans | Tensor,
+        weights: Float[Tensor, "batch head query key"],
+        value: Values,
+        *,
+        route: str,
+        normalised: bool,
+    ) -> None:
+        """File what weights that the model has formed itself show."""
+        scope = self.scope.to(weights.device)
+        if (weights.triu(1).ne(0).any(-1) & scope.real[:, None]).any():
+            raise self.not_causal()
+        of_queries = partial(explicit.formed_rows, logits, visible, weights)
+        self.look(of_queries)
+        reading = explicit.read_rows(of_queries(), scope, normalised=normalised)
+        self.routes.add(route)
+        self.keep(reading, value, weights.shape[1])
+
+    def look(self, of_queries: Callable[..., Iterator[explicit.Rows]]) -> None:
+        if self._look is not None and self.layer not in self._heard:
+            self._look(self.layer, lambda queries: of_queries(queries=queries))
 
     def keep(self, reading: dict[str, Tensor], value: Values, heads: int) -> None:
         """File the reading of the layer that runs now, with the norms of its values."""
@@ -196,7 +249,7 @@ class Recorder:
             kept["value_norm"] = torch.linalg.vector_norm(written, dim=-1).flatten(1, 2)
         self._factors[self.layer] = factor
 
-    def _visibility(
+    def visibility(
         self, mask: Tensor | None, causal: bool, scope: Scope
     ) -> tuple[Spans | Tensor, Tensor | None]:
         """Spans if the keys that a mask shows have that form, else pairs; and its biases."""
@@ -259,41 +312,54 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _toy_attention(model: nn.Module) -> Iterator[None]:
-    """Listen to every `attention_function`. What it returns decides what goes on downstream."""
-    carriers = [module for module in model.modules() if hasattr(module, "attention_function")]
-    originals = [module.attention_function for module in carriers]
-
-    def listening_to(original):
-        def attention(module, query, key, value, attention_mask, scaling, **keywords):
-            recorder = _active.get()
-            if recorder is not None and original is KERNELS["softmax"]:
-                output = recorder.attend(query, key, value, attention_mask, scaling=scaling)
-                return output.transpose(1, 2), None
-            output, weights = original(
-                module, query, key, value, attention_mask, scaling=scaling, **keywords
-            )
-            if recorder is not None and weights is None:
-                recorder.attend(query, key, value, attention_mask, scaling=scaling)
-            elif recorder is not None:
-                repeats = query.shape[1] // key.shape[1]
-                logits = scaling * query @ key.repeat_interleave(repeats, dim=1).mT
-                spans = causal_spans(recorder.scope.real)
-                rows = explicit.formed_rows(logits, spans, weights)
-                reading = explicit.read_rows(rows, recorder.scope, normalised=False)
-                recorder.routes.add("chunked")
-                recorder.keep(reading, value, query.shape[1])
-            return output, weights
-
-        return attention
-
-    try:
-        for module, original in zip(carriers, originals, strict=True):
-            module.attention_function = listening_to(original)
+def _named_attention(recorder: Recorder) -> Iterator[None]:
+    """Listen to each layer's `attention_function`. What it returns goes on downstream."""
+    carriers = {layer.attention for layer in recorder.layers if layer.attention is not None}
+    with contextlib.ExitStack() as undo:
+        for module in carriers:
+            own = vars(module).get("attention_function")
+            undo.callback(_restore_function, module, own)
+            module.attention_function = partial(_listen, module.attention_function)
         yield
-    finally:
-        for module, original in zip(carriers, originals, strict=True):
-            module.attention_function = original
+
+
+def _restore_function(module: nn.Module, own: Callable | None) -> None:
+    """Put back the function that the module itself carried; `None` if it was its class's."""
+    del module.attention_function
+    if own is not None:
+        module.attention_function = own
+
+
+def _listen(
+    original, module, query, key, value, attention_mask=None, scaling=None, **keywords
+) -> tuple[Outputs, Tensor | None]:
+    """Call an attention function, and read the weights that it returns or the fused call in it."""
+    call = partial(original, module, query, key, value, attention_mask, scaling=scaling, **keywords)
+    recorder = _active.get()
+    if recorder is None or recorder.layer is None:
+        return call()
+    with _Overhearing(recorder, whole_layer=False) as heard:
+        output, weights = call()
+    if weights is None:
+        if heard.fused_calls != 1:
+            raise SinkbookError(
+                f"the attention_function of layer {recorder.layer} returns no weights and calls "
+                f"scaled_dot_product_attention {heard.fused_calls} times. Return the outputs and "
+                "the weights, (batch, head, query, key), or call it once."
+            )
+        return output, weights
+    scope = recorder.scope.to(query.device)
+    visible, bias = recorder.visibility(attention_mask, True, scope)
+    made_by_softmax = heard.weights is not None and heard.weights.shape == weights.shape
+    if made_by_softmax and torch.allclose(heard.weights.to(weights), weights):
+        logits = heard.scores
+    else:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        repeats = query.shape[1] // key.shape[1]
+        logits = scaling * query @ key.repeat_interleave(repeats, dim=1).mT
+        logits = logits if bias is None else logits + bias
+    recorder.read_weights(logits, visible, weights, value, route="chunked", normalised=False)
+    return output, weights
 
 
 def _interface_attention(
@@ -343,15 +409,18 @@ class _Overhearing(TorchFunctionMode):
     """Reads attention off the torch functions that a layer calls.
 
     A softmax over (..., query, key) is taken for the weights, and the next product with them for
-    that with the values. A call of the fused attention is answered by the recorder.
+    that with the values, if it is the `whole_layer` that is heard and not an attention function,
+    which returns its weights. A call of the fused attention is answered by the recorder.
     """
 
     SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
     PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: Recorder, whole_layer: bool = True):
         super().__init__()
         self.recorder = recorder
+        self.whole_layer = whole_layer
+        self.fused_calls = 0
         self.scores: Tensor | None = None
         self.weights: Tensor | None = None
 
@@ -361,13 +430,15 @@ class _Overhearing(TorchFunctionMode):
         if recorder.layer is None or _active.get() is not recorder:
             return function(*args, **kwargs)
         if function is F.scaled_dot_product_attention:
+            self.fused_calls += 1
             return self._fused_attention(*args, **kwargs)
         result = function(*args, **kwargs)
         batch, length = recorder.scope.real.shape
         if function in self.SOFTMAX and result.ndim >= 3 and result.shape[-2:] == (length, length):
             self.scores, self.weights = args[0], result
         elif (
-            function in self.PRODUCTS
+            self.whole_layer
+            and function in self.PRODUCTS
             and self.weights is not None
             and args[0].numel() == self.weights.numel()
         ):
@@ -376,13 +447,9 @@ class _Overhearing(TorchFunctionMode):
                 states.reshape(batch, -1, length, length) for states in (self.scores, self.weights)
             )
             self.scores = self.weights = None
-            scope = recorder.scope.to(weights.device)
-            if (weights.triu(1).sum(-1) * scope.real[:, None]).any():
-                raise recorder.not_causal()
-            visible = (scores > HIDDEN).tril() & scope.real[:, None, None]
-            rows = explicit.formed_rows(scores, visible, weights)
-            recorder.routes.add("eager")
-            recorder.keep(explicit.read_rows(rows, scope), value, weights.shape[1])
+            real = recorder.scope.real.to(weights.device)
+            visible = (scores > HIDDEN).tril() & real[:, None, None]
+            recorder.read_weights(scores, visible, weights, value, route="eager", normalised=True)
         return result
 
     def _fused_attention(

@@ -10,10 +10,10 @@ import xarray as xr
 from sinkbook.book import experiments
 from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
-from sinkbook.llm.components import residual_states
 from sinkbook.mitigations import league
 from sinkbook.mitigations.registry import MITIGATIONS, Mitigation
 from sinkbook.models.interventions import zero
+from sinkbook.models.partial_forward import residual_states
 from sinkbook.probe import measure
 from sinkbook.toy.optimizer_dynamics import excess_risk
 from sinkbook.toy.runs import Run, TrainingConfig

@@ -36,8 +36,11 @@ from transformers.masking_utils import eager_mask
 from sinkbook import measure
 from sinkbook.data.corpora import texts
 from sinkbook.errors import SinkbookError
+from sinkbook.llm.checkpoint_metrics import last_query_logits, measure_checkpoint
 from sinkbook.models import load
+from sinkbook.models.interventions import zero
 from sinkbook.models.layout import layers
+from sinkbook.probe.attention_maps import attention_maps, attention_weights
 
 pytestmark = pytest.mark.weights
 
@@ -141,12 +144,16 @@ def test_the_list_in_the_book_is_of_this_transformers_and_names_nothing_untested
 @cache
 def tiny(kind: str) -> PreTrainedModel:
     """A random model of an architecture, with attention that is far from even."""
+    return tiny_with(kind)
+
+
+def tiny_with(kind: str, **changes) -> PreTrainedModel:
     default = CONFIG_MAPPING[kind]()
     config = type(default.get_text_config())
     sizes = {name: size for name, size in TINY.items() if _settable(default, name)}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        config(**sizes | _layer_types(default) | ARCHITECTURES.get(kind, {}))
+        config(**sizes | _layer_types(default) | ARCHITECTURES.get(kind, {}) | changes)
     )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels take no float64
@@ -305,6 +312,76 @@ def test_the_probe_agrees_with_eager_attention(kind, listed):
         real = torch.ones_like(ids) if mask is None else mask
         agree(result, eager(model, **inputs), model, real.bool(), tolerance=1e-5)
     listed(result.attrs["route"].partition("+")[0], kind)
+
+
+# Where some weight goes to a learned sink, the logits of the keys do not make the weights alone.
+LEARNED_SINKS = ("gpt_oss", "mimo_v2_flash")
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_maps_logits_and_heads_are_those_of_their_own_layer(kind):
+    model, ids = tiny(kind), token_ids()
+    maps, (reference, _) = attention_maps(model, ids), eager(model, input_ids=ids)
+    attend = [number for number, found in enumerate(maps) if found is not None]
+    assert attend == sorted(reference)
+    last = last_query_logits(model, ids)
+    for number in attend:
+        weights, heads = reference[number].weights, layers(model)[number].heads
+        assert weights.shape[1] == heads
+        np.testing.assert_allclose(maps[number].weights, weights, atol=1e-5)
+        np.testing.assert_allclose(attention_weights(model, ids, layer=number), weights, atol=1e-5)
+        if kind not in LEARNED_SINKS:
+            np.testing.assert_allclose(maps[number].logits.softmax(-1), weights, atol=1e-5)
+            logits = last[:, number, :heads].nan_to_num(nan=-torch.inf)
+            np.testing.assert_allclose(logits.softmax(-1), weights[:, :, -1], atol=1e-5)
+    blank = [number for number in range(len(maps)) if number not in attend]
+    assert last[:, blank].isnan().all()
+    for number in blank:
+        with pytest.raises(SinkbookError, match=f"in layer {number} .*that attend: {attend[0]}"):
+            attention_weights(model, ids, layer=number)
+
+
+HYBRIDS = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2},
+}
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_in_a_hybrid_the_map_of_a_layer_is_not_that_of_its_place_among_those_that_attend(kind):
+    model, ids = tiny_with(kind, num_hidden_layers=4, **HYBRIDS[kind]), token_ids()
+    reference, _ = eager(model, input_ids=ids)
+    assert sorted(reference) == [1, 3]
+    for number in (1, 3):
+        found = attention_weights(model, ids, layer=number)
+        np.testing.assert_allclose(found, reference[number].weights, atol=1e-5)
+    assert not np.allclose(reference[1].weights, reference[3].weights, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", LISTED["eager"])
+def test_overheard_architectures_have_logits_at_every_checkpoint(kind):
+    with torch.no_grad():
+        found = measure_checkpoint(tiny(kind), token_ids(), random_queries=5, prefix=4)
+    assert found.query_logit_mean.notnull().all() and (found.query_logit_std > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma4_text", "gpt2", "gpt_bigcode", "openai-gpt"])
+def test_a_value_head_is_cut_for_those_who_share_it(kind):
+    model, ids = tiny(kind), token_ids()
+    before = measure(model, ids, ("raw_value_norm",)).raw_value_norm
+    for number, layer in enumerate(layers(model)):
+        shared = layer.heads // layer.value_heads
+        for head in range(layer.value_heads):
+            with zero(model, "value", layer=number, head=head):
+                after = measure(model, ids, ("raw_value_norm",)).raw_value_norm.isel(layer=number)
+            cut = (after == 0).all(("batch", "position")).values
+            assert cut.nonzero()[0].tolist() == [*range(head * shared, (head + 1) * shared)]
+            same = before.isel(layer=number, head=~cut)
+            np.testing.assert_allclose(after[:, ~cut], same, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "gpt2"])
