@@ -1,6 +1,7 @@
 # make book    run every chapter and render the book; prints the path of its first page
 # make test    check everything: package, models, chapters, pages, tooling
 # make bench   time the probe and the training against plain references: build/bench.json
+# make house   draw the picture of the packages in CONTRIBUTING.md from their imports
 # make clean   remove what was built; .venv, node_modules and the download cache stay
 #
 # PROFILE=paper runs the paper's own sizes (one GPU); JOBS is how many chapters run at once.
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 268435456
 export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 
-.PHONY: book test bench clean
+.PHONY: book test bench house clean
 
 book: .venv/installed
 	$(bin)/sinkbook build --profile $(PROFILE) --jobs $(JOBS)
@@ -26,6 +27,9 @@ test: .venv/installed
 
 bench: .venv/installed
 	$(bin)/python -m benchmarks
+
+house: .venv/installed
+	$(bin)/python -m tests.house
 
 clean:
 	rm -rf build

@@ -70,9 +70,9 @@ def replace(
             else:
                 handle = module.register_forward_hook(
                     lambda _, __, output, hook=hook: (
-                        (hook(output[0]), *output[1:])
-                        if isinstance(output, tuple)
-                        else hook(output)
+                        hook(output)
+                        if torch.is_tensor(output)
+                        else type(output)((hook(output[0]), *output[1:]))
                     )
                 )
             hooks.callback(handle.remove)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sinkbook.models.layout import blocks
 
-Output = Tensor | tuple
+Output = Tensor | tuple | list  # the states alone, or first of several
 
 
 def logits_of(
