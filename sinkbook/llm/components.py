@@ -18,7 +18,8 @@ from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import zero
 from sinkbook.models.layout import Layer, layers
 from sinkbook.models.partial_forward import can_resume, given, kept, residual_states, state_of
-from sinkbook.probe.measure import measure, residual_peak_ratio, value_drain_ratio
+from sinkbook.probe.measure import measure
+from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from sinkbook.progress import progress
 
 PARTS = ("attention", "mlp")

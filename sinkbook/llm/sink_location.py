@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkbook.models.pretrained import LanguageModel
-from sinkbook.probe.measure import measure, residual_peak_ratio
+from sinkbook.probe.measure import measure
+from sinkbook.probe.metrics import residual_peak_ratio
 
 Tokens = Int[Tensor, "text position"]
 

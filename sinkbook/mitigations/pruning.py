@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
-from sinkbook.probe.measure import measure, sink_rate
+from sinkbook.probe.measure import measure
+from sinkbook.probe.metrics import sink_rate
 from sinkbook.progress import progress
 
 Tokens = Int[Tensor, "text position"]

@@ -220,11 +220,11 @@ def _found_layer(block: nn.Module, config) -> Layer:
     return Layer(block, attention, value, output, mlp, heads, value_heads, start)
 
 
-def _head_counts(attention, value, output, config) -> tuple[int, int]:
+def _head_counts(attention, value, output, config) -> tuple[int | None, int | None]:
     """Heads before W_O and after W_V: of the layer by its widths, else of the configuration."""
     widths = (getattr(attention, name, None) for name in _WIDTHS)
     width = next((width for width in widths if isinstance(width, int)), None)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
     value_heads = getattr(config, "num_key_value_heads", None) or heads
     if width:
         heads = _whole(getattr(output, "in_features", None), width) or heads

@@ -3,15 +3,12 @@
 `measure` is a function and the name of the module that defines it: here it is the function.
 """
 
-from sinkbook.probe.measure import (
-    DEFAULT,
-    VARIABLES,
+from sinkbook.probe.measure import DEFAULT, VARIABLES, measure, measure_texts
+from sinkbook.probe.metrics import (
     kurtosis_of_dimensions,
     kurtosis_of_text,
     kurtosis_of_tokens,
     massive_activations,
-    measure,
-    measure_texts,
     residual_peak_height,
     residual_peak_ratio,
     sink_rate,

@@ -1,13 +1,17 @@
 """The probe: sinks, value drains and residual peaks of any causal language model, in one pass.
 
 `measure` runs the model once, with an attention function in the place of the model's own that
-returns the same outputs and reads off what its heads attend to (`fused.py`). It costs about as
-much as the plain forward pass, is exact, and needs memory linear in the number of tokens.
+returns the same outputs and reads off what its heads attend to (`listening.py`). It costs about
+as much as the plain forward pass, is exact, and needs memory linear in the number of tokens.
+`result.attrs["route"]` says how weights were read: `fused` (by log-sum-exp, `fused.py`),
+`chunked` (formed a few queries at a time, `explicit.py`: soft caps, biases, other kernels) or
+`eager` (formed by the model itself, one layer at a time).
 
-Toy transformers call the function that they carry as `attention_function`. Models of
-transformers look theirs up by name in `AttentionInterface`, where ours is registered. The few
-architectures that do neither are overheard: the probe watches for the softmax, or the fused
-attention, inside one layer after the other. Everything a model had is put back afterwards.
+>>> from sinkbook.toy.transformer import Transformer, TransformerConfig
+>>> model = Transformer(TransformerConfig(vocab_size=9, length=16, width=8, layers=2))
+>>> result = measure(model, torch.zeros(3, 16, dtype=torch.long))
+>>> dict(result.sink_attention.sizes), dict(result.residual_norm.sizes)
+({'batch': 3, 'layer': 2, 'head': 1}, {'batch': 3, 'residual_layer': 3, 'position': 16})
 """
 
 import time
@@ -22,8 +26,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
+from sinkbook.probe.listening import HIDDEN
 from sinkbook.probe.masks import Scope
-from sinkbook.probe.recorder import HIDDEN, Recorder
+from sinkbook.probe.recorder import Recorder
 from sinkbook.progress import progress
 
 HEAD = ("batch", "layer", "head")
@@ -61,9 +66,10 @@ def measure(
 ) -> xr.Dataset:
     """Measure a causal language model's extreme tokens on `input_ids`, in one forward pass.
 
-    `model` is a toy transformer or any causal LM of transformers; `variables` are names in
-    `VARIABLES`. `attention_mask` (batch, position), 1 for tokens and 0 for padding, and
-    `position_ids`, which restart where packed documents do, go to the model as they are.
+    `model` is any causal LM of transformers, a toy, or one of your own that names its parts
+    (`models.layout`); `variables` are names in `VARIABLES`. `attention_mask` (batch, position), 1
+    for tokens and 0 for padding, and `position_ids`, which restart where packed documents do, go
+    to the model as they are.
 
     The sink is each row's first token that is no padding, or position `sink`. Means run over
     the queries that `queries` marks (all by default), never over padding:
@@ -82,37 +88,21 @@ def measure(
     `value_norm` is `|W_O^h v|`, one per query head also where heads share their values;
     `head_output_norm` is `|W_O^h o|` of what reaches W_O, gates included.
 
-    Every attention variable has the dimension `layer`, 0 for the first block:
-    `result.sink_attention.sel(layer=3)` is the fourth block's. The residual stream has one more
-    state than there are blocks, so it has a dimension of its own, `residual_layer`: 0 is the
-    embedding, `l` the state after `l` blocks. `result.residual_norm.sel(residual_layer=3)` is
-    what block `layer=3` reads. There is NaN where there is nothing to measure: at padding, in
+    Attention variables have the dimension `layer`, 0 for the first block. There is one residual
+    state more than there are blocks: `residual_layer` 0 is the embedding, `l` the state after `l`
+    blocks and what block `layer=l` reads. NaN where there is nothing to measure: at padding, in
     blocks without attention, for rows without a query that counts.
 
     Returns float32; norms in the units of the residual stream, entropy and loss in nats.
-    `result.attrs["route"]` says how weights were read: `fused` (by log-sum-exp), `chunked`
-    (formed a few queries at a time: soft caps, biases, other kernels) or `eager` (formed by the
-    model itself, one layer at a time).
     Raises `SinkbookError` for unknown variables, inputs that do not fit, and models that are
     not causal or whose attention cannot be read. Source: arXiv 2410.13835, sections 1 and 3.
-
-    >>> from sinkbook.toy.transformer import Transformer, TransformerConfig
-    >>> model = Transformer(TransformerConfig(vocab_size=9, length=16, width=8, layers=2))
-    >>> result = measure(model, torch.zeros(3, 16, dtype=torch.long))
-    >>> dict(result.sink_attention.sizes), dict(result.residual_norm.sizes)
-    ({'batch': 3, 'layer': 2, 'head': 1}, {'batch': 3, 'residual_layer': 3, 'position': 16})
     """
     started = time.perf_counter()
     _check(variables, input_ids)
-    device = next(model.parameters()).device
-    input_ids = input_ids.to(device)
+    input_ids = input_ids.to(next(model.parameters()).device)
     real = _real_tokens(input_ids, attention_mask)
-    scope = Scope(
-        sink=_sink_positions(sink, real),
-        counted=real if queries is None else real & queries.to(device),
-        real=real,
-        variables=frozenset(variables),
-    )
+    counted = real if queries is None else real & queries.to(real.device)
+    scope = Scope(_sink_positions(sink, real), counted, real, frozenset(variables))
     recorder = Recorder(model, scope)
     logits = _run(recorder, input_ids, attention_mask, position_ids)
     loss = _next_token_loss(logits, input_ids, real) if "loss" in variables else None
@@ -299,95 +289,3 @@ def _stack(layers: list[Tensor | None]) -> Float[np.ndarray, "batch layer ..."] 
         if values is not None:
             stacked[(number, *map(slice, values.shape))] = values
     return stacked.swapaxes(0, 1)
-
-
-Hidden = Float[Tensor, "*batch position width"]
-
-
-def sink_rate(result: xr.Dataset, threshold: float = 0.3) -> xr.DataArray:
-    """Share of a layer's heads whose mean attention on the sink exceeds `threshold`.
-
-    (batch, layer), NaN for layers without attention. Its mean is `Sink^threshold` of Gu et al.
-    (arXiv 2410.10781), averaged over texts.
-    """
-    attention = result.sink_attention
-    return (attention > threshold).where(attention.notnull()).mean("head")
-
-
-def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
-    """The sink's value norm over the mean of the other tokens': below 1 where it is drained.
-
-    (batch, layer, head). `others`, a mask over (batch, position), chooses the tokens to compare
-    with; the sink is never one of them. Needs `value_norm`.
-    """
-    at_sink, elsewhere = _apart(result.value_norm, others)
-    return at_sink / elsewhere.mean("position")
-
-
-def residual_peak_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
-    """The sink's residual norm over the median of the other tokens': (batch, residual_layer).
-
-    A median, since other tokens can have peaks of their own. `others` as in `value_drain_ratio`.
-    """
-    at_sink, elsewhere = _apart(result.residual_norm, others)
-    return at_sink / elsewhere.median("position")
-
-
-def residual_peak_height(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
-    """The sink's residual norm minus the mean of the other tokens': (batch, residual_layer).
-
-    The quantity whose growth arXiv 2410.13835 follows. `others` as in `value_drain_ratio`.
-    """
-    at_sink, elsewhere = _apart(result.residual_norm, others)
-    return at_sink - elsewhere.mean("position")
-
-
-def _apart(norm: xr.DataArray, others: xr.DataArray | None) -> tuple[xr.DataArray, xr.DataArray]:
-    """A norm at the sink of each row, and at the other tokens."""
-    elsewhere = norm.where(norm.position != norm.sink)
-    if others is not None:
-        elsewhere = elsewhere.where(others)
-    return norm.sel(position=norm.sink).drop_vars("position"), elsewhere
-
-
-def massive_activations(
-    hidden: Hidden, floor: float = 100.0, factor: float = 1000.0
-) -> Bool[Tensor, "*batch position width"]:
-    """Entries larger than `floor` and than `factor` times the text's median magnitude.
-
-    Source: Sun et al., "Massive Activations in Large Language Models" (arXiv 2402.17762).
-    """
-    size = hidden.float().abs()
-    median = size.flatten(-2).median(-1).values[..., None, None]
-    return (size > floor) & (size > factor * median)
-
-
-def kurtosis_of_text(hidden: Hidden) -> Float[Tensor, "*batch"]:
-    """Kurtosis of all entries of a text, positions and dimensions in one pool; 3 if Gaussian.
-
-    Source: Bondarenko et al. (arXiv 2306.12929). Grows with outliers of either kind.
-    """
-    return _kurtosis(hidden.double().flatten(-2)).float()
-
-
-def kurtosis_of_tokens(hidden: Hidden) -> Float[Tensor, "*batch position"]:
-    """Kurtosis over the dimensions of each token; 3 if Gaussian.
-
-    Source: Kaul et al. (arXiv 2410.17174); Park et al. (arXiv 2506.19697) subtract 3. Tells the
-    sink token from the others.
-    """
-    return _kurtosis(hidden.double()).float()
-
-
-def kurtosis_of_dimensions(hidden: Hidden) -> Float[Tensor, "*batch"]:
-    """Fourth over squared second moment of the dimensions' root mean squares; 1 if all equal.
-
-    Source: He et al. (arXiv 2405.19279). Grows with outlier dimensions, not with their signs.
-    """
-    square = hidden.double().square().mean(-2)  # over positions, for each dimension
-    return (square.square().mean(-1) / square.mean(-1).square()).float()
-
-
-def _kurtosis(values: Tensor) -> Tensor:
-    deviation = values - values.mean(-1, keepdim=True)
-    return deviation.pow(4).mean(-1) / deviation.square().mean(-1).square()

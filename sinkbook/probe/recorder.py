@@ -1,31 +1,23 @@
-"""Listening to a model while it runs: what its attention gets and gives, and its residual states.
+"""Keeping what one forward pass shows: what attention gets and gives, and the residual states.
 
-Attention is reached in one of three ways. Models of transformers look theirs up by name in
-`AttentionInterface`, where ours is registered. The few architectures that do not are overheard:
-`_Overhearing` watches for the softmax, or the fused attention, inside one layer after the other.
-All other models call the function that they carry as `attention_function` (`models/layout.py`),
-and so do toys; the weights that it returns are read, or the fused attention inside it is
-overheard. Each way puts back what the model had, also after an exception.
+`listening.py` reaches the attention of each layer and brings it here.
 """
 
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.layout import layers, of_transformers
 from sinkbook.models.partial_forward import logits_of, state_into, state_of
 from sinkbook.probe import explicit, fused
+from sinkbook.probe.listening import HIDDEN, active, named_attention, transformers_attention
 from sinkbook.probe.masks import (
     Heads,
     KeyHeads,
@@ -37,13 +29,8 @@ from sinkbook.probe.masks import (
     find_spans,
 )
 
-NAME = "sinkbook"  # of our attention function in transformers' registries
-HIDDEN = -3e4  # additive masks hold something lower, biases do not
-
 # Called with a layer, and a function from positions of queries to their rows.
 Look = Callable[[int, Callable[[Tensor | None], Iterator[explicit.Rows]]], None]
-
-_active: ContextVar["Recorder | None"] = ContextVar("active recorder", default=None)
 
 
 class Recorder:
@@ -77,21 +64,23 @@ class Recorder:
         with contextlib.ExitStack() as undo:
             undo.enter_context(_evaluating(self.model))
             undo.enter_context(self._listening())
-            token = _active.set(self)
-            undo.callback(_active.reset, token)
+            token = active.set(self)
+            undo.callback(active.reset, token)
             if of_transformers(self.model):
                 forward = self.model if with_logits else self.model.base_model
                 accepted = inspect.signature(forward.forward).parameters
                 if "use_cache" in accepted:
                     inputs = {**inputs, "use_cache": False}
-                undo.enter_context(_transformers_attention(self.model, self))
+                undo.enter_context(transformers_attention(self.model, self))
                 output = forward(**inputs)
                 return output.logits if with_logits else None
             self._check_named(inputs)
-            undo.enter_context(_named_attention(self))
-            logits = logits_of(self.model, inputs["input_ids"])
-            self._check_heard()
-            return logits
+            undo.enter_context(named_attention(self))
+            for layer in self.layers:
+                if layer.attention is not None:
+                    hook = layer.attention.register_forward_hook(self._check_heard)
+                    undo.callback(hook.remove)
+            return logits_of(self.model, inputs["input_ids"])
 
     def _check_named(self, inputs: dict[str, Tensor]) -> None:
         """A model that is not of transformers takes tokens alone; what it would ignore is told."""
@@ -104,13 +93,13 @@ class Recorder:
         if (self.scope.real[:, 1:] & ~self.scope.real[:, :-1]).any():
             raise SinkbookError(f"{name} takes padding after the text only.")
 
-    def _check_heard(self) -> None:
-        there = {number for number, layer in enumerate(self.layers) if layer.attention is not None}
-        if unheard := sorted(there - self._heard):
+    def _check_heard(self, attention: nn.Module, _arguments, _output) -> None:
+        """After an attention has run: has its function been called?"""
+        if active.get() is self and self.layer is not None and self.layer not in self._heard:
             raise SinkbookError(
-                f"{type(self.model).__name__} never called the attention_function of layer "
-                f"{unheard[0]}. Call it as self.attention_function(self, query, key, value, mask, "
-                "scaling=scaling), or set attention to None."
+                f"{type(attention).__name__} never called the attention_function of layer "
+                f"{self.layer}. Call it as self.attention_function(self, query, key, value, mask, "
+                "scaling=scaling), or set the layer's attention to None."
             )
 
     @contextlib.contextmanager
@@ -129,13 +118,13 @@ class Recorder:
             yield
 
     def _enter(self, number: int, _block, arguments, keywords) -> None:
-        if _active.get() is self:
+        if active.get() is self:
             self.layer = number
             if number == 0:
                 self._keep_residual(0, state_into(arguments, keywords))
 
     def _leave(self, number: int, _block, _arguments, output) -> None:
-        if _active.get() is self:
+        if active.get() is self:
             self.layer = None
             self._keep_residual(number + 1, state_of(output))
 
@@ -151,7 +140,7 @@ class Recorder:
 
     def _write(self, number: int, _projection, arguments) -> None:
         factor = self._factors.get(number)
-        if _active.get() is self and factor is not None:
+        if active.get() is self and factor is not None:
             batch, length = self.scope.real.shape
             states = arguments[0].reshape(batch, length, len(factor), -1).transpose(1, 2)
             norms = torch.linalg.vector_norm(states.to(factor.dtype) @ factor.mT, dim=-1)
@@ -309,157 +298,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def _named_attention(recorder: Recorder) -> Iterator[None]:
-    """Listen to each layer's `attention_function`. What it returns goes on downstream."""
-    carriers = {layer.attention for layer in recorder.layers if layer.attention is not None}
-    with contextlib.ExitStack() as undo:
-        for module in carriers:
-            own = vars(module).get("attention_function")
-            undo.callback(_restore_function, module, own)
-            module.attention_function = partial(_listen, module.attention_function)
-        yield
-
-
-def _restore_function(module: nn.Module, own: Callable | None) -> None:
-    """Put back the function that the module itself carried; `None` if it was its class's."""
-    del module.attention_function
-    if own is not None:
-        module.attention_function = own
-
-
-def _listen(
-    original, module, query, key, value, attention_mask=None, scaling=None, **keywords
-) -> tuple[Outputs, Tensor | None]:
-    """Call an attention function, and read the weights that it returns or the fused call in it."""
-    call = partial(original, module, query, key, value, attention_mask, scaling=scaling, **keywords)
-    recorder = _active.get()
-    if recorder is None or recorder.layer is None:
-        return call()
-    with _Overhearing(recorder, whole_layer=False) as heard:
-        output, weights = call()
-    if weights is None:
-        if heard.fused_calls != 1:
-            raise SinkbookError(
-                f"the attention_function of layer {recorder.layer} returns no weights and calls "
-                f"scaled_dot_product_attention {heard.fused_calls} times. Return the outputs and "
-                "the weights, (batch, head, query, key), or call it once."
-            )
-        return output, weights
-    scope = recorder.scope.to(query.device)
-    visible, bias = recorder.visibility(attention_mask, True, scope)
-    made_by_softmax = heard.weights is not None and heard.weights.shape == weights.shape
-    if made_by_softmax and torch.allclose(heard.weights.to(weights), weights):
-        logits = heard.scores
-    else:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        repeats = query.shape[1] // key.shape[1]
-        logits = scaling * query @ key.repeat_interleave(repeats, dim=1).mT
-        logits = logits if bias is None else logits + bias
-    recorder.read_weights(logits, visible, weights, value, route="chunked", normalised=False)
-    return output, weights
-
-
-def _interface_attention(
-    module, query, key, value, attention_mask, scaling=None, is_causal=None, **keywords
-):
-    """What `AttentionInterface` calls. Where nobody measures, it is plain fused attention."""
-    recorder = _active.get()
-    if recorder is None or recorder.layer is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            is_causal=is_causal,
-            **keywords,
-        )
-    output = recorder.attend(
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        softcap=keywords.get("softcap"),
-        bias=keywords.get("position_bias"),
-        learned_sink=keywords.get("s_aux"),
-    )
-    return output.transpose(1, 2).contiguous(), None
-
-
-@contextlib.contextmanager
-def _transformers_attention(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Have a model of transformers call `_interface_attention`, or overhear it."""
-    if not model._can_set_attn_implementation():
-        with _Overhearing(recorder):
-            yield
-        return
-    with attending_by(model, NAME, _interface_attention):
-        yield
-
-
-class _Overhearing(TorchFunctionMode):
-    """Reads attention off the torch functions that a layer calls.
-
-    A softmax over (..., query, key) is taken for the weights, and the next product with them for
-    that with the values, if it is the `whole_layer` that is heard and not an attention function,
-    which returns its weights. A call of the fused attention is answered by the recorder.
-    """
-
-    SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
-    PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
-
-    def __init__(self, recorder: Recorder, whole_layer: bool = True):
-        super().__init__()
-        self.recorder = recorder
-        self.whole_layer = whole_layer
-        self.fused_calls = 0
-        self.scores: Tensor | None = None
-        self.weights: Tensor | None = None
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        recorder = self.recorder
-        if recorder.layer is None or _active.get() is not recorder:
-            return function(*args, **kwargs)
-        if function is F.scaled_dot_product_attention:
-            self.fused_calls += 1
-            return self._fused_attention(*args, **kwargs)
-        result = function(*args, **kwargs)
-        batch, length = recorder.scope.real.shape
-        if function in self.SOFTMAX and result.ndim >= 3 and result.shape[-2:] == (length, length):
-            self.scores, self.weights = args[0], result
-        elif (
-            self.whole_layer
-            and function in self.PRODUCTS
-            and self.weights is not None
-            and args[0].numel() == self.weights.numel()
-        ):
-            value = args[1].reshape(batch, -1, length, args[1].shape[-1])
-            scores, weights = (
-                states.reshape(batch, -1, length, length) for states in (self.scores, self.weights)
-            )
-            self.scores = self.weights = None
-            real = recorder.scope.real.to(weights.device)
-            visible = (scores > HIDDEN).tril() & real[:, None, None]
-            recorder.read_weights(scores, visible, weights, value, route="eager", normalised=True)
-        return result
-
-    def _fused_attention(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_
-    ):
-        return self.recorder.attend(
-            query,
-            key,
-            value,
-            attn_mask,
-            scaling=query.shape[-1] ** -0.5 if scale is None else scale,
-            causal=is_causal,
-        )

@@ -28,7 +28,8 @@ from sinkbook.figures import basic
 from sinkbook.llm.dormant_heads import gaps
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.probe.attention_maps import attention_weights
-from sinkbook.probe.measure import measure, value_drain_ratio
+from sinkbook.probe.measure import measure
+from sinkbook.probe.metrics import value_drain_ratio
 
 NEEDS_KERNEL = "sinkbook-needs-kernel"  # the class of what the book's pages hide
 ON_A_MAP, ON_A_TRACE = 24, 512  # tokens: more cannot be read, or take long

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from sinkbook.probe.measure import residual_peak_ratio, sink_rate, value_drain_ratio
+from sinkbook.probe.metrics import residual_peak_ratio, sink_rate, value_drain_ratio
 
 THRESHOLD = 0.3  # mean attention above which a head has a sink: Gu et al., arXiv 2410.10781
 DRAINED, PEAKED = 0.5, 3.0  # ratios to the other tokens from which on the verdict says so

@@ -1,0 +1,96 @@
+"""What is derived from measurements and residual states: rates, ratios, outliers, kurtoses."""
+
+import xarray as xr
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Hidden = Float[Tensor, "*batch position width"]
+
+
+def sink_rate(result: xr.Dataset, threshold: float = 0.3) -> xr.DataArray:
+    """Share of a layer's heads whose mean attention on the sink exceeds `threshold`.
+
+    (batch, layer), NaN for layers without attention. Its mean is `Sink^threshold` of Gu et al.
+    (arXiv 2410.10781), averaged over texts.
+    """
+    attention = result.sink_attention
+    return (attention > threshold).where(attention.notnull()).mean("head")
+
+
+def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
+    """The sink's value norm over the mean of the other tokens': below 1 where it is drained.
+
+    (batch, layer, head). `others`, a mask over (batch, position), chooses the tokens to compare
+    with; the sink is never one of them. Needs `value_norm`.
+    """
+    at_sink, elsewhere = _apart(result.value_norm, others)
+    return at_sink / elsewhere.mean("position")
+
+
+def residual_peak_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
+    """The sink's residual norm over the median of the other tokens': (batch, residual_layer).
+
+    A median, since other tokens can have peaks of their own. `others` as in `value_drain_ratio`.
+    """
+    at_sink, elsewhere = _apart(result.residual_norm, others)
+    return at_sink / elsewhere.median("position")
+
+
+def residual_peak_height(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
+    """The sink's residual norm minus the mean of the other tokens': (batch, residual_layer).
+
+    The quantity whose growth arXiv 2410.13835 follows. `others` as in `value_drain_ratio`.
+    """
+    at_sink, elsewhere = _apart(result.residual_norm, others)
+    return at_sink - elsewhere.mean("position")
+
+
+def _apart(norm: xr.DataArray, others: xr.DataArray | None) -> tuple[xr.DataArray, xr.DataArray]:
+    """A norm at the sink of each row, and at the other tokens."""
+    elsewhere = norm.where(norm.position != norm.sink)
+    if others is not None:
+        elsewhere = elsewhere.where(others)
+    return norm.sel(position=norm.sink).drop_vars("position"), elsewhere
+
+
+def massive_activations(
+    hidden: Hidden, floor: float = 100.0, factor: float = 1000.0
+) -> Bool[Tensor, "*batch position width"]:
+    """Entries larger than `floor` and than `factor` times the text's median magnitude.
+
+    Source: Sun et al., "Massive Activations in Large Language Models" (arXiv 2402.17762).
+    """
+    size = hidden.float().abs()
+    median = size.flatten(-2).median(-1).values[..., None, None]
+    return (size > floor) & (size > factor * median)
+
+
+def kurtosis_of_text(hidden: Hidden) -> Float[Tensor, "*batch"]:
+    """Kurtosis of all entries of a text, positions and dimensions in one pool; 3 if Gaussian.
+
+    Source: Bondarenko et al. (arXiv 2306.12929). Grows with outliers of either kind.
+    """
+    return _kurtosis(hidden.double().flatten(-2)).float()
+
+
+def kurtosis_of_tokens(hidden: Hidden) -> Float[Tensor, "*batch position"]:
+    """Kurtosis over the dimensions of each token; 3 if Gaussian.
+
+    Source: Kaul et al. (arXiv 2410.17174); Park et al. (arXiv 2506.19697) subtract 3. Tells the
+    sink token from the others.
+    """
+    return _kurtosis(hidden.double()).float()
+
+
+def kurtosis_of_dimensions(hidden: Hidden) -> Float[Tensor, "*batch"]:
+    """Fourth over squared second moment of the dimensions' root mean squares; 1 if all equal.
+
+    Source: He et al. (arXiv 2405.19279). Grows with outlier dimensions, not with their signs.
+    """
+    square = hidden.double().square().mean(-2)  # over positions, for each dimension
+    return (square.square().mean(-1) / square.mean(-1).square()).float()
+
+
+def _kurtosis(values: Tensor) -> Tensor:
+    deviation = values - values.mean(-1, keepdim=True)
+    return deviation.pow(4).mean(-1) / deviation.square().mean(-1).square()
