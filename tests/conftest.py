@@ -3,6 +3,8 @@
 Folders mirror the package. `repository` checks the repository and the pipeline on tiny notebooks,
 `chapters` executes the book (marked `book`), `site` opens its pages in a browser. What loads models
 of transformers is marked `weights`.
+
+Limits of time end what would never end, and nothing else: a machine a fifth as fast stays below.
 """
 
 import os
@@ -16,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("package", "repository", "weights", "chapters", "site")
+CHAPTER_SECONDS = 3600.0
+BOOK_SECONDS = 3 * 3600  # the first test of the book waits for all chapters
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -47,9 +51,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.parent.name in ("chapters", "site"):
             item.add_marker(pytest.mark.book)
             item.add_marker(pytest.mark.xdist_group("book"))
-            item.add_marker(pytest.mark.timeout(1500))  # the first one waits for all chapters
+            item.add_marker(pytest.mark.timeout(BOOK_SECONDS))
         if item.path.parent.name == "site":
             item.add_marker(pytest.mark.site)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the claims whose verdict depends on the machine: measured, and no reason to be red."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    lines = [
+        text
+        for report in reports
+        for name, text in getattr(report, "user_properties", ())
+        if name == "sensitive claim" and report.when == "call"
+    ]
+    if lines:
+        terminalreporter.section("claims whose verdict depends on the machine: a debt")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +82,7 @@ def place():
 
 
 class Executions(dict):
-    """Executed chapters by name; asking for one that failed fails the test with its message."""
+    """Executed chapters by name; asking for one that stopped fails the test with its message."""
 
     def __init__(self):
         self.failures: dict[str, str] = {}
@@ -74,13 +93,14 @@ class Executions(dict):
 
 @pytest.fixture(scope="session")
 def executions(place) -> Executions:
-    """Every chapter of the book, executed once, by name."""
+    """Every chapter of the book, executed once, by name. One that stops takes no other along."""
     from sinkbook.book import build
 
     found = Executions()
     done = build.run_chapters(
         place=place,
         jobs=min(2, os.cpu_count() or 1),
+        limit=CHAPTER_SECONDS,
         failed=lambda name, error: found.failures.update({name: str(error)}),
     )
     found.update({execution.chapter: execution for execution in done})
@@ -89,15 +109,18 @@ def executions(place) -> Executions:
 
 @pytest.fixture(scope="session")
 def pages(place, executions) -> Path:
-    """The folder of the rendered book, made from the chapters that the tests executed."""
+    """The folder of the rendered book, made from the chapters that the tests executed.
+
+    A chapter that stopped has a page that says so, for the others to link to.
+    """
     from sinkbook.book import build
     from sinkbook.errors import SinkbookError
 
-    if executions.failures:
-        pytest.fail(f"no pages without {', '.join(executions.failures)}", pytrace=False)
     try:
         build.install_scripts(ROOT)
         build.stage(executions.values(), place)
+        for name in executions.failures:
+            (place.staged / "book" / f"{name}.md").write_text(f"# {name}\n\nIt did not run.\n")
         return build.render(place).parent
     except SinkbookError as error:
         problem = str(error)

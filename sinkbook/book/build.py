@@ -8,6 +8,7 @@ replace the old ones in one step.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -135,12 +136,14 @@ def run_chapters(
     jobs: int = 1,
     fresh: bool = True,
     failed: Callable[[str, SinkbookError], None] | None = None,
+    limit: float = math.inf,
 ) -> list[Execution]:
     """Execute chapters, each once and `jobs` at a time, and keep their executed copies.
 
     Without names: all of them. With `fresh=False` a copy whose sources have not changed is taken
     from the build folder. Raises `SinkbookError` at the first cell that fails; with `failed`,
-    which gets the chapter's name and the error, the other chapters go on.
+    which gets the chapter's name and the error, the other chapters go on. One that has not ended
+    after `limit` seconds has failed.
     """
     notebooks = select(names, place.root) if names else list(chapters(place.root).values())
     with _writing_to(place.output):
@@ -164,6 +167,7 @@ def run_chapters(
             hashes=hashes,
             after=_remember,
             failed=failed,
+            limit=limit,
         )
     return [done[path.stem] for path in notebooks if path.stem in done]
 

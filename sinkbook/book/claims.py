@@ -2,7 +2,7 @@
 
 `book/claims.yml` lists every claim once. A chapter hands in its numbers, one a seed:
 
-    claims.check("sink.one-layer", values, profile=profile)
+    chapter.check("sink.one-layer", values)
 
 which shows them on the page beside the paper's value and writes them to the ledger, one JSON file
 a claim in the cache folder. A claim holds if every seed meets the criterion of its profile.
@@ -30,6 +30,7 @@ from sinkbook.provenance import repository, versions
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 _BOUND = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER})")
 _RANGE = re.compile(rf"in\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
+SENSITIVE = "Another machine may find otherwise: its rounding leads the training elsewhere."
 VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}
 _COMPARE = {
     ">=": lambda value, bound: value >= bound,
@@ -71,6 +72,7 @@ class Claim:
     unit: str = ""
     fails: str = ""  # why it is known not to hold at our scale; empty: it should hold
     over: str = "seeds"  # what there is one number of: seeds, or texts
+    sensitive: bool = False  # the verdict is known to depend on the machine: a debt
 
     def __post_init__(self) -> None:
         for profile, criterion in self.criterion.items():
@@ -147,6 +149,7 @@ class Verdict:
             "criterion": self.criterion,
             "holds": self.holds,
             "fails": self.claim.fails,
+            "sensitive": self.claim.sensitive,
             "date": self.date,
         }
 
@@ -187,7 +190,8 @@ class Verdict:
         details = "".join(
             f"<span><b>{label}</b> {escape(text)}</span>" for label, text in self.describe().items()
         )
-        why = f'<p class="why">{_inline(self.claim.fails)}</p>' if self.claim.fails else ""
+        reasons = [self.claim.fails, SENSITIVE if self.claim.sensitive else ""]
+        why = "".join(f'<p class="why">{_inline(text)}</p>' for text in reasons if text)
         return (
             f'<div class="sinkbook-claim {state}">'
             f"<p><strong>{self.verdict}</strong> {_inline(self.claim.statement)}</p>"
@@ -297,6 +301,11 @@ class Ledger:
             f"{word} {counts[word]}" for word in VERDICTS.values() if counts[word]
         )
 
+    def debt(self) -> str:
+        """The claims whose verdict depends on the machine, as a sentence; empty without any."""
+        names = [f"`{v.claim.id}`" for v in self.verdicts if v.claim.sensitive]
+        return f"A debt: on another machine another verdict on {', '.join(names)}." if names else ""
+
     def by_chapter(self) -> dict[str, list[Verdict]]:
         """The verdicts under the name of the chapter that measures them."""
         grouped: dict[str, list[Verdict]] = {}
@@ -305,7 +314,7 @@ class Ledger:
         return dict(sorted(grouped.items()))
 
     def __str__(self) -> str:
-        lines = [self.summary()]
+        lines = [text for text in (self.summary(), self.debt()) if text]
         for chapter, group in self.by_chapter().items():
             lines += ["", chapter, *(f"  {verdict}" for verdict in group)]
         return "\n".join(lines)
@@ -314,6 +323,7 @@ class Ledger:
 
     def _repr_html_(self) -> str:
         parts = [f"<p><strong>{escape(self.summary())}</strong></p>"]
+        parts += [f"<p>{_inline(debt)}</p>" for debt in [self.debt()] if debt]
         for chapter, group in self.by_chapter().items():
             link = f'<a href="{escape(chapter)}.html">{escape(chapter)}</a>'
             parts.append(f'<p class="sinkbook-chapter">{link}</p>')

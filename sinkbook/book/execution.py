@@ -7,6 +7,7 @@ error and without a word on stderr.
 import ast
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -143,8 +144,17 @@ class Execution:
 class _Run:
     """One chapter being executed: papermill in a process of its own."""
 
-    def __init__(self, notebook: Path, folder: Path, logs: Path, parameters: Mapping[str, object]):
+    def __init__(
+        self,
+        notebook: Path,
+        folder: Path,
+        logs: Path,
+        parameters: Mapping[str, object],
+        limit: float,
+    ):
         self.notebook = notebook
+        self.limit = limit  # in seconds
+        self.overdue = False
         self.target = folder / notebook.name
         self.draft = logs / notebook.name
         self.log = logs / f"{notebook.stem}.log"
@@ -168,6 +178,13 @@ class _Run:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
+    def ended(self) -> bool:
+        """Whether the process has ended, if need be because it is past its limit."""
+        if self.process.poll() is None and self.seconds > self.limit:
+            self.overdue = True
+            self.stop()
+        return self.process.poll() is not None
+
     def cells_done(self) -> int:
         """How many code cells have run so far; papermill writes the copy after each."""
         try:
@@ -178,6 +195,11 @@ class _Run:
 
     def finish(self, content_hash: str) -> Execution:
         """Move the executed copy into place; raise `SinkbookError` if the run failed."""
+        if self.overdue:
+            raise SinkbookError(
+                f"{self.notebook.stem} was stopped: it had not ended after {self.limit:.0f} "
+                f"seconds.\nThe copy with its outputs so far: {self.draft}"
+            )
         notebook = read_notebook(self.draft) if self.draft.exists() else {"cells": []}
         if complaint := first_complaint(notebook):
             raise SinkbookError(
@@ -239,44 +261,55 @@ def execute(
     jobs: int = 1,
     after: Callable[[Execution], None] = lambda execution: None,
     failed: Callable[[str, SinkbookError], None] | None = None,
+    limit: float = math.inf,
 ) -> dict[str, Execution]:
     """Execute notebooks, `jobs` at a time and those named in `last` at the end; by name.
 
     `kept` are copies that need not run again. `after` is called with each execution as it ends.
     The first failure stops the others and raises `SinkbookError`, unless there is `failed`, which
-    then gets the chapter's name and the error. An interruption stops all.
+    then gets the chapter's name and the error. A chapter that has not ended after `limit` seconds
+    has failed. An interruption stops all.
     """
+    sound = []
     for path in notebooks:
-        check_parameters(path, list(parameters))
+        with _told(failed, path.stem):
+            check_parameters(path, list(parameters))
+            sound.append(path)
     logs.mkdir(parents=True, exist_ok=True)
     done = dict(kept)
-    waiting = [path for path in notebooks if path.stem not in kept]
+    waiting = [path for path in sound if path.stem not in kept]
     running: list[_Run] = []
     with Progress(kept.values()) as progress, _terminated_like_interrupted():
         try:
             while waiting or running:
                 while waiting and len(running) < jobs and not (running and waiting[0].stem in last):
-                    running.append(_Run(waiting.pop(0), folder, logs, parameters))
+                    running.append(_Run(waiting.pop(0), folder, logs, parameters, limit))
                 for run in list(running):
-                    if run.process.poll() is None:
+                    if not run.ended():
                         progress.show(run)
                         continue
                     running.remove(run)
-                    try:
+                    with _told(failed, run.notebook.stem):
                         execution = run.finish(hashes[run.notebook.stem])
-                    except SinkbookError as error:
-                        if failed is None:
-                            raise
-                        failed(run.notebook.stem, error)
-                        continue
-                    after(execution)
-                    done[execution.chapter] = execution
-                    progress.finished(execution)
+                        after(execution)
+                        done[execution.chapter] = execution
+                        progress.finished(execution)
                 time.sleep(0.1)
         finally:
             for run in running:
                 run.stop()
     return done
+
+
+@contextmanager
+def _told(failed: Callable[[str, SinkbookError], None] | None, chapter: str):
+    """Tell `failed` of a chapter's error and go on; without it, raise."""
+    try:
+        yield
+    except SinkbookError as error:
+        if failed is None:
+            raise
+        failed(chapter, error)
 
 
 @contextmanager

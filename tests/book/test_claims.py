@@ -87,6 +87,15 @@ def test_a_claim_without_values_is_refused(ledger):
         claims.judge("sum", [], profile="quick")
 
 
+def test_a_verdict_that_depends_on_the_machine_is_shown_and_listed_as_a_debt(ledger):
+    assert claims.ledger().debt() == ""
+    ledger(ENTRY + "  sensitive: true\n")
+    verdict = claims.judge("sum", [1.0], profile="quick")
+    assert verdict.holds is False and claims.SENSITIVE.split(":")[0] in verdict._html()
+    assert verdict.row()["sensitive"] is True
+    assert "A debt" in str(claims.ledger()) and "<code>sum</code>" in claims.ledger()._repr_html_()
+
+
 def test_before_anything_is_measured_the_ledger_says_so(ledger):
     (verdict,) = claims.verdicts()
     assert verdict.row()["measured"] is None and verdict.row()["holds"] is None

@@ -34,11 +34,14 @@ def test_a_chapter_checks_each_of_its_claims_once(executions, name):
 
 
 @pytest.mark.parametrize("claim", claims.known().values(), ids=lambda claim: claim.id)
-def test_a_claim_holds_unless_claims_yml_says_why_not(executions, claim):
+def test_a_claim_holds_unless_claims_yml_says_why_not(executions, record_property, claim):
     records = executions[claim.chapter].outputs("sinkbook.claim")
     (record,) = [record for record in records if record["id"] == claim.id]
     verdict = claims.judge(claim.id, record["measured"], profile=record["profile"])
-    if claim.fails:
+    if claim.sensitive:  # a debt, listed when the tests end
+        expected = "" if verdict.holds is not bool(claim.fails) else ", and not what was expected"
+        record_property("sensitive claim", f"{claim.id}: {verdict.verdict}{expected}")
+    elif claim.fails:
         assert not verdict.holds, f"take the reason out of claims.yml: {verdict}"
     else:
         assert verdict.holds, str(verdict)

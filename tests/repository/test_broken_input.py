@@ -148,3 +148,23 @@ def test_an_interrupted_run_stops_its_chapters_and_says_so(repository, stop):
     assert "interrupted" in one_message(stderr)
     papermills = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(repository.root) not in papermills
+
+
+def test_chapters_that_fail_take_no_other_along(repository):
+    from sinkbook.book import build
+
+    repository.chapter("01_good", "print(seed)")
+    repository.chapter("02_broken", "1 / 0")
+    repository.chapter("03_without_parameters", "1 + 1", parameters=None)
+    repository.chapter("04_endless", "while True: pass")
+    failures = {}
+    done = build.run_chapters(
+        place=build.workplace("quick"),
+        jobs=2,
+        failed=lambda name, error: failures.update({name: str(error)}),
+        limit=15.0,
+    )
+    assert [execution.chapter for execution in done] == ["01_good"]
+    assert "ZeroDivisionError" in failures["02_broken"]
+    assert "no cell tagged 'parameters'" in failures["03_without_parameters"]
+    assert "had not ended after 15 seconds" in failures["04_endless"]
