@@ -281,16 +281,17 @@ def record(
     """Train runs that are too long for a page and keep their measurements in book/records."""
     from sinkbook.book import records
 
+    if name is not None:
+        from sinkbook.book.records import makers
+
+        print(makers.make(name, device=device, until=time.time() + 60 * minutes))
+        return
     if all_missing:
-        for path in records.make_missing(device=device, minutes=minutes):
-            print(path)
-        for known in records.names():
-            print(records.about(known))
-    elif name is None:
-        for known in records.names():
-            print(records.about(known))
-    else:
-        print(records.make(name, device=device, until=time.time() + 60 * minutes))
+        from sinkbook.book.records import makers
+
+        makers.make_missing(device=device, minutes=minutes)
+    for known in records.NAMES:
+        print(records.about(known))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Records say where they come from, and making one again is one command."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -9,39 +9,201 @@ import pytest
 import xarray as xr
 
 from sinkbook.book import experiments, records
+from sinkbook.book.records import kept, makers, paper_scale, spot_checks
 from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.registry import MITIGATIONS
+from sinkbook.toy import optimizers, training
+from sinkbook.toy.training import TimeIsUpError
 
 NAMES = ("softmax", "relu", "key-bias")
 
 
-@pytest.mark.parametrize("name", records.RECORDS)
+def there() -> list[str]:
+    return [name for name in records.NAMES if records.path_of(name).exists()]
+
+
+@pytest.mark.parametrize("name", there())
 def test_a_record_tells_its_provenance(name):
-    record = records.load(name)
+    record = kept.whole_file(name)
     assert record.attrs["command"] == f"sinkbook record {record.attrs['record']}"
     assert record.attrs["record"] == name
     assert json.loads(record.attrs["config"]) and json.loads(record.attrs["versions"])
     assert record.attrs["seconds"] > 0 and record.attrs["device"] and record.attrs["date"]
     assert record.attrs["date"][:10] in records.about(name)
-    assert any(np.isfinite(values).any() for values in record.data_vars.values())
+    numbers = [v for v in record.data_vars.values() if v.dtype.kind == "f"]
+    assert any(np.isfinite(values).any() for values in numbers)
 
 
-def test_unknown_and_missing_records_say_what_to_do(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in there() if name in paper_scale.GROUPS])
+def test_a_record_holds_the_trainings_that_its_config_describes(name):
+    """A change of `paper_scale` without a new record is found."""
+    configs = json.loads(kept.whole_file(name).attrs["config"])
+    groups = paper_scale.GROUPS[name]()
+    today = {label: json.loads(json.dumps(asdict(group[0]))) for label, group in groups.items()}
+    assert configs == today
+
+
+def test_the_records_that_can_be_made_are_the_records_that_are_named():
+    assert [*paper_scale.GROUPS, *makers.MAKERS] == list(records.NAMES)
+
+
+def test_unknown_and_missing_records_say_what_to_do(elsewhere):
     with pytest.raises(SinkbookError, match="no record named 'lague'. Known: .*league"):
         records.load("lague")
-    monkeypatch.setattr(records, "path_of", lambda name: tmp_path / f"{name}.nc")
     with pytest.raises(SinkbookError, match="sinkbook record league"):
         records.load("league")
     assert records.about("league") == "league: not made yet"
+    with pytest.raises(SinkbookError, match="no weights of 'AdamW'.*sinkbook record three-layers"):
+        records.run_of("three-layers", "AdamW")
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Runs and records go to a folder of the test."""
+    """Runs and records go to a folder of the test, which is a repository for the time."""
+    (tmp_path / "book").mkdir()
     monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(records, "path_of", lambda name: tmp_path / f"{name}.nc")
+    monkeypatch.setattr(kept, "repository", lambda: tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def small(elsewhere, monkeypatch):
+    """The records at the paper's scale, of trainings so small that they take no time."""
+
+    def smaller(groups):
+        return lambda: {
+            label: [
+                replace(
+                    config,
+                    task=replace(config.task, length=16),
+                    model=replace(config.model, width=8, length=16),
+                    steps=6,
+                    batch_size=2,
+                    evaluation_size=2,
+                    measurements=4,
+                    learning_rate=0.03,
+                )
+                for config in configs[:2]
+            ]
+            for label, configs in groups().items()
+        }
+
+    groups = {name: smaller(of_name) for name, of_name in paper_scale.GROUPS.items()}
+    for name, of_name in groups.items():
+        monkeypatch.setitem(paper_scale.GROUPS, name, of_name)
+    # In this process, where the patches are.
+    monkeypatch.setattr(makers, "train_all", partial(training.train_all, way="sequence"))
+    monkeypatch.setattr(paper_scale, "cuts", lambda run: xr.Dataset())
+    monkeypatch.setattr(paper_scale, "transplants", lambda run: xr.Dataset())
+    return elsewhere
+
+
+def test_a_record_interrupted_goes_on_where_it_stopped_even_on_another_machine(small, monkeypatch):
+    trained = []
+
+    def some(configs, **_):
+        for config in configs[: 2 if not trained else None]:
+            trained.append(config)
+            training.train(config)
+        if len(trained) < 6:
+            raise TimeIsUpError("the time is up")
+
+    monkeypatch.setattr(makers, "train_all", some)
+    with pytest.raises(TimeIsUpError):
+        makers.make("three-layers")
+    assert "2 of 6 trainings so far" in records.about("three-layers")
+    assert records.load("three-layers").training.values.tolist() == ["AdamW"]
+    for run in (small / "runs").iterdir():  # the other machine has none of them
+        run.rename(small / f"gone-{run.name}")
+    makers.make("three-layers")
+    assert len(trained) == len(set(trained)) == 6
+    record = records.load("three-layers")
+    assert record.training.values.tolist() == ["AdamW", "SGD", "ReLU"]
+    assert np.isfinite(record.backcopy_risk).all() and record.sizes["seed"] == 2
+    assert "so far" not in records.about("three-layers")
+
+
+def test_what_is_missing_is_made_in_order_and_what_is_there_is_left_alone(small):
+    first = makers.make("one-layer").read_bytes()
+    made = makers.make_missing(minutes=0.0)
+    assert made == [] and records.path_of("one-layer").read_bytes() == first
+    assert not records.path_of("loop").exists()
+
+
+def test_a_record_gives_back_the_run_that_its_weights_are_of(small):
+    makers.make("one-layer")
+    config = paper_scale.GROUPS["one-layer"]()["softmax"][0]
+    run, whole = records.run_of("one-layer", "softmax"), training.train(config)
+    for name, weight in whole.model.state_dict().items():
+        np.testing.assert_allclose(run.model.state_dict()[name], weight, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        run.measurements.value_norm, whole.measurements.value_norm, rtol=1e-5
+    )
+    assert run.config == config and run.seconds > 0
+
+
+def test_records_of_unlike_structures_stand_in_one_table(small):
+    makers.make("structures")
+    record = records.load("structures")
+    two = record.sel(training="2 × TF")
+    assert np.isfinite(two.residual_peak.isel(residual_layer=slice(3))).all()
+    assert two.residual_peak.isel(residual_layer=3).isnull().all()
+
+
+@pytest.fixture
+def begun(small):
+    """A small record of one layer, and its first steps."""
+    makers.make("one-layer")
+    return small
+
+
+def test_a_training_begun_again_meets_its_record(begun):
+    check = spot_checks.spot_check("one-layer", "softmax")
+    assert check.furthest < 1 and "first 3 steps" in str(check)
+
+
+@pytest.mark.parametrize("variable", spot_checks.TOLERANCES)
+def test_one_altered_number_of_a_record_is_found(begun, variable):
+    path = records.path_of("one-layer")
+    record = xr.load_dataset(path, engine="h5netcdf")
+    record[variable][{dim: 0 for dim in record[variable].dims} | {"step": 2}] *= 1.01
+    record.to_netcdf(path, engine="h5netcdf")
+    with pytest.raises(SinkbookError, match=f": {variable} at step 2 differs by"):
+        spot_checks.spot_check("one-layer", "softmax")
+
+
+def changed_rate(monkeypatch):
+    real = optimizers.OPTIMIZERS["adamw"]
+    faster = lambda weights, config: real(weights, replace(config, learning_rate=6e-4))  # noqa: E731
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw", faster)
+
+
+def changed_seed(monkeypatch):
+    monkeypatch.setattr("sinkbook.toy.tasks.generator_at", other_generator_at)
+
+
+def other_generator_at(seed, step, device="cpu"):
+    import torch
+
+    return torch.Generator(device).manual_seed(7 * seed + step)
+
+
+@pytest.mark.parametrize("change", [changed_rate, changed_seed])
+def test_one_altered_line_of_the_training_code_is_found(begun, monkeypatch, change):
+    change(monkeypatch)
+    monkeypatch.setenv("SINKBOOK_RUNS", str(begun / "other runs"))
+    with pytest.raises(SinkbookError, match="no longer begins as it was recorded"):
+        spot_checks.spot_check("one-layer", "softmax")
+
+
+@pytest.mark.book
+@pytest.mark.parametrize(
+    "name, label",
+    [("one-layer", "softmax"), *(("three-layers", n) for n in ("AdamW", "SGD", "ReLU"))],
+)
+def test_the_trainings_of_the_records_begin_as_they_were_recorded(name, label):
+    assert spot_checks.spot_check(name, label, steps=2).furthest < 1
 
 
 def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
@@ -56,9 +218,9 @@ def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
         measurements=2,
         evaluation_size=2,
     )
-    monkeypatch.setattr(records, "three_layers", lambda settings: [small])
-    monkeypatch.setitem(records.RECORDS, "league", lambda: records._league(seeds=2))
-    made = xr.load_dataset(records.make("league"), engine="h5netcdf")
+    monkeypatch.setattr(makers, "three_layers", lambda settings: [small])
+    monkeypatch.setitem(makers.MAKERS, "league", lambda: makers._league(seeds=2))
+    made = xr.load_dataset(makers.make("league"), engine="h5netcdf")
     assert made.sizes["mitigation"] == 3 and made.sizes["seed"] == 2
     assert made.depth.values.tolist() == [1, 3]
     assert made.sink_mass.sel(depth=1).isel(layer=slice(1, None)).isnull().all()
@@ -75,10 +237,10 @@ def test_the_record_of_the_optimizers_is_made_of_its_runs(elsewhere, monkeypatch
         for name, c in whole.items()
         if name in ("AdamW", "SGD")
     }
-    monkeypatch.setattr(records, "optimizer_sweep", lambda settings: small)
-    making = partial(records._optimizers, seeds=2, steps=4)
-    monkeypatch.setitem(records.RECORDS, "optimizers", making)
-    made = xr.load_dataset(records.make("optimizers"), engine="h5netcdf")
+    monkeypatch.setattr(makers, "optimizer_sweep", lambda settings: small)
+    making = partial(makers._optimizers, seeds=2, steps=4)
+    monkeypatch.setitem(makers.MAKERS, "optimizers", making)
+    made = xr.load_dataset(makers.make("optimizers"), engine="h5netcdf")
     assert made.optimizer.values.tolist() == list(small)
     assert made.step.values.tolist() == [0, 1, 2, 3, 4]
     assert made.norm_step.values.tolist() == [1, 2, 3, 4]

@@ -5,8 +5,9 @@ texts, and the precision of the matrix products, bfloat16. Every group has three
 paper's 42 on, unless it says otherwise. Order is that of need: `sinkbook record --all` follows it.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import xarray as xr
@@ -14,10 +15,12 @@ import xarray as xr
 from sinkbook.book.experiments import STRUCTURES, bigram_backcopy, toy
 from sinkbook.book.settings import Settings
 from sinkbook.mitigations.registry import MITIGATIONS
-from sinkbook.toy.runs import Run, TrainingConfig, seeds_of, together
+from sinkbook.toy.peak_tests import cuts, transplants
+from sinkbook.toy.runs import Run, TrainingConfig, seeds_of
+from sinkbook.toy.tasks import task
 
-Groups = dict[str, list[TrainingConfig]]
 PAPER = Settings("paper")
+Groups = dict[str, list[TrainingConfig]]
 
 
 def _training(
@@ -119,11 +122,68 @@ GROUPS: dict[str, Callable[[], Groups]] = {
 }
 
 
-def measurements(groups: dict[str, list[Run]]) -> xr.Dataset:
-    """The measurements of all trainings along `training` and `seed`, NaN where one has no such."""
-    found = []
-    for runs in groups.values():
-        measured = together(runs)
-        places = {d: np.arange(measured.sizes[d]) for d in ("layer", "residual_layer")}
-        found.append(measured.assign_coords(places | {"token": runs[0].task.symbols}))
-    return xr.concat(found, dim=xr.Variable("training", list(groups)), join="outer")
+# The trainings whose peaks are cut and transplanted once they are finished.
+WITH_PEAK_TESTS = {"three-layers": ("AdamW", "SGD", "ReLU"), "structures": ("2 × TF + MLP",)}
+Trainings = dict[tuple[str, int], tuple[xr.Dataset, dict]]
+
+
+def measured(name: str, label: str, run: Run) -> xr.Dataset:
+    """What a record keeps of a run: its measurements, and for some those of `peak_tests`."""
+    if label not in WITH_PEAK_TESTS.get(name, ()):
+        return run.measurements
+    return xr.merge(
+        [run.measurements, cuts(run), transplants(run)], compat="no_conflicts", join="exact"
+    )
+
+
+def together(groups: Groups, trainings: Trainings) -> xr.Dataset:
+    """Finished trainings as one dataset along `training` and `seed`, NaN where one has no such.
+
+    `facts` is JSON: the device, versions, date and seconds of each training. A training that is
+    not finished has none.
+    """
+    of_labels = []
+    for label, configs in groups.items():
+        found = {c.seed: trainings[label, c.seed] for c in configs if (label, c.seed) in trainings}
+        if not found:
+            continue
+        symbols = task(configs[0].task).symbols
+        parts = [
+            _with_places(of_seed, symbols).assign(facts=json.dumps(facts))
+            for of_seed, facts in found.values()
+        ]
+        joined = xr.concat(parts, xr.Variable("seed", list(found)), join="outer")
+        of_labels.append(joined.expand_dims(training=[label]))
+    record = xr.concat(of_labels, "training", join="outer", fill_value={"facts": ""})
+    kept = [facts for _, facts in trainings.values()]
+    return record.assign_attrs(
+        config=json.dumps({label: asdict(configs[0]) for label, configs in groups.items()}),
+        versions=json.dumps(kept[0]["versions"]),
+        device=", ".join(dict.fromkeys(facts["device"] for facts in kept)),
+        date=max(facts["date"] for facts in kept),
+        seconds=round(sum(facts["seconds"] for facts in kept)),
+    )
+
+
+def _with_places(measurements: xr.Dataset, symbols: list[str]) -> xr.Dataset:
+    places = {
+        dim: np.arange(measurements.sizes[dim])
+        for dim in ("layer", "residual_layer")
+        if dim not in measurements.coords
+    }
+    if "token" not in measurements.coords:
+        places["token"] = symbols
+    return measurements.assign_coords(places)
+
+
+def trainings(record: xr.Dataset) -> Trainings:
+    """The finished trainings of a record, by their label and seed: measurements and facts."""
+    found = {}
+    for label in record.training.values.tolist():
+        for seed in record.seed.values.tolist():
+            one = record.sel(training=label, seed=seed)
+            if facts := one.facts.item():
+                steps = np.isfinite(one.backcopy_risk.values)
+                one = one.isel(step=steps).drop_vars(["facts", "training", "seed"])
+                found[label, seed] = one, json.loads(facts)
+    return found

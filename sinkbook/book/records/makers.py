@@ -1,9 +1,4 @@
-"""Records: measurements of trainings too long for a page, kept with their provenance.
-
-A record is `book/records/NAME.nc`: the measurements of a run, with its config, seed, versions,
-device, date, duration and the command that makes it again as attributes. It is written by
-`sinkbook record NAME` and never edited. The page that shows it says so.
-"""
+"""What makes records: the trainings of each, what is measured of them, the file that is written."""
 
 import json
 import math
@@ -14,11 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from sinkbook.book import paper_scale
 from sinkbook.book.experiments import (
     one_layer,
     optimizer_sweep,
@@ -28,15 +22,22 @@ from sinkbook.book.experiments import (
     under_mitigations,
     under_slot_controls,
 )
+from sinkbook.book.records import paper_scale
+from sinkbook.book.records.kept import (
+    NAMES,
+    WITH_WEIGHTS,
+    is_finished,
+    load,
+    path_of,
+    weights_path,
+    whole_file,
+)
 from sinkbook.book.settings import Settings
-from sinkbook.errors import SinkbookError
 from sinkbook.files import write
 from sinkbook.mitigations.registry import MITIGATIONS
-from sinkbook.provenance import repository
 from sinkbook.toy.measurements import measure_toy
-from sinkbook.toy.runs import in_groups
+from sinkbook.toy.runs import stored
 from sinkbook.toy.training import TimeIsUpError, seeds_of, train, train_all
-from sinkbook.toy.transformer import Transformer
 
 # What only makes records is imported there: chapters read them, and transformers takes seconds.
 
@@ -141,7 +142,7 @@ def _provenance(config: dict, facts: dict, seconds: float) -> dict:
     }
 
 
-RECORDS: dict[str, Callable[[], xr.Dataset]] = {
+MAKERS: dict[str, Callable[[], xr.Dataset]] = {
     # A quarter of the paper's batch.
     "one-layer-batch-128": partial(_one_layer, batch_size=128, steps=1_000),
     # The paper's batch, as far as it gets in the same time.
@@ -154,148 +155,74 @@ RECORDS: dict[str, Callable[[], xr.Dataset]] = {
 }
 
 
-# The records whose weights stand beside them, one seed of each training, for later questions.
-WITH_WEIGHTS = ("one-layer", "three-layers")
-
-
-def names() -> list[str]:
-    """All records: those at the paper's scale first, in the order in which they are needed."""
-    return [*paper_scale.GROUPS, *RECORDS]
-
-
-def _at_the_papers_scale(name: str, device: str, until: float) -> tuple[xr.Dataset, dict]:
-    """The measurements of a record of `paper_scale`, and its first seed's weights by training."""
-    groups = paper_scale.GROUPS[name]()
-    runs = in_groups(partial(train_all, device=device, until=until), groups)
-    trained = [run for group in runs.values() for run in group]
-    config = {label: asdict(group[0].config) for label, group in runs.items()}
-    measured = paper_scale.measurements(runs).assign_attrs(
-        _provenance(config, trained[0].facts, sum(run.seconds for run in trained))
-    )
-    weights = {label: group[0].model.state_dict() for label, group in runs.items()}
-    return measured, weights if name in WITH_WEIGHTS else {}
-
-
-def path_of(name: str) -> Path:
-    """Where a record lies in the repository.
-
-    Raises `SinkbookError` for an unknown name and outside of a copy of the repository.
-    """
-    if name not in names():
-        raise SinkbookError(f"no record named {name!r}. Known: {', '.join(names())}.")
-    root = repository()
-    if root is None:
-        raise SinkbookError(
-            "records lie in the book's repository, and this is none. Go to a clone of it."
-        )
-    return root / "book" / "records" / f"{name}.nc"
-
-
 def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
     """Train a record's runs, or go on where an interrupted one stopped, and write the record.
 
-    `until` is a time (`time.time()`) at which trainings at the paper's scale stop and keep what
-    they have. Raises `TimeIsUpError` then.
+    `until` is a time (`time.time()`) at which trainings at the paper's scale stop. The file then
+    holds those that are finished, and the next call, on this machine or another, makes the others.
+    Raises `TimeIsUpError` then.
     """
-    path = path_of(name)
-    if name in paper_scale.GROUPS:
-        measured, weights = _at_the_papers_scale(name, device, until)
-    else:
-        measured, weights = RECORDS[name](), {}
-    measured = measured.assign_attrs(record=name, command=f"sinkbook record {name}")
-    floats = {n: v.astype(np.float32) for n, v in measured.data_vars.items()}
-    path.parent.mkdir(exist_ok=True)
+    if name not in paper_scale.GROUPS:
+        return _write(name, MAKERS[name]())
+    groups = paper_scale.GROUPS[name]()
+    finished = paper_scale.trainings(whole_file(name)) if path_of(name).exists() else {}
+    labels = {config: label for label, configs in groups.items() for config in configs}
+    missing = [config for config in labels if (labels[config], config.seed) not in finished]
+    time_is_up = None
+    try:
+        train_all(missing, device=device, until=until)
+    except TimeIsUpError as error:
+        time_is_up = error
+    weights = {}
+    for config in missing:
+        if (run := stored(config)) is None:
+            continue
+        label = labels[config]
+        finished[label, config.seed] = paper_scale.measured(name, label, run), run.facts
+        if name in WITH_WEIGHTS and config == groups[label][0]:
+            weights[label] = run.model.state_dict()
+    path_of(name).parent.mkdir(exist_ok=True)
     if weights:
-        halves = {
-            f"{training}/{parameter}": tensor.half().contiguous()
-            for training, of_training in weights.items()
-            for parameter, tensor in of_training.items()
-        }
-        write(weights_path(name), lambda part: save_file(halves, part))
-    write(path, lambda part: measured.assign(floats).to_netcdf(part, engine="h5netcdf"))
+        _keep_weights(name, weights)
+    path = _write(name, paper_scale.together(groups, finished)) if finished else path_of(name)
+    if time_is_up is not None:
+        raise time_is_up
+    return path
+
+
+def _keep_weights(name: str, weights: dict[str, dict[str, Tensor]]) -> None:
+    """Add the weights of trainings, in 16 bits, to those that stand beside a record."""
+    path = weights_path(name)
+    halves = load_file(path) if path.exists() else {}
+    for label, of_training in weights.items():
+        for parameter, tensor in of_training.items():
+            halves[f"{label}/{parameter}"] = tensor.half().contiguous()
+    write(path, lambda part: save_file(halves, part))
+
+
+def _write(name: str, record: xr.Dataset) -> Path:
+    """Write a record, its numbers in 32 bits and packed, with the command that makes it again."""
+    path = path_of(name)
+    record = record.assign_attrs(record=name, command=f"sinkbook record {name}")
+    numbers = [n for n, values in record.data_vars.items() if values.dtype.kind in "fiu"]
+    record = record.assign({n: record[n].astype(np.float32) for n in numbers})
+    packed = {n: {"zlib": True, "complevel": 9} for n in numbers if record[n].ndim}
+    path.parent.mkdir(exist_ok=True)
+    write(path, lambda part: record.to_netcdf(part, engine="h5netcdf", encoding=packed))
     return path
 
 
 def make_missing(*, device: str = "auto", minutes: float = math.inf) -> list[Path]:
-    """The records that are not there, made in order of need until the minutes are up.
+    """The records that are missing or unfinished, made in order of need until the time is up.
 
     What is unfinished then goes on with the next call.
     """
     until, made = time.time() + 60 * minutes, []
-    for name in names():
-        if path_of(name).exists():
+    for name in NAMES:
+        if is_finished(name):
             continue
         try:
             made.append(make(name, device=device, until=until))
         except TimeIsUpError:
             break
     return made
-
-
-def weights_path(name: str) -> Path:
-    """Where the weights of a record's first seed lie, in 16 bits."""
-    return path_of(name).with_name(f"{name}.safetensors")
-
-
-def model_of(name: str, training: str) -> Transformer:
-    """The toy that a record's first seed ended as: its weights in 16 bits, widened again.
-
-    Raises `SinkbookError` if the record has no weights, or none of that training.
-    """
-    if name not in WITH_WEIGHTS or not weights_path(name).exists():
-        raise SinkbookError(f"the record {name!r} has no weights. Make it: sinkbook record {name}")
-    kept = load_file(weights_path(name))
-    weights = {
-        key.partition("/")[2]: tensor.float()
-        for key, tensor in kept.items()
-        if key.partition("/")[0] == training
-    }
-    groups = paper_scale.GROUPS[name]()
-    if not weights or training not in groups:
-        raise SinkbookError(
-            f"the record {name!r} has no training {training!r}. Known: {', '.join(groups)}."
-        )
-    model = Transformer(groups[training][0].model)
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
-
-
-def about(name: str) -> str:
-    """One line on a record: when and on what it was made, and how long that took."""
-    if not path_of(name).exists():
-        return f"{name}: not made yet"
-    facts = load(name).attrs
-    minutes = facts["seconds"] / 60
-    return f"{name}: made {facts['date'][:10]} in {minutes:.0f} minutes on {facts['device']}"
-
-
-def load(name: str) -> xr.Dataset:
-    """A record's measurements; `attrs` hold its provenance.
-
-    Raises `SinkbookError` if it has not been made, naming the command that makes it.
-    """
-    path = path_of(name)
-    if not path.exists():
-        raise SinkbookError(f"the record {name!r} is not there. Make it: sinkbook record {name}")
-    return xr.load_dataset(path, engine="h5netcdf")
-
-
-def paper_one_layer() -> xr.Dataset:
-    """The paper's own one-layer run along `step`: risks, sink attention, sink logit and norms.
-
-    Read from the result files of the official code (Figure 4b of arXiv 2410.13835). Its sink
-    attention counts position 0, and its bigram risk has the oracle's slip there.
-    """
-    path = path_of("one-layer-batch-128").parent / "paper-one-layer.csv"
-    return pd.read_csv(path, index_col="step").to_xarray()
-
-
-def paper_olmo() -> xr.Dataset:
-    """The paper's OLMo-7B-0424 along `step`: layer 24, one prompt of eight tokens.
-
-    Read off the figures of the official notebook (Figures 9 and 10 of arXiv 2410.13835); NaN where
-    a figure shows no number. Its attention is that on whichever key gets most, and its sink logit
-    counts masked keys.
-    """
-    path = path_of("one-layer-batch-128").parent / "paper-olmo-7b.csv"
-    return pd.read_csv(path, index_col="step").to_xarray()

@@ -1,0 +1,163 @@
+"""The records that are kept: where they lie, what they hold, the weights beside them.
+
+A record is `book/records/NAME.nc`: the measurements of trainings too long for a page, with config,
+seeds, versions, devices, dates, seconds and the command that makes it again. `sinkbook record NAME`
+writes it, and nobody edits it. The page that shows it says so.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import xarray as xr
+from safetensors.torch import load_file
+
+from sinkbook.book.records import paper_scale
+from sinkbook.errors import SinkbookError
+from sinkbook.provenance import repository
+from sinkbook.toy.runs import Run
+from sinkbook.toy.transformer import Transformer
+
+EARLIER = (  # than those at the paper's scale, or of other models
+    "one-layer-batch-128",
+    "one-layer-batch-512",
+    "league",
+    "small-llama-levers",
+    "small-llama",
+    "reemergence",
+    "optimizers",
+)
+NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
+
+# The records whose weights stand beside them, one seed of each training, for later questions.
+WITH_WEIGHTS = ("one-layer", "three-layers")
+
+
+def path_of(name: str) -> Path:
+    """Where a record lies in the repository.
+
+    Raises `SinkbookError` for an unknown name and outside of a copy of the repository.
+    """
+    if name not in NAMES:
+        raise SinkbookError(f"no record named {name!r}. Known: {', '.join(NAMES)}.")
+    root = repository()
+    if root is None:
+        raise SinkbookError(
+            "records lie in the book's repository, and this is none. Go to a clone of it."
+        )
+    return root / "book" / "records" / f"{name}.nc"
+
+
+def weights_path(name: str) -> Path:
+    """Where the weights of a record's first seed lie, in 16 bits."""
+    return path_of(name).with_suffix(".safetensors")
+
+
+def whole_file(name: str) -> xr.Dataset:
+    """All that a record holds, unfinished trainings of it included.
+
+    Raises `SinkbookError` if it has not been made, naming the command that makes it.
+    """
+    path = path_of(name)
+    if not path.exists():
+        raise SinkbookError(f"the record {name!r} is not there. Make it: sinkbook record {name}")
+    return xr.load_dataset(path, engine="h5netcdf")
+
+
+def load(name: str) -> xr.Dataset:
+    """A record's measurements; `attrs` hold its provenance.
+
+    Of a record that is being made, the trainings all of whose seeds are there.
+    Raises `SinkbookError` if there are none, naming the command that makes the record.
+    """
+    record = whole_file(name)
+    if name not in paper_scale.GROUPS:
+        return record
+    done = [
+        label
+        for label, configs in paper_scale.GROUPS[name]().items()
+        if all((label, config.seed) in paper_scale.trainings(record) for config in configs)
+    ]
+    if not done:
+        raise SinkbookError(
+            f"no training of the record {name!r} is finished. Go on with: sinkbook record {name}"
+        )
+    return record.sel(training=done)
+
+
+def is_finished(name: str) -> bool:
+    """Whether a record is there with all of its trainings."""
+    if not path_of(name).exists():
+        return False
+    count, wanted = _counts(name)
+    return count == wanted
+
+
+def about(name: str) -> str:
+    """One line on a record: when and on what it was made, how long that took, what is missing."""
+    if not path_of(name).exists():
+        return f"{name}: not made yet"
+    facts = whole_file(name).attrs
+    line = (
+        f"{name}: made {facts['date'][:10]} in {facts['seconds'] / 60:.0f} minutes "
+        f"on {facts['device']}"
+    )
+    count, wanted = _counts(name)
+    return line if count == wanted else f"{line}; {count} of {wanted} trainings so far"
+
+
+def _counts(name: str) -> tuple[int, int]:
+    """How many trainings of a record are there, and how many should be."""
+    if name not in paper_scale.GROUPS:
+        return 1, 1
+    wanted = {
+        (label, config.seed)
+        for label, configs in paper_scale.GROUPS[name]().items()
+        for config in configs
+    }
+    return len(wanted & set(paper_scale.trainings(whole_file(name)))), len(wanted)
+
+
+def run_of(name: str, training: str) -> Run:
+    """The run of a record's first seed: its measurements, and its weights in 16 bits, widened.
+
+    Raises `SinkbookError` if the record has no weights, or none of that training.
+    """
+    groups = paper_scale.GROUPS[name]() if name in WITH_WEIGHTS else {}
+    if training not in groups or not weights_path(name).exists():
+        raise SinkbookError(
+            f"the record {name!r} has no weights of {training!r}. Known: "
+            f"{', '.join(groups) or 'none'}. Make them: sinkbook record {name}"
+        )
+    config = groups[training][0]
+    model = Transformer(config.model)
+    kept = load_file(weights_path(name))
+    model.load_state_dict(
+        {
+            key.removeprefix(f"{training}/"): tensor.float()
+            for key, tensor in kept.items()
+            if key.startswith(f"{training}/")
+        }
+    )
+    measurements, facts = paper_scale.trainings(whole_file(name))[training, config.seed]
+    return Run(config, model.eval().requires_grad_(False), measurements, facts)
+
+
+def paper_one_layer() -> xr.Dataset:
+    """The paper's own one-layer run along `step`: risks, sink attention, sink logit and norms.
+
+    Read from the result files of the official code (Figure 4b of arXiv 2410.13835). Its sink
+    attention counts position 0, and its bigram risk has the oracle's slip there.
+    """
+    path = path_of("one-layer").parent / "paper-one-layer.csv"
+    return pd.read_csv(path, index_col="step").to_xarray()
+
+
+def paper_olmo() -> xr.Dataset:
+    """The paper's OLMo-7B-0424 along `step`: layer 24, one prompt of eight tokens.
+
+    Read off the figures of the official notebook (Figures 9 and 10 of arXiv 2410.13835); NaN where
+    a figure shows no number. Its attention is that on whichever key gets most, and its sink logit
+    counts masked keys.
+    """
+    path = path_of("one-layer").parent / "paper-olmo-7b.csv"
+    return pd.read_csv(path, index_col="step").to_xarray()

@@ -1,0 +1,90 @@
+"""Does a record's training begin today as it began when the record was made?
+
+A record is made once, for hours or on a GPU. Its training begun again on this machine must meet
+the stored trajectory in its first steps; if it does not, the code or the record has changed.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import xarray as xr
+
+from sinkbook.book.records import paper_scale
+from sinkbook.book.records.kept import whole_file
+from sinkbook.errors import SinkbookError
+from sinkbook.toy.runs import TrainingConfig
+from sinkbook.toy.training import train
+
+# Relative differences that rounding explains: the records' matrix products are in bfloat16, these
+# in float32, which every CPU can do. Between the two, ten steps on a GPU and on CPUs differed by
+# at most a ten-thousandth in risks and a five-hundredth in norms.
+TOLERANCES = {
+    "backcopy_risk": 1e-3,
+    "bigram_risk": 1e-3,
+    "residual_norm": 5e-3,
+    "other_residual_norm": 5e-3,
+    "value_norm": 5e-3,
+    "other_value_norm": 5e-3,
+}
+
+
+@dataclass(frozen=True)
+class SpotCheck:
+    """The first steps of a training, stored and begun again, along `step`."""
+
+    name: str
+    training: str
+    seed: int
+    stored: xr.Dataset
+    again: xr.Dataset
+    furthest: float  # the largest relative difference, in units of what is tolerated
+
+    def __str__(self) -> str:
+        return (
+            f"Begun again on this machine, the training {self.training!r} of the record "
+            f"{self.name!r}, seed {self.seed}, meets its first {self.again.step.values[-1]} steps: "
+            f"the largest difference is {self.furthest:.2f} of what rounding may make."
+        )
+
+    def _repr_html_(self) -> str:
+        return f'<p class="sinkbook-facts">{self}</p>'
+
+
+def spot_check(name: str, training: str, *, steps: int = 3) -> SpotCheck:
+    """Begin the first seed of a record's training again, and lay it over the stored trajectory.
+
+    Raises `SinkbookError` if they part by more than rounding does, and where.
+    """
+    config = paper_scale.GROUPS[name]()[training][0]
+    stored, _ = paper_scale.trainings(whole_file(name))[training, config.seed]
+    again = first_steps(config, steps)
+    return compared(name, training, config.seed, stored.sel(step=again.step), again)
+
+
+def first_steps(config: TrainingConfig, steps: int) -> xr.Dataset:
+    """The measurements of a training's first steps, each of them, in float32."""
+    beginning = replace(config, steps=steps, measurements=steps, precision="float32", details=False)
+    return train(beginning).measurements
+
+
+def compared(
+    name: str, training: str, seed: int, stored: xr.Dataset, again: xr.Dataset
+) -> SpotCheck:
+    """A spot check of two trajectories over the same steps; raises `SinkbookError` as they part."""
+    furthest = 0.0
+    for variable, tolerance in TOLERANCES.items():
+        old, new = xr.broadcast(stored[variable], again[variable])
+        parted = np.abs(new - old) / np.abs(old) / tolerance
+        if not (parted.fillna(0.0) <= 1).all():
+            steps = parted.step.values[(parted > 1).any(set(parted.dims) - {"step"}).values]
+            raise SinkbookError(
+                f"the training {training!r} of the record {name!r}, seed {seed}, no longer begins "
+                f"as it was recorded: {variable} at step {steps[0]} differs by "
+                f"{tolerance * parted.max().item():.1e}, and rounding by {tolerance:.0e} at most. "
+                f"Either the code of trainings has changed, and the record has to be made again "
+                f"(sinkbook record {name}), or the record's file has."
+            )
+        if parted.isnull().all():
+            raise SinkbookError(f"the record {name!r} holds no {variable} of its first steps.")
+        furthest = max(furthest, parted.max().item())
+    return SpotCheck(name, training, seed, stored, again, furthest)

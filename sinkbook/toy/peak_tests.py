@@ -1,0 +1,151 @@
+"""Is it the peak that later layers go by? Parts of a toy cut, and the peak given to another token.
+
+Both ask what the sink token's residual state causes (Figure 7b of arXiv 2410.13835), at every layer
+that could have written it, and with as many random directions as a control needs.
+"""
+
+from contextlib import ExitStack
+from itertools import product
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sinkbook.models.interventions import replace, zero
+from sinkbook.probe import measure
+from sinkbook.probe.attention_maps import attention_weights
+from sinkbook.toy.measurements import measure_toy
+from sinkbook.toy.runs import Run
+from sinkbook.toy.transformer import Transformer
+
+PARTS = {"attention": ("attention",), "MLP": ("mlp",), "both": ("attention", "mlp")}
+PLACES = {"at the first token": 0, "everywhere": None}
+MEASURED = (
+    "residual_norm",
+    "other_residual_norm",
+    "residual_peak",
+    "sink_attention",
+    "sink_logit",
+    "value_norm",
+    "other_value_norm",
+)
+
+
+def cuts(run: Run, *, texts: int = 16) -> xr.Dataset:
+    """The phenomena of a run with a part of a layer cut, on some of its evaluation texts.
+
+    Variables of `measure_toy` along `cut_layer`, `part` ("attention", "MLP", "both") and `place`
+    ("at the first token", "everywhere"), under names that begin with `cut_`; those that begin with
+    `whole_` are of the model as it is. `sink_logit` is the mean of `sink_logit_by_token` over the
+    characters that are no triggers. NaN where the layer has no such part.
+    """
+    tokens, layers = run.evaluation_tokens[:texts], range(len(run.model.layers))
+    whole = _phenomena(run, tokens)
+    found = []
+    for layer, parts, position in product(layers, PARTS.values(), PLACES.values()):
+        block = run.model.layers[layer]
+        there = [part for part in parts if getattr(block, part) is not None]
+        with ExitStack() as stack:
+            for part in there:
+                stack.enter_context(zero(run.model, part, layer=layer, position=position))
+            measured = _phenomena(run, tokens) if there == list(parts) else whole * np.nan
+        found.append(measured)
+    shape = (len(layers), len(PARTS), len(PLACES))
+    by_cut = {
+        f"cut_{name}": (
+            ("cut_layer", "part", "place", *whole[name].dims),
+            np.stack([m[name].values for m in found]).reshape(*shape, *whole[name].shape),
+        )
+        for name in MEASURED
+    }
+    unchanged = {f"whole_{name}": whole[name] for name in MEASURED}
+    coordinates = {"cut_layer": list(layers), "part": list(PARTS), "place": list(PLACES)}
+    return xr.Dataset(unchanged | by_cut, coordinates)
+
+
+def _phenomena(run: Run, tokens: Int[Tensor, "text position"]) -> xr.Dataset:
+    characters = torch.arange(run.task.config.characters)
+    ordinary = characters[~run.task.at_triggers(characters)].numpy()
+    measured = measure_toy(run.model, run.task, tokens)
+    sink_logit = measured.sink_logit_by_token.isel(token=ordinary).mean("token")
+    return measured.assign(sink_logit=sink_logit)[list(MEASURED)].squeeze("head", drop=True)
+
+
+@torch.no_grad()
+def transplants(
+    run: Run, *, directions: int = 20, position: int = 8, texts: int = 16
+) -> xr.Dataset:
+    """What becomes of a token that is given what the peak's writer adds at the first token.
+
+    The writer is the part, before the layer of the last attention, that adds the longest vector
+    there. Along
+    `written` ("own", "peak", and so many "random" directions of the same length): `received`, the
+    largest mean attention, over the later layers, that the token at `position` gets from later
+    tokens that are no triggers; and `written_value_norm`, the norm of its value state in the layer
+    where the model as it is has its strongest sink. `writer_layer` and `writer_is_attention` say
+    who the writer is.
+    """
+    tokens = run.evaluation_tokens[:texts]
+    layer, part, vector = _writer(run.model, tokens)
+    noise = torch.randn(
+        directions, len(vector), generator=torch.Generator().manual_seed(run.config.seed)
+    )
+    noise = noise / noise.norm(dim=1, keepdim=True) * vector.norm()
+    later = ~run.task.at_triggers(tokens)
+    later[:, : position + 1] = False
+    after = range(layer + 1, len(run.model.layers))
+    attending = [i for i in after if run.model.layers[i].attention is not None]
+    sink = measure(run.model, tokens, ("sink_attention",)).sink_attention.mean(("batch", "head"))
+    strongest = int(np.nanargmax(sink.values))
+    received, norms = [], []
+    for written in (None, vector, *noise):
+        with ExitStack() as changes:
+            if written is not None:
+                where = {"layer": layer, "position": position}
+                changes.enter_context(replace(run.model, part, written, **where))
+            received.append(
+                max(_received(run.model, tokens, i, position, later) for i in attending)
+            )
+            values = measure(run.model, tokens, ("value_norm",)).value_norm
+        norms.append(values.isel(layer=strongest, position=position).mean().item())
+    return xr.Dataset(
+        {
+            "received": ("written", received),
+            "written_value_norm": ("written", norms),
+            "writer_layer": layer,
+            "writer_is_attention": float(part == "attention"),
+        },
+        {"written": ["own", "peak", *(f"random {i + 1}" for i in range(directions))]},
+    )
+
+
+def _writer(
+    model: Transformer, tokens: Int[Tensor, "text position"]
+) -> tuple[int, str, Float[Tensor, " width"]]:
+    """Layer and part that add the longest vector at the first token before the last attention."""
+    written: dict[tuple[int, str], Tensor] = {}
+    last = max(i for i, block in enumerate(model.layers) if block.attention is not None)
+    with ExitStack() as hooks:
+        for i, block in enumerate(model.layers[:last]):
+            for name in ("attention", "mlp"):
+                if (part := getattr(block, name)) is not None:
+                    hook = part.register_forward_hook(
+                        lambda _, __, output, key=(i, name): written.update({key: output[0, 0]})
+                    )
+                    hooks.callback(hook.remove)
+        model(tokens[:1])
+    (layer, part), vector = max(written.items(), key=lambda item: item[1].norm())
+    return layer, part, vector
+
+
+def _received(
+    model: Transformer,
+    tokens: Int[Tensor, "text position"],
+    layer: int,
+    position: int,
+    later: Tensor,
+) -> float:
+    weights = attention_weights(model, tokens, layer=layer)[:, 0, :, position]
+    return weights[later].mean().item()
