@@ -72,10 +72,11 @@ def load(name: str) -> xr.Dataset:
     record = whole_file(name)
     if name not in paper_scale.GROUPS:
         return record
+    there = paper_scale.finished(record)
     done = [
         label
         for label, configs in paper_scale.GROUPS[name]().items()
-        if all((label, config.seed) in paper_scale.trainings(record) for config in configs)
+        if all((label, config.seed) in there for config in configs)
     ]
     if not done:
         raise SinkbookError(
@@ -114,7 +115,7 @@ def _counts(name: str) -> tuple[int, int]:
         for label, configs in paper_scale.GROUPS[name]().items()
         for config in configs
     }
-    return len(wanted & set(paper_scale.trainings(whole_file(name)))), len(wanted)
+    return len(wanted & set(paper_scale.finished(whole_file(name)))), len(wanted)
 
 
 def run_of(name: str, training: str) -> Run:

@@ -5,6 +5,7 @@ texts, and the precision of the matrix products, bfloat16. Every group has three
 paper's 42 on, unless it says otherwise. Order is that of need: `sinkbook record --all` follows it.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -176,14 +177,18 @@ def _with_places(measurements: xr.Dataset, symbols: list[str]) -> xr.Dataset:
     return measurements.assign_coords(places)
 
 
+def finished(record: xr.Dataset) -> dict[tuple[str, int], dict]:
+    """The facts of a record's finished trainings, by their label and seed."""
+    places = itertools.product(record.training.values.tolist(), record.seed.values.tolist())
+    facts = zip(places, record.facts.values.ravel().tolist(), strict=True)
+    return {place: json.loads(of_training) for place, of_training in facts if of_training}
+
+
 def trainings(record: xr.Dataset) -> Trainings:
     """The finished trainings of a record, by their label and seed: measurements and facts."""
     found = {}
-    for label in record.training.values.tolist():
-        for seed in record.seed.values.tolist():
-            one = record.sel(training=label, seed=seed)
-            if facts := one.facts.item():
-                steps = np.isfinite(one.backcopy_risk.values)
-                one = one.isel(step=steps).drop_vars(["facts", "training", "seed"])
-                found[label, seed] = one, json.loads(facts)
+    for (label, seed), facts in finished(record).items():
+        one = record.sel(training=label, seed=seed)
+        one = one.isel(step=np.isfinite(one.backcopy_risk.values))
+        found[label, seed] = one.drop_vars(["facts", "training", "seed"]), facts
     return found
