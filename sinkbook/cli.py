@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that `sinkbook --help` answe
 
 import json
 import os
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -299,12 +300,26 @@ def main() -> None:
     try:
         app()
     except SinkbookError as error:
-        print(f"sinkbook: {error}", file=sys.stderr)
+        print(f"sinkbook: {_with_options(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:
             print("sinkbook: interrupted. What had finished is kept.", file=sys.stderr)
         raise
+
+
+def _with_options(message: str) -> str:
+    """A message with options in the place of arguments: --length 9 where it says `length=9`."""
+    commands = typer.main.get_command(app).commands.values()
+    options = {parameter.name: parameter.opts[0] for c in commands for parameter in c.params}
+
+    def option(found: re.Match) -> str:
+        name, value = found.groups()
+        if not options.get(name, "").startswith("--"):
+            return found.group()
+        return options[name] if value in (None, "True") else f"{options[name]} {value}"
+
+    return re.sub(r"`(\w+)(?:=(\w+))?`", option, message)
 
 
 if __name__ == "__main__":

@@ -312,5 +312,5 @@ def _writing_to(folder: Path):
             raise
         raise SinkbookError(
             f"cannot write to {where}: {error.strerror}. Make {folder} writable, or name another "
-            "folder with --output."
+            "folder with `output`."
         ) from error

@@ -51,7 +51,7 @@ def texts(domain: str, count: int | None = None, minimum_characters: int = 600) 
     if count is not None and len(found) < count:
         raise SinkbookError(
             f"{domain!r} has {len(found)} texts of at least {minimum_characters} characters, and "
-            f"{count} were asked for. Ask for fewer, or lower minimum_characters."
+            f"{count} were asked for. Ask for fewer texts, or for shorter ones."
         )
     return found
 

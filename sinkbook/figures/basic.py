@@ -66,13 +66,14 @@ def head_map(
     """A number between 0 and 1 for every head: one column a layer, one row a head."""
     layers, heads = values.sizes["layer"], values.sizes["head"]
     ax = axes_or_new(ax, figsize=(7, 1.2 + 0.18 * heads))
-    image = ax.imshow(
-        values.transpose("head", "layer"), vmin=0, vmax=1, aspect="auto", origin="lower"
+    # Cells of their own, which a page can name one by one; an image of them could not be asked.
+    cells = ax.pcolormesh(
+        np.arange(layers), np.arange(heads), values.transpose("head", "layer"), vmin=0, vmax=1
     )
     ax.set(xlabel="layer", ylabel="head", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(min(heads, 9), integer=True))
-    ax.figure.colorbar(image, ax=ax, label=label)
+    ax.figure.colorbar(cells, ax=ax, label=label)
     return ax
 
 

@@ -246,7 +246,7 @@ def _measure(job: _Job) -> xr.Dataset:
             raise DiskFullError(
                 f"the disk was full at {job.revision.name} of {job.model_id!r} ({error}). Free "
                 "some space and run the same again: what was measured is kept. To remove each "
-                "checkpoint once it is measured, pass free=True, or --free."
+                "checkpoint once it is measured, add `free=True`."
             ) from error
         raise
 

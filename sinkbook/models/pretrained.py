@@ -101,7 +101,7 @@ class LanguageModel:
             )
             raise SinkbookError(
                 f"{len(short)} of {len(rows)} texts are shorter than {length} tokens: {named}. "
-                "Ask for a smaller length, or for texts with more minimum_characters."
+                "Ask for a smaller `length`, or give longer texts."
             )
         return torch.tensor([row[:length] for row in rows], device=self.model.device)
 
@@ -269,7 +269,7 @@ def _explain(name: str, revision: str, error: Exception) -> SinkbookError:
     if "custom code" in str(error):
         return SinkbookError(
             f"{name!r} comes with code of its own, which is not run. If you have read that code "
-            "and trust it, pass trust_remote_code=True."
+            "and trust it, add `trust_remote_code=True`."
         )
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return SinkbookError(f"cannot load {name!r}: {reason[0]}")

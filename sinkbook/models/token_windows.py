@@ -25,7 +25,7 @@ def read_document(path: Path) -> str:
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise SinkbookError(
-            f"cannot read {str(path)!r}: {error.strerror}. Give --text a text file."
+            f"cannot read {str(path)!r}: {error.strerror}. Give the path of a text file."
         ) from error
     except UnicodeDecodeError as error:
         raise SinkbookError(
@@ -52,7 +52,7 @@ def of_document(language_model: LanguageModel, text: str, *, count: int, length:
         found = len(ids) + len(prefix)
         raise SinkbookError(
             f"the text has {found} tokens, and a window takes {length}. "
-            f"Give a longer text, or --length {found}."
+            f"Give a longer text, or `length={found}`."
         )
     starts = range(0, min(len(ids) // step, count) * step, step)
     return torch.tensor([prefix + ids[start : start + step] for start in starts])
@@ -74,7 +74,7 @@ def of_texts(
             return torch.tensor(windows)
     raise SinkbookError(
         f"{len(windows)} texts of the domain have {length} tokens, and {count} were asked for. "
-        "Ask for fewer with --texts, for shorter ones with --length, or give a --text."
+        "Ask for fewer texts or a smaller `length`, or give a document of your own."
     )
 
 
@@ -85,7 +85,7 @@ def check_length(language_model: LanguageModel, length: int) -> None:
     if positions is not None and length > positions:
         raise SinkbookError(
             f"{language_model.name!r} has {positions} positions, and windows of {length} tokens "
-            f"were asked for. Ask for --length {positions} at most."
+            f"were asked for. Ask for `length={positions}` at most."
         )
 
 

@@ -272,7 +272,7 @@ def _nothing_to_show(recorder: Recorder, name: str) -> SinkbookError:
     model = type(recorder.model).__name__
     if VARIABLES[name][0] != RESIDUAL and not recorder.routes:
         return SinkbookError(
-            f"{model} has no softmax attention, so no {name}. Ask for residual_norm or loss."
+            f"{model} has no softmax attention, so no {name}. It has residual_norm and loss."
         )
     return SinkbookError(f"{model} has no {name} of its own. Leave it out of the variables.")
 

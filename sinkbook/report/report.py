@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -19,12 +17,11 @@ from rich.text import Text
 from sinkbook import provenance
 from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
-from sinkbook.figures import basic
 from sinkbook.models import token_windows
 from sinkbook.models.pretrained import LanguageModel, load
 from sinkbook.probe.measure import VARIABLES, measure
 from sinkbook.progress import progress
-from sinkbook.report import summary
+from sinkbook.report import figures, summary
 from sinkbook.report.html import html_page
 
 MEASURED = ("sink_attention", "sink_logit", "attention_entropy", "key_importance")
@@ -146,76 +143,11 @@ def describe_texts(result: xr.Dataset) -> str:
 # --- Files -----------------------------------------------------------------------------------
 
 
-def overview(result: xr.Dataset) -> Figure:
-    """The attention of every head on the first token, and the residual norms by layer."""
-    figure = Figure(figsize=(9.4, 3.5))
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    basic.head_map(result.sink_attention.mean("batch"), left, title="Attention sinks")
-    _draw_residual(result, right)
-    right.set_title("Residual-state peak")
-    return figure
-
-
-def heads(result: xr.Dataset) -> Figure:
-    """The attention of every head on the first token."""
-    figure = Figure(figsize=(7, 1.4 + min(0.2 * result.sizes["head"], 6)))
-    basic.head_map(result.sink_attention.mean("batch"), figure.subplots())
-    return figure
-
-
-def residual(result: xr.Dataset) -> Figure:
-    """The residual norms by layer: the first token, the largest other, the median."""
-    figure = Figure(figsize=(7, 3.4))
-    _draw_residual(result, figure.subplots())
-    return figure
-
-
-def values(result: xr.Dataset) -> Figure:
-    """Sink attention against value ratio, one dot a head."""
-    figure = Figure(figsize=(5.6, 4.2))
-    axes = figure.subplots()
-    if result.value_norm.isnull().all():
-        return _unmeasured(axes, "value norms")
-    table = summary.head_table(result).set_index(["layer", "head"]).to_xarray()
-    basic.head_scatter(
-        table.sink_attention,
-        table.value_ratio,
-        axes,
-        xlabel="attention on the first token",
-        ylabel="value norm, first token / others",
-    )
-    axes.axhline(1, color=basic.OTHER, lw=1, ls="--")
-    axes.set(xlim=(-0.03, 1.03), yscale="log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    return figure
-
-
-def _draw_residual(result: xr.Dataset, axes: Axes) -> None:
-    if result.residual_norm.isnull().all():
-        _unmeasured(axes, "residual norms")
-        return
-    colours = (basic.PEAK, "#56B4E9", basic.OTHER)
-    curves = summary.residual_trace(result).items()
-    series = {
-        name: (norm.transpose("batch", "residual_layer").values, colour)
-        for (name, norm), colour in zip(curves, colours, strict=True)
-    }
-    basic.by_layer(series, axes, ylabel="norm of the residual state")
-    axes.set_xlabel("layers passed")
-
-
-def _unmeasured(axes: Axes, what: str) -> Figure:
-    axes.text(0.5, 0.5, f"{what} cannot be measured in this model", ha="center", va="center")
-    axes.axis("off")
-    return axes.figure
-
-
-FIGURES = {drawn.__name__: drawn for drawn in (overview, heads, residual, values)}
 FILES = (
     "report.html",
     "result.nc",
     "summary.csv",
-    *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")),
+    *(f"{name}.{kind}" for name in figures.FIGURES for kind in ("png", "svg")),
 )
 
 
@@ -225,7 +157,7 @@ def check_folder(folder: Path, *, force: bool) -> None:
     if present and not force:
         raise SinkbookError(
             f"{str(folder)!r} already holds {present[0]}. Name another folder, or let the report "
-            "in it be replaced with --force."
+            "in it be replaced with `force=True`."
         )
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -247,7 +179,7 @@ def write(result: xr.Dataset, folder: Path, *, force: bool = False) -> None:
         result.to_netcdf(folder / "result.nc", engine="h5netcdf")
         table = summary.head_table(result)
         table.to_csv(folder / "summary.csv", index=False, float_format="%.6g")
-        for name, draw in FIGURES.items():
+        for name, draw in figures.FIGURES.items():
             figure = draw(result)
             figure.savefig(folder / f"{name}.png", dpi=150)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

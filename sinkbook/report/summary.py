@@ -49,6 +49,12 @@ def head_table(result: xr.Dataset) -> pd.DataFrame:
     )
 
 
+def drained(result: xr.Dataset) -> pd.DataFrame:
+    """The rows of `head_table` that have a value ratio to show on a logarithmic axis."""
+    table = head_table(result)
+    return table[table.value_ratio > 0].reset_index(drop=True)
+
+
 def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
     """One row per layer.
 

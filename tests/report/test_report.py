@@ -1,10 +1,12 @@
 """`sinkbook probe`: what it says of a model, what it writes, and what it refuses."""
 
 import io
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.image
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from matplotlib.colors import to_hex
 from rich.console import Console
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -20,7 +23,7 @@ from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
 from sinkbook.models import load, token_windows
 from sinkbook.probe import measure
-from sinkbook.report import report, summary
+from sinkbook.report import figures, report, summary
 from sinkbook.report.html import html_page
 from tiny import SIZES, tiny_model, tiny_reader, tiny_tokenizer
 
@@ -42,9 +45,21 @@ def measured(model: PreTrainedModel) -> xr.Dataset:
 def shown(result: xr.Dataset) -> str:
     """The page of a report, once its table and its figures have been drawn too."""
     Console(file=io.StringIO()).print(report.terminal(result))
-    for draw in report.FIGURES.values():
+    for draw in figures.FIGURES.values():
         draw(result).draw_without_rendering()
     return html_page(result)
+
+
+class Tags(HTMLParser):
+    """The elements and the attributes of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.attributes = set(), set()
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +176,26 @@ def test_the_overview_is_a_wide_white_picture(written):
 
 def test_the_page_names_no_address_and_runs_no_script(written):
     page = (written / "report.html").read_text("utf-8")
-    assert "://" not in page and "<script" not in page and "url(" not in page
+    assert "://" not in page and "<script" not in page
+    assert not re.search(r"""url\((?!#)|href=["'](?!#|data:image/png)""", page)
     assert page.count('class="cell"') == page.count('class="dot"') == 270
+
+
+def test_each_cell_and_each_dot_says_the_numbers_that_it_is_drawn_by(smollm2):
+    page, table = html_page(smollm2), summary.head_table(smollm2)
+    marks = re.findall(r'<(path|use) [^>]*class="(cell|dot)"[^>]*>\s*<title>([^<]*)</title>', page)
+    attention = {
+        f"layer {row.layer}, head {row.head}: attention {row.sink_attention:.2f}, value ratio "
+        f"{row.value_ratio:.2f}": row.sink_attention
+        for row in table.itertuples()
+    }
+    assert sorted(title for _, _, title in marks) == sorted([*attention, *attention])
+    for mark in re.finditer(r'<\w+ [^>]*class="(cell|dot)"[^>]*>\s*<title>([^<]*)</title>', page):
+        drawn, kind, value = mark[0], mark[1], attention[mark[2]]
+        if kind == "cell":
+            assert f"fill: {to_hex(matplotlib.colormaps['Blues'](value))}" in drawn
+        else:
+            assert f"fill: var(--{'sink' if value > 0.3 else 'other'})" in drawn
 
 
 def test_the_page_opens_in_a_browser_without_complaint(written):
@@ -315,6 +348,22 @@ def test_tokens_that_spell_a_script_are_only_shown():
     result["key_importance"][:, 1, 0, 7] = 0.9
     page = html_page(result)
     assert "&lt;script&gt;" in page and "<script" not in page
+
+
+def test_what_a_folder_a_file_or_a_text_is_called_is_only_shown(tmp_path, sinkbook):
+    model, text = tmp_path / "<script>alert(1)<", tmp_path / "<img src=x onerror=alert(1)>&.txt"
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    text.write_text("<script>alert(1)</script> <b>to be</b> " * 40)
+    out = tmp_path / '"><svg onload=alert(1)>'
+    status, _, errors = sinkbook(model, "--text", text, "--length", 32, "--out", out)
+    assert status == 0, errors
+    page = (out / "report.html").read_text("utf-8")
+    assert "&lt;script&gt;alert(1)&lt;" in page and "&lt;img src=x" in page
+    found = Tags()
+    found.feed(page)
+    assert not {"script", "img", "b"} & found.names
+    assert not [name for name in found.attributes if name.startswith("on")]
 
 
 def test_a_model_without_value_norms_is_reported_without_a_drain():
