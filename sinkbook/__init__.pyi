@@ -7,13 +7,8 @@ from .mitigations.sink_cache import SinkCache
 from .models.interventions import replace, zero
 from .models.pretrained import load
 from .probe.attention_maps import attention_weights
-from .probe.measure import (
-    measure,
-    measure_texts,
-    residual_peak_ratio,
-    sink_rate,
-    value_drain_ratio,
-)
+from .probe.measure import measure, measure_texts
+from .probe.metrics import residual_peak_ratio, sink_rate, value_drain_ratio
 
 __version__: str
 

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = {"sinkbook", "benchmarks", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
 
@@ -30,6 +31,7 @@ NOT_IMPORTED = {
     "sphinx": "it imports our extension",
     "sphinx-book-theme": "bounded for jupyter-book, which asks for it",
     "beartype": "jaxtyping's plugin of pytest checks shapes with it",
+    "import-linter": "a command",
     "nbstripout": "a command",
     "pytest-timeout": "a plugin",
     "pytest-xdist": "a plugin",
@@ -57,7 +59,7 @@ def imported(*folders: str) -> dict[str, str]:
                     roots = {node.module.split(".")[0]}
                 else:
                     continue
-                for root in roots - sys.stdlib_module_names - {"sinkbook", "tiny", "benchmarks"}:
+                for root in roots - sys.stdlib_module_names - OURS:
                     ours = map(canonical, distributions.get(root, [root]))
                     found |= dict.fromkeys(ours, str(path.relative_to(ROOT)))
     return found
