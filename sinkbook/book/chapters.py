@@ -39,8 +39,21 @@ class Chapter(Settings):
         claims.check(claim_id, values, profile=self.profile)
 
     def report(self, **numbers: float | int | str) -> None:
-        """Hand numbers to the text, where a Markdown cell prints one by the role `{glue:text}`."""
-        claims.report(**numbers)
+        """Hand numbers to the text, where a Markdown cell prints one by the role `{glue:text}`.
+
+        Shows nothing itself. Written as scrapbook does, so any reader of executed notebooks finds
+        them.
+        """
+        from IPython.display import display
+
+        kind = "application/papermill.record/"
+        for name, number in numbers.items():
+            plain = number.item() if hasattr(number, "item") else number
+            display(
+                {f"{kind}text/plain": repr(plain)},
+                raw=True,
+                metadata={"scrapbook": {"name": name, "mime_prefix": kind}},
+            )
 
     def record(self, name: str) -> xr.Dataset:
         """The measurements of a record; shows when, on what and by which command it was made.
@@ -54,6 +67,15 @@ class Chapter(Settings):
         record = records.load(name)
         display(Line(provenance_in_words(record)))
         return record
+
+    def spot_check(self, name: str, training: str) -> "Line":
+        """Begin a record's training again, and show that its first steps are those recorded.
+
+        Raises `SinkbookError` if they part by more than rounding does.
+        """
+        from sinkbook.book.records.spot_checks import spot_check
+
+        return Line(str(spot_check(name, training)))
 
     def table(self, rows: pd.DataFrame) -> "Table":
         """Rows as a table that fits the page."""

@@ -31,7 +31,16 @@ _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 _BOUND = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER})")
 _RANGE = re.compile(rf"in\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
 SENSITIVE = "Another machine may find otherwise: its rounding leads the training elsewhere."
-VERDICTS = {True: "holds", False: "does not hold", None: "not measured"}
+DECIDED_BY = ("live", "record")
+WHOSE = {"paper": "the paper's", "rival": "somebody else's", "ours": "our own"}
+# The verdicts, and how a card shows each.
+VERDICTS = {
+    "holds": "holds",
+    "mixed": "mixed",
+    "contradicts": "fails",
+    "undecided": "open",
+    "not measured": "open",
+}
 _COMPARE = {
     ">=": lambda value, bound: value >= bound,
     "<=": lambda value, bound: value <= bound,
@@ -73,8 +82,14 @@ class Claim:
     fails: str = ""  # why it is known not to hold at our scale; empty: it should hold
     over: str = "seeds"  # what there is one number of: seeds, or texts
     sensitive: bool = False  # the verdict is known to depend on the machine: a debt
+    decided_by: str = "live"  # by what the chapter trains or reads, or by a "record"
+    whose: str = "paper"  # claim it is: a refutation of "ours" or of a "rival" is a result
+    undecided: str = ""  # what would decide it, where our size cannot: a debt as well
 
     def __post_init__(self) -> None:
+        for value, known_values in ((self.decided_by, DECIDED_BY), (self.whose, WHOSE)):
+            if value not in known_values:
+                raise SinkbookError(f"{value!r} is none of {', '.join(known_values)}.")
         for profile, criterion in self.criterion.items():
             check_profile(profile)
             satisfies(criterion, 0.0)
@@ -133,6 +148,33 @@ class Verdict:
             return None
         return all(satisfies(self.criterion, value) for value in self.measured)
 
+    @property
+    def met(self) -> int:
+        """How many of the numbers meet the criterion."""
+        return sum(satisfies(self.criterion, value) for value in self.measured)
+
+    @property
+    def verdict(self) -> str:
+        """In a word: it holds in all numbers, in some, in none; or none of them can decide it."""
+        if not self.measured:
+            return "not measured"
+        if self.holds:
+            return "holds"
+        if self.claim.undecided:
+            return "undecided"
+        return "mixed" if self.met else "contradicts"
+
+    @property
+    def in_words(self) -> str:
+        """The verdict as a card says it."""
+        of_all = f"{self.met} of {len(self.measured)}"
+        whose = {"paper": "the paper", "rival": "the claim", "ours": "our guess"}[self.claim.whose]
+        return {
+            "mixed": f"mixed ({of_all})",
+            "contradicts": f"contradicts {whose}",
+            "undecided": "undecided at this size",
+        }.get(self.verdict, self.verdict)
+
     def row(self) -> dict:
         """The verdict as plain data: what `sinkbook claims --json` prints."""
         finite = [value if math.isfinite(value) else None for value in self.measured]
@@ -148,14 +190,14 @@ class Verdict:
             "measured": finite if self.measured else None,
             "criterion": self.criterion,
             "holds": self.holds,
+            "verdict": self.verdict,
+            "decided_by": self.claim.decided_by,
+            "whose": self.claim.whose,
+            "undecided": self.claim.undecided,
             "fails": self.claim.fails,
             "sensitive": self.claim.sensitive,
             "date": self.date,
         }
-
-    @property
-    def verdict(self) -> str:
-        return VERDICTS[self.holds]
 
     def describe(self) -> dict[str, str]:
         """What a reader sees, label by label."""
@@ -183,20 +225,22 @@ class Verdict:
 
     def __str__(self) -> str:
         details = "; ".join(f"{label} {text}" for label, text in self.describe().items())
-        return f"[{self.verdict}] {self.claim.statement} ({self.claim.id}: {details})"
+        return f"[{self.in_words}] {self.claim.statement} ({self.claim.id}: {details})"
 
     def _html(self) -> str:
-        state = {None: "open", True: "holds", False: "fails"}[self.holds]
+        decided = "decided by a record" if self.claim.decided_by == "record" else "shown live"
         details = "".join(
             f"<span><b>{label}</b> {escape(text)}</span>" for label, text in self.describe().items()
         )
-        reasons = [self.claim.fails, SENSITIVE if self.claim.sensitive else ""]
+        would = f"What would decide it: {self.claim.undecided}" if self.claim.undecided else ""
+        reasons = [self.claim.fails, would, SENSITIVE if self.claim.sensitive else ""]
         why = "".join(f'<p class="why">{_inline(text)}</p>' for text in reasons if text)
         return (
-            f'<div class="sinkbook-claim {state}">'
-            f"<p><strong>{self.verdict}</strong> {_inline(self.claim.statement)}</p>"
+            f'<div class="sinkbook-claim {VERDICTS[self.verdict]}">'
+            f"<p><strong>{self.in_words}</strong> {_inline(self.claim.statement)}</p>"
             f'<p class="numbers">{details}</p>{why}'
-            f'<p class="source">{_inline(self.claim.quantity)} · {escape(self.claim.source)} · '
+            f'<p class="source">{_inline(self.claim.quantity)} · {escape(self.claim.source)}; '
+            f"{WHOSE[self.claim.whose]} claim, {decided} · "
             f"<code>{escape(self.claim.id)}</code></p></div>"
         )
 
@@ -257,23 +301,6 @@ def keep(record: dict) -> None:
     write_json(ledger_folder() / f"{record['id']}.json", record)
 
 
-def report(**numbers: float | int | str) -> None:
-    """Hand numbers to the text, where a Markdown cell prints one by the role `{glue:text}`.
-
-    Shows nothing itself. Written as scrapbook does, so any reader of executed notebooks finds them.
-    """
-    from IPython.display import display
-
-    kind = "application/papermill.record/"
-    for name, number in numbers.items():
-        plain = number.item() if hasattr(number, "item") else number
-        display(
-            {f"{kind}text/plain": repr(plain)},
-            raw=True,
-            metadata={"scrapbook": {"name": name, "mime_prefix": kind}},
-        )
-
-
 def verdicts() -> list[Verdict]:
     """Every claim with the last measurement of it, in the order of `book/claims.yml`."""
     found = []
@@ -298,13 +325,19 @@ class Ledger:
         """How many claims hold, do not hold, and wait to be measured."""
         counts = Counter(verdict.verdict for verdict in self.verdicts)
         return f"{len(self.verdicts)} claims: " + ", ".join(
-            f"{word} {counts[word]}" for word in VERDICTS.values() if counts[word]
+            f"{word} {counts[word]}" for word in VERDICTS if counts[word]
         )
 
     def debt(self) -> str:
         """The claims whose verdict depends on the machine, as a sentence; empty without any."""
-        names = [f"`{v.claim.id}`" for v in self.verdicts if v.claim.sensitive]
-        return f"A debt: on another machine another verdict on {', '.join(names)}." if names else ""
+        sensitive = [f"`{v.claim.id}`" for v in self.verdicts if v.claim.sensitive]
+        undecided = [f"`{v.claim.id}`" for v in self.verdicts if v.verdict == "undecided"]
+        debts = []
+        if sensitive:
+            debts.append(f"A debt: on another machine another verdict on {', '.join(sensitive)}.")
+        if undecided:
+            debts.append(f"Another: undecided at our size are {', '.join(undecided)}.")
+        return " ".join(debts)
 
     def by_chapter(self) -> dict[str, list[Verdict]]:
         """The verdicts under the name of the chapter that measures them."""

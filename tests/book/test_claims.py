@@ -74,7 +74,38 @@ def test_a_check_shows_the_claim_and_fills_the_ledger(ledger, capsys):
 
 def test_a_failing_check_is_shown_as_failing_and_raises_nothing(ledger, capsys):
     claims.check("sum", [1.0], profile="quick")
-    assert "[does not hold]" in capsys.readouterr().out
+    assert "[contradicts the paper]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "values", "verdict", "words"),
+    [
+        ("", [2, 3], "holds", "holds"),
+        ("", [1, 2, 3], "mixed", "mixed (2 of 3)"),
+        ("", [1, 0], "contradicts", "contradicts the paper"),
+        ("whose: ours", [1, 0], "contradicts", "contradicts our guess"),
+        ("whose: rival", [1, 0], "contradicts", "contradicts the claim"),
+        ("undecided: a longer run", [1, 2], "undecided", "undecided at this size"),
+        ("undecided: a longer run", [2, 2], "holds", "holds"),
+    ],
+)
+def test_a_verdict_tells_some_from_none_and_too_small_from_wrong(
+    ledger, fields, values, verdict, words
+):
+    ledger(f"{ENTRY}  {fields}\n")
+    found = claims.judge("sum", [float(v) for v in values], profile="quick")
+    assert found.row()["verdict"] == verdict and f"<strong>{words}</strong>" in found._html()
+    if verdict == "undecided":
+        claims.keep(found.record())
+        assert "What would decide it: a longer run" in found._html()
+        assert "undecided at our size are `sum`" in claims.ledger().debt()
+
+
+def test_a_card_says_whose_claim_it_is_and_who_decides(ledger):
+    ledger(ENTRY + "  decided_by: record\n  whose: rival\n")
+    found = claims.judge("sum", [2.0], profile="quick")
+    assert "somebody else's claim, decided by a record" in found._html()
+    assert (found.row()["decided_by"], found.row()["whose"]) == ("record", "rival")
 
 
 def test_an_unknown_claim_is_answered_with_the_known_ones(ledger):
@@ -120,6 +151,8 @@ def test_the_page_escapes_text_and_says_the_verdict_in_words(ledger):
         (ENTRY.replace("quantity", "quantiti"), "entry 'sum'.*quantit"),
         (ENTRY.replace(">= 2.5", "roughly 2"), "entry 'sum'.*no way to judge by 'roughly 2'"),
         (ENTRY.replace('paper: ">=', 'huge: ">='), "entry 'sum'.*no profile named 'huge'"),
+        (ENTRY + "  whose: theirs\n", "entry 'sum'.*'theirs' is none of paper, rival, ours"),
+        (ENTRY + "  decided_by: dice\n", "entry 'sum'.*'dice' is none of live, record"),
         ("- just a string", "entry 'just a string'"),
     ],
 )

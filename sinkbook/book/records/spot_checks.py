@@ -46,9 +46,6 @@ class SpotCheck:
             f"the largest difference is {self.furthest:.2f} of what rounding may make."
         )
 
-    def _repr_html_(self) -> str:
-        return f'<p class="sinkbook-facts">{self}</p>'
-
 
 def spot_check(name: str, training: str, *, steps: int = 3) -> SpotCheck:
     """Begin the first seed of a record's training again, and lay it over the stored trajectory.
