@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from sinkbook.book import experiments
 from sinkbook.book.chapters import Table
 from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
+from sinkbook.models.losses import next_token_loss
 from sinkbook.toy.runs import TrainingConfig
 from sinkbook.toy.transformer import Transformer
 
@@ -82,7 +82,7 @@ def training_cost(config: Config) -> Cost:
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with FlopCounterMode(display=False) as counter, hooks:
         logits = model(texts[:, :-1])
-        F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten()).backward()
+        next_token_loss(logits, texts).backward()
     weights = sum(parameter.numel() for parameter in model.parameters())
     return Cost(counter.get_total_flops() * config.steps, 16 * weights + sum(kept.values()))
 

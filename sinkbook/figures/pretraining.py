@@ -16,6 +16,7 @@ from sinkbook.fits import Plateau
 from sinkbook.llm.checkpoint_metrics import residual_ratio
 from sinkbook.llm.shakespeare_pretraining import Pretraining, follow_copying_head
 from sinkbook.llm.small_llama import strongest_sink
+from sinkbook.models.token_labels import token_label
 
 COPYING = TRIGGER
 
@@ -143,7 +144,7 @@ def key_logits(
     )
     for number, box in enumerate(boxes["boxes"]):
         box.set(facecolor=SINK if number == 0 else OTHER, alpha=0.6, lw=0.8)
-    shown = [label.replace("\n", "⏎").strip(" ") or "␣" for label in labels]
+    shown = [token_label(label.strip(" ") or " ") for label in labels]
     ax.set_xticks(range(1, len(labels) + 1), shown, fontfamily="monospace")
     ax.set(xlabel="key", ylabel="attention logit", title=title)
     return ax

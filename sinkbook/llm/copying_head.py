@@ -7,6 +7,8 @@ import xarray as xr
 
 from sinkbook.data.shakespeare import SYMBOLS
 from sinkbook.llm.shakespeare_pretraining import Characters, Pretraining, copying_head
+from sinkbook.models.losses import next_token_losses
+from sinkbook.models.token_labels import token_label
 from sinkbook.probe.attention_maps import attention_weights
 
 
@@ -22,7 +24,7 @@ def attention_by_character(run: Pretraining) -> xr.Dataset:
     tokens = characters.held_out()["plain"][:, :-1]
     weights = attention_weights(run.model, tokens, layer=layer)[:, head, characters.half + 1 :]
     kinds = F.one_hot(tokens, len(SYMBOLS) + 1).float()
-    names = [*SYMBOLS.replace("\n", "⏎").replace(" ", "␣"), "<s>"]
+    names = [*map(token_label, SYMBOLS), "<s>"]
     found = {
         "attention": ("character", (weights.mean(1, keepdim=True) @ kinds).mean((0, 1)).numpy()),
         "share": ("character", kinds.mean((0, 1)).numpy()),
@@ -54,7 +56,7 @@ def other_distances(runs: list[Pretraining]) -> xr.Dataset:
             queries = torch.arange(half + 4, tokens.shape[1])
             weights = attention_weights(run.model, tokens, layer=layer)[:, head]
             with torch.no_grad():
-                losses = F.cross_entropy(run.model(tokens).mT, texts[:, 1:], reduction="none")
+                losses = next_token_losses(run.model(tokens), texts)
             read = [weights[:, queries, queries - back + 1] for back in (distance, half)]
             values = [*read, weights[:, queries, 0], losses[:, queries]]
             rows.append([value.mean().item() for value in values])

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from sinkbook.data import corpora
 from sinkbook.models import token_windows
 from sinkbook.models.interventions import zero
+from sinkbook.models.losses import next_token_losses
 from sinkbook.models.partial_forward import can_resume, given, kept, logits_of
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.probe.measure import measure
@@ -61,7 +61,7 @@ def domain_tokens(
     generator = np.random.default_rng(seed)
     ordinary = language_model.ordinary_tokens
     drawn = rows["prose"].clone()
-    first = 0 if language_model.first_token is None else 1
+    first = len(language_model.prefix)
     drawn[:, first:] = torch.from_numpy(generator.choice(ordinary, size=drawn[:, first:].shape))
     for name, tokens in zip(REPEATED, (rows["prose"], drawn), strict=True):
         rows[name] = repeated(tokens, keep=first)
@@ -232,11 +232,9 @@ def _loss_changes(
 def _losses(model: nn.Module, ids: Int[Tensor, "text position"]) -> Float[Tensor, "text query"]:
     """Next-token losses, one text at a time, since logits are the largest thing in memory."""
     logits = logits_of(model, ids)
-    rows = [
-        F.cross_entropy(row[:-1].float(), targets, reduction="none")
-        for row, targets in zip(logits, ids[:, 1:], strict=True)
-    ]
-    return torch.stack(rows)
+    return torch.cat(
+        [next_token_losses(r[None], i[None]) for r, i in zip(logits, ids, strict=True)]
+    )
 
 
 @torch.no_grad()

@@ -28,9 +28,7 @@ def random_repeated(
     drawn = torch.from_numpy(
         np.stack([generator.choice(ordinary, length, replace=False) for _ in range(count)])
     )
-    if language_model.first_token is None:
-        return torch.cat([drawn, drawn], 1)
-    first = torch.full((count, 1), language_model.first_token)
+    first = torch.tensor(language_model.prefix, dtype=torch.long).expand(count, -1)
     return torch.cat([first, drawn, drawn], 1)
 
 

@@ -31,7 +31,8 @@ from sinkbook.llm.checkpoint_metrics import (
     residual_ratio,
     value_ratio,
 )
-from sinkbook.models.losses import next_token_loss
+from sinkbook.models.losses import next_token_loss, next_token_losses
+from sinkbook.models.token_labels import token_label
 from sinkbook.parallel import in_processes
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.provenance import provenance
@@ -160,7 +161,7 @@ def spell(text: Int[Tensor, " position"]) -> str:
     """The characters of a text, with line breaks shown."""
     ids = [token for token in text.tolist() if token != START]
     start = "<s>" if len(ids) < len(text) else ""
-    return start + "".join(SYMBOLS[i] for i in ids).replace("\n", "⏎")
+    return start + "".join(SYMBOLS[i] for i in ids).replace("\n", token_label("\n"))
 
 
 # --- Measuring -------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def measure_pretraining(model: Transformer, characters: Characters) -> xr.Datase
         later = torch.zeros_like(tokens, dtype=torch.bool)
         later[:, half + 1 :] = True
         measured = measure_checkpoint(model, tokens, queries=later, random_queries=0).mean("text")
-        losses = F.cross_entropy(model(tokens).mT, texts[:, 1:], reduction="none")
+        losses = next_token_losses(model(tokens), texts)
         found.append(measured.assign(second_half_loss=losses[later].mean().item()))
     kinds = xr.Variable("kind", ["plain", "repeated"])
     few = held_out["plain"][:QUERIED_TEXTS, :-1].to(device)

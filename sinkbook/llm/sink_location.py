@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkbook.models.pretrained import LanguageModel
+from sinkbook.models.token_labels import token_label
 from sinkbook.probe.measure import measure
 from sinkbook.probe.metrics import residual_peak_ratio
 
@@ -52,9 +53,9 @@ def changed_texts(
         "the text shuffled": ChangedTexts(shuffled, None),
         "one token repeated": ChangedTexts(drawn.repeat(1, length), None),
     }
-    if language_model.first_token is None:
+    if not language_model.prefix:
         return alone | changed
-    first = torch.full((count, 1), language_model.first_token)
+    first = torch.tensor([language_model.prefix]).expand(count, -1)
     middle = length // 4
     parts = natural[:, :middle], first, natural[:, middle:-1]
     before = {"first token, text": ChangedTexts(torch.cat([first, natural[:, :-1]], 1), 0)}
@@ -166,4 +167,4 @@ def by_token(
 def labels(language_model: LanguageModel, tokens: Int[Tensor, " token"]) -> list[str]:
     """The text of each token for an axis: spaces and line breaks as signs that can be seen."""
     texts = language_model.tokenizer.batch_decode(tokens.cpu()[:, None])
-    return [repr(text)[1:-1].replace(" ", "␣").replace("$", r"\$") for text in texts]
+    return [token_label(text).replace("$", r"\$") for text in texts]

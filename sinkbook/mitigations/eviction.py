@@ -10,13 +10,13 @@ from copy import deepcopy
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sinkbook.errors import SinkbookError
+from sinkbook.models.losses import next_token_losses
 from sinkbook.probe.measure import measure
 from sinkbook.progress import progress
 
@@ -103,5 +103,5 @@ def _continued(
     """Mean loss of the tokens `rest` but the first, read from position `prompt` on into a cache."""
     positions = torch.arange(prompt, prompt + rest.shape[1], device=rest.device)
     logits = model(rest, past_key_values=cache, position_ids=positions[None]).logits
-    losses = F.cross_entropy(logits[:, :-1].float().mT, rest[:, 1:], reduction="none")
+    losses = next_token_losses(logits, rest)
     return losses.mean(1).cpu().numpy()

@@ -9,6 +9,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.errors import SinkbookError
 from sinkbook.models.partial_forward import logits_of
 
 Tokens = Int[Tensor, "text position"]
@@ -24,6 +25,24 @@ def next_token_loss(
     `logits` are those of `texts` without their last token.
     """
     return F.cross_entropy(logits.flatten(0, 1).float(), texts[:, 1:].flatten())
+
+
+def next_token_losses(
+    logits: Float[Tensor, "text _predicting symbol"], texts: Int[Tensor, "text position"]
+) -> Float[Tensor, "text predicted"]:
+    """Cross-entropy of every token but the first, in nats.
+
+    `logits` are those of `texts`, with or without their last token.
+    """
+    targets = texts[:, 1:]
+    if logits.shape[1] - targets.shape[1] not in (0, 1):
+        raise SinkbookError(
+            f"{logits.shape[1]} positions of logits do not belong to texts of {texts.shape[1]} "
+            "tokens. The model must give logits at every position."
+        )
+    logits = logits[:, : targets.shape[1]].flatten(0, 1).float()
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    return losses.unflatten(0, targets.shape)
 
 
 @torch.no_grad()
@@ -42,8 +61,7 @@ def token_losses(
             logits = model(rows, use_cache=False, logits_to_keep=last + 1).logits
         else:
             logits = logits_of(model, rows)[:, -last - 1 :]
-        logits, targets = logits[:, :-1].float(), rows[:, -last:]
-        losses.append(F.cross_entropy(logits.mT, targets, reduction="none").cpu().numpy())
+        losses.append(next_token_losses(logits, rows[:, -last - 1 :]).cpu().numpy())
     return np.concatenate(losses)
 
 

@@ -10,7 +10,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,7 +37,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.gguf import GGUF_FILE, prepared
+from sinkbook.models.gguf import DEQUANTISED, prepared
 
 # Else transformers asks a bot on the hub to convert pickled weights, and takes what it answers.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -85,14 +84,23 @@ class LanguageModel:
         """The ids of all tokens that are not special, in their order."""
         return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
+    @property
+    def prefix(self) -> list[int]:
+        """The ids that stand before every text: the first token's, or none."""
+        return [] if self.first_token is None else [self.first_token]
+
+    def tokenize(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """The token ids of each text, those of `prefix` before them."""
+        for text in texts:
+            encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
+            yield [*self.prefix, *encoded["input_ids"]]
+
     def encode(self, texts: Sequence[str], length: int) -> Int[Tensor, "text position"]:
         """Token ids of each text, the first token included, cut to exactly `length` tokens.
 
         They lie on the model's device. Raises SinkbookError if a text is too short.
         """
-        prefix = [] if self.first_token is None else [self.first_token]
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        rows = [prefix + row for row in rows]
+        rows = list(self.tokenize(texts))
         short = [index for index, row in enumerate(rows) if len(row) < length]
         if short:
             named = "; ".join(
@@ -134,8 +142,6 @@ def load(
     with quiet():
         if name in KNOWN:
             source, card = prepared(name), KNOWN[name].card
-            if (source / GGUF_FILE).exists():
-                options["gguf_file"] = GGUF_FILE
         elif path.suffix == ".gguf" and path.is_file():
             source, card = path.parent, f"{name}, a GGUF file, its weights written out."
             options["gguf_file"] = path.name
@@ -190,8 +196,7 @@ def _read(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and the tokenizer in a folder or hub repository, as safetensors or GGUF."""
     if "gguf_file" in options:
-        # Else the weights would stay in their 4-bit blocks wherever there is a kernel for these.
-        weights = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+        weights = dict(DEQUANTISED)
     else:
         stored = torch.float32 if device.type == "cpu" else "auto"
         weights = {"use_safetensors": True, "dtype": stored}

@@ -3,7 +3,7 @@
 All windows have the same number of tokens, so that they are measured side by side.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -44,12 +44,11 @@ def of_document(language_model: LanguageModel, text: str, *, count: int, length:
     Each begins with the model's first token, if its convention has one. What is left over at the
     end of the document is not used. Raises SinkbookError if it does not fill one window.
     """
-    prefix = _prefix(language_model)
+    prefix = language_model.prefix
     step = length - len(prefix)
-    read = text[: count * step * CHARACTERS_PER_TOKEN]
-    (ids,) = _token_ids(language_model, [read])
-    if len(ids) < step:
-        found = len(ids) + len(prefix)
+    (ids,) = language_model.tokenize([text[: count * step * CHARACTERS_PER_TOKEN]])
+    found, ids = len(ids), ids[len(prefix) :]
+    if found < length:
         raise SinkbookError(
             f"the text has {found} tokens, and a window takes {length}. "
             f"Give a longer text, or `length={found}`."
@@ -65,11 +64,10 @@ def of_texts(
 
     Raises SinkbookError if there are fewer.
     """
-    prefix = _prefix(language_model)
     windows = []
-    for ids in _token_ids(language_model, texts):
-        if len(prefix) + len(ids) >= length:
-            windows.append((prefix + ids)[:length])
+    for ids in language_model.tokenize(texts):
+        if len(ids) >= length:
+            windows.append(ids[:length])
         if len(windows) == count:
             return torch.tensor(windows)
     raise SinkbookError(
@@ -87,14 +85,3 @@ def check_length(language_model: LanguageModel, length: int) -> None:
             f"{language_model.name!r} has {positions} positions, and windows of {length} tokens "
             f"were asked for. Ask for `length={positions}` at most."
         )
-
-
-def _prefix(language_model: LanguageModel) -> list[int]:
-    first = language_model.first_token
-    return [] if first is None else [first]
-
-
-def _token_ids(language_model: LanguageModel, texts: Iterable[str]) -> Iterator[list[int]]:
-    for text in texts:
-        encoded = language_model.tokenizer(text, add_special_tokens=False, verbose=False)
-        yield encoded["input_ids"]

@@ -20,12 +20,12 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
+from sinkbook.models.losses import next_token_losses
 from sinkbook.probe.listening import HIDDEN
 from sinkbook.probe.masks import Scope
 from sinkbook.probe.recorder import Recorder
@@ -105,7 +105,7 @@ def measure(
     scope = Scope(_sink_positions(sink, real), counted, real, frozenset(variables))
     recorder = Recorder(model, scope)
     logits = _run(recorder, input_ids, attention_mask, position_ids)
-    loss = _next_token_loss(logits, input_ids, real) if "loss" in variables else None
+    loss = _mean_loss(logits, input_ids, real) if "loss" in variables else None
     result = _dataset(recorder, variables, loss)
     result.attrs = _circumstances(recorder) | {
         "sink": "first token of each row" if sink is None else "given by position",
@@ -136,12 +136,10 @@ def measure_texts(
         raise SinkbookError(f"length={length} leaves nothing to measure. Give 2 or more.")
     if not texts:
         raise SinkbookError("there are no texts to measure. Give one at least.")
-    encoded = language_model.tokenizer(list(texts), add_special_tokens=False, verbose=False)
-    tokens = encoded["input_ids"]
-    if empty := [number for number, ids in enumerate(tokens) if not ids]:
-        raise SinkbookError(f"text number {empty[0]} holds no token. Leave out empty texts.")
-    if language_model.first_token is not None:
-        tokens = [[language_model.first_token, *ids] for ids in tokens]
+    tokens = list(language_model.tokenize(texts))
+    if language_model.prefix in tokens:
+        empty = tokens.index(language_model.prefix)
+        raise SinkbookError(f"text number {empty} holds no token. Leave out empty texts.")
     tokens = [torch.tensor(ids[:length]) for ids in tokens]
     order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -238,11 +236,11 @@ def _sink_positions(sink: int | Tensor | None, real: Tensor) -> Int[Tensor, " ba
     return positions
 
 
-def _next_token_loss(logits: Tensor, input_ids: Tensor, real: Tensor) -> Float[Tensor, " batch"]:
+def _mean_loss(logits: Tensor, input_ids: Tensor, real: Tensor) -> Float[Tensor, " batch"]:
     """Mean next-token loss of each row, in nats, over pairs of tokens that are no padding."""
     losses = []
     for row, ids, kept in zip(logits, input_ids, real[:, 1:] & real[:, :-1], strict=True):
-        loss = F.cross_entropy(row[:-1].float(), ids[1:], reduction="none")
+        (loss,) = next_token_losses(row[None], ids[None])  # one text's logits are large enough
         losses.append(loss[kept].mean())
     return torch.stack(losses)
 

@@ -27,6 +27,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.figures import basic
 from sinkbook.llm.dormant_heads import gaps
 from sinkbook.models.pretrained import LanguageModel
+from sinkbook.models.token_labels import token_label
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.probe.measure import measure
 from sinkbook.probe.metrics import value_drain_ratio
@@ -315,10 +316,9 @@ def _read(
 
     Raises `SinkbookError` if there is too little to look at, or too much.
     """
-    ids = [] if language_model.first_token is None else [language_model.first_token]
-    ends = {}
-    for name, text in passages.items():
-        ids += language_model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids, ends = language_model.prefix, {}
+    for name, tokens in zip(passages, language_model.tokenize(passages.values()), strict=True):
+        ids = ids + tokens[len(language_model.prefix) :]
         ends[name] = len(ids)
     if not "".join(passages.values()).strip() or len(ids) < 2:
         raise SinkbookError("there is nothing to look at in this text. Type a few words.")
@@ -332,10 +332,9 @@ def _read(
 def _labels(language_model: LanguageModel, ids: Int[Tensor, " position"]) -> list[str]:
     """The tokens as text, short enough for an axis."""
     words = [language_model.tokenizer.decode([token]) for token in ids.tolist()]
-    if language_model.first_token is not None:
+    if language_model.prefix:
         words[0] = "<s>"
-    words = [word.strip(" ").replace("\n", "↵").replace("\t", "→") or "␣" for word in words]
-    words = [word if len(word) <= 10 else word[:9] + "…" for word in words]
+    words = [token_label(word.strip(" ") or " ", longest=10) for word in words]
     return [word.replace("$", r"\$") for word in words]  # else matplotlib takes it for mathematics
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkbook.models.interventions import replace, zero
+from sinkbook.models.token_labels import token_label
 from sinkbook.probe.attention_maps import attention_logits, attention_weights
 from sinkbook.probe.measure import measure
 from sinkbook.toy.runs import Run
@@ -280,7 +281,7 @@ def attention_by_role(
         roles["<d>"] = ["<d>"]
     if made.triggers:
         roles["triggers"] = made.labels(torch.tensor(made.triggers))
-    roles["line break"] = ["⏎"]
+    roles["line break"] = [token_label("\n")]
     shares = {role: attention.sel(key=keys).sum("key").values for role, keys in roles.items()}
     return shares | {"others": 1 - sum(shares.values())}
 

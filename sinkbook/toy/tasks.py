@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sinkbook.data.shakespeare import CharacterStatistics, characters
 from sinkbook.errors import SinkbookError
+from sinkbook.models.token_labels import token_label
 
 START, DELIMITER = "<s>", "<d>"
 RULES = ("backcopy", "backward", "in-context", "markov")
@@ -279,8 +280,7 @@ class Task:
 
     def labels(self, tokens: Int[Tensor, " position"]) -> list[str]:
         """The symbol of each token, blanks made visible: space as `␣`, line break as `⏎`."""
-        visible = {" ": "␣", "\n": "⏎"}
-        return [visible.get(self.symbols[t], self.symbols[t]) for t in tokens.tolist()]
+        return [token_label(self.symbols[token]) for token in tokens.tolist()]
 
     @cache  # noqa: B019 - a task lives as long as the program
     def _on(self, device: torch.device) -> tuple["_Rows", Tensor]:

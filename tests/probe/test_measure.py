@@ -1,7 +1,6 @@
 """The probe against plain formulas: toys, masks of every form, definitions, and its promises."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.probe import explicit, fused, recorder
 from sinkbook.probe.masks import Scope, causal_spans, find_spans
 from sinkbook.toy.transformer import Transformer, TransformerConfig
-from tiny import tiny_model
+from tiny import BOS, WORDS, tiny_model, tiny_reader
 
 NAN = float("nan")
 # Logits with a soft cap, which no fused kernel knows.
@@ -411,20 +410,16 @@ def test_results_go_to_a_file_and_back(toy, tokens, tmp_path):
         xr.testing.assert_identical(stored.load(), result)
 
 
-def letters(texts: list[str], **_) -> dict[str, list[list[int]]]:
-    """A tokenizer for which each letter is a token."""
-    return {"input_ids": [[ord(letter) % 90 for letter in text] for text in texts]}
-
-
 def test_texts_of_any_length_come_back_in_their_order():
-    model = tiny_model()
-    language_model = SimpleNamespace(name="tiny", model=model, first_token=1, tokenizer=letters)
-    texts = ["a text of some length", "short", "one that is longer than all of the others", "b"]
+    language_model = tiny_reader(tiny_model())
+    texts = ["to be or not to be or not", "the", "be the or not to be to be " * 4, "or not"]
     result = probe.measure_texts(language_model, texts, length=24, batch_size=2)
     assert result.batch.values.tolist() == [0, 1, 2, 3] and result.attrs["model"] == "tiny"
     for row, text in enumerate(texts):
-        ids = torch.tensor([[1, *letters([text])["input_ids"][0]][:24]])
-        alone, found = measure(model, ids), result.isel(batch=row)
+        words = text.split()[:23]
+        ids = language_model.encode([text], len(words) + 1)
+        assert ids[0].tolist() == [BOS, *map(WORDS.index, words)]
+        alone, found = measure(language_model.model, ids), result.isel(batch=row)
         np.testing.assert_allclose(found.sink_attention, alone.sink_attention[0], atol=1e-6)
         size = ids.shape[1]
         np.testing.assert_allclose(
@@ -433,12 +428,9 @@ def test_texts_of_any_length_come_back_in_their_order():
         assert found.value_norm[..., size:].isnull().all()
     with pytest.raises(SinkbookError, match="there are no texts"):
         probe.measure_texts(language_model, [])
-    with pytest.raises(SinkbookError, match="text number 1 holds no token"):
-        probe.measure_texts(language_model, ["fine", ""])
-    with pytest.raises(SinkbookError, match="texts is one string, 'fine'. Give a list"):
-        probe.measure_texts(language_model, "fine")
-    with pytest.raises(SinkbookError, match="length=1 leaves nothing to measure"):
-        probe.measure_texts(language_model, ["fine"], length=1)
+    for reader in (language_model, tiny_reader(tiny_model(), adds_bos=False)):
+        with pytest.raises(SinkbookError, match="text number 1 holds no token"):
+            probe.measure_texts(reader, ["the", ""])
 
 
 @pytest.mark.parametrize(
