@@ -8,11 +8,13 @@ from contextlib import ExitStack
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkbook import fits
 from sinkbook.models.interventions import replace, zero
 from sinkbook.probe import measure
 from sinkbook.probe.attention_maps import attention_weights
@@ -149,3 +151,77 @@ def _received(
 ) -> float:
     weights = attention_weights(model, tokens, layer=layer)[:, 0, :, position]
     return weights[later].mean().item()
+
+
+def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
+    """Where each seed of a record has its peak, who writes it, how it grows, what hangs on it.
+
+    `record` is one training of a record with `cuts` and `transplants`, along `seed` and `step`. The
+    peak's layer is that with the highest peak at the end, the last layer apart. Along `seed`:
+
+    - `layer`, `height`; `r_squared` and `slope` (height a step) of a line through the height from
+      the step `growing_from` on;
+    - `attention_share`: what the layer's attention adds at the first token, over what attention
+      and MLP add (norms);
+    - `peak_left`: height with that layer cut at the first token, over the height without;
+    - `logit_kept`, `attention_kept`, `value_filled`: sink logit, attention on the first token and
+      its value norm under that cut, over those without it, in the layer of the strongest sink;
+    - `drawn`, `drawn_at_random`: attention that another token gets when it is given what the
+      peak's writer adds, and the most that any random direction of that length gets it;
+    - `emptied`, `emptied_at_random`: that token's value norm over what it was, the mean at random.
+    """
+    end = record.isel(step=-1, drop=True)
+    inner = end.residual_peak.isel(residual_layer=slice(1, -1))
+    layer = inner.argmax("residual_layer").drop_vars("residual_layer", errors="ignore")
+    after = {"residual_layer": layer + 1}
+    height = record.residual_peak.isel(after)
+    late = height.sel(step=slice(growing_from, None)).transpose("seed", "step")
+    lines = [fits.line(late.step.values, of_seed) for of_seed in late.values]
+    attention, mlp = (end[f"{part}_write"].isel(layer=layer) for part in ("attention", "mlp"))
+    cut = end.sel(part="both", place="at the first token").isel(cut_layer=layer)
+    sink = {"layer": end.whole_sink_attention.argmax("layer")}
+    received, norms = end.received, end.written_value_norm
+    at_random = {"written": slice(2, None)}
+    of_own = norms / norms.sel(written="own", drop=True)
+    found = {
+        "layer": layer,
+        "height": height.isel(step=-1, drop=True),
+        "r_squared": ("seed", [line.r_squared for line in lines]),
+        "slope": ("seed", [line.slope for line in lines]),
+        "attention_share": attention / (attention + mlp),
+        "peak_left": cut.cut_residual_peak.isel(after) / end.whole_residual_peak.isel(after),
+        "logit_kept": cut.cut_sink_logit.isel(sink) / end.whole_sink_logit.isel(sink),
+        "attention_kept": cut.cut_sink_attention.isel(sink) / end.whole_sink_attention.isel(sink),
+        "value_filled": cut.cut_value_norm.isel(sink) / end.whole_value_norm.isel(sink),
+        "drawn": received.sel(written="peak"),
+        "drawn_at_random": received.isel(at_random).max("written"),
+        "emptied": of_own.sel(written="peak"),
+        "emptied_at_random": of_own.isel(at_random).mean("written"),
+    }
+    plain = {
+        name: values if isinstance(values, tuple) else ("seed", values.values)
+        for name, values in found.items()
+    }
+    return xr.Dataset(plain, {"seed": record.seed.values})
+
+
+def heights_by_method(
+    sizes: dict[str, dict[str, Float[xr.DataArray, "seed residual_layer"]]],
+) -> pd.DataFrame:
+    """Who grows the peak: a row a size, a column a method, in each cell the seeds' heights apart.
+
+    `sizes` holds heights of peaks at the end of training; a cell shows the largest after any layer
+    but the last. A method that was not trained at a size is left empty.
+    """
+    rows = {
+        size: {
+            method: ", ".join(f"{height:,.0f}" for height in _highest(heights))
+            for method, heights in methods.items()
+        }
+        for size, methods in sizes.items()
+    }
+    return pd.DataFrame(rows).T.fillna("")
+
+
+def _highest(heights: Float[xr.DataArray, "seed residual_layer"]) -> list[float]:
+    return heights.isel(residual_layer=slice(1, -1)).max("residual_layer").values.tolist()
