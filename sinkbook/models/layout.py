@@ -7,8 +7,9 @@ so can a model of your own:
 >>> import torch
 >>> from torch import nn
 >>> def softmax_attention(module, query, key, value, attention_mask, scaling, **_):
+...     causal = {"attn_mask": attention_mask, "is_causal": attention_mask is None}
 ...     attend = nn.functional.scaled_dot_product_attention
-...     return attend(query, key, value, is_causal=True, scale=scaling).transpose(1, 2), None
+...     return attend(query, key, value, **causal, scale=scaling).transpose(1, 2), None
 >>> class OwnAttention(nn.Module):
 ...     def __init__(self):
 ...         super().__init__()
@@ -73,9 +74,10 @@ class Attention(Protocol):
 
     `attention_function` has the signature of transformers' attention functions,
     `attention_function(module, query, key, value, attention_mask, scaling=scaling)`, with states
-    in the shape (batch, head, position, width); key and value may have fewer heads. It returns
-    the outputs, (batch, position, head, width), and the weights, (batch, head, query, key), or
-    `None` where it forms none and calls `torch.nn.functional.scaled_dot_product_attention` once.
+    in the shape (batch, head, position, width); key and value may have fewer heads. A mask is
+    added to the logits; without one, attention is causal. The function returns the outputs,
+    (batch, position, head, width), and the weights, (batch, head, query, key), or `None` where it
+    forms none and calls `torch.nn.functional.scaled_dot_product_attention` once.
     Logits are the input of the softmax that makes the weights, else `scaling * query @ key.mT`.
     """
 

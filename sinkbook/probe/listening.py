@@ -15,12 +15,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.attention_interface import attending_by
-from sinkbook.probe.masks import Outputs
 
 NAME = "sinkbook"  # of our attention function in transformers' registries
 HIDDEN = -3e4  # additive masks hold something lower, biases do not
@@ -34,22 +34,22 @@ def named_attention(recorder) -> Iterator[None]:
     carriers = {layer.attention for layer in recorder.layers if layer.attention is not None}
     with contextlib.ExitStack() as undo:
         for module in carriers:
-            own = vars(module).get("attention_function")
-            undo.callback(_restore_function, module, own)
-            module.attention_function = partial(_listen, module.attention_function)
+            undo.callback(_restore_function, module, vars(module).get("attention_function"))
+            # Past `nn.Module`, which lets only modules take the place of a module.
+            vars(module)["attention_function"] = partial(_listen, module.attention_function)
         yield
 
 
 def _restore_function(module: nn.Module, own: Callable | None) -> None:
-    """Put back the function that the module itself carried; `None` if it was its class's."""
-    del module.attention_function
+    """Put back the function that the module itself carried; `None` if it lay elsewhere."""
+    del vars(module)["attention_function"]
     if own is not None:
-        module.attention_function = own
+        vars(module)["attention_function"] = own
 
 
 def _listen(
     original, module, query, key, value, attention_mask=None, scaling=None, **keywords
-) -> tuple[Outputs, Tensor | None]:
+) -> tuple[Float[Tensor, "batch position head value_width"], Tensor | None]:
     """Call an attention function, and read the weights that it returns or the fused call in it."""
     call = partial(original, module, query, key, value, attention_mask, scaling=scaling, **keywords)
     recorder = active.get()

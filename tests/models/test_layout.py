@@ -191,6 +191,22 @@ def test_a_function_that_belongs_to_the_class_is_put_back_there(own):
     assert attention.attention_function is softmax_of_scores
 
 
+class AsModule(nn.Module):
+    def forward(self, module, query, key, value, attention_mask, scaling, **_):
+        return softmax_of_scores(module, query, key, value, attention_mask, scaling)
+
+
+def test_the_attention_function_may_be_a_module(own):
+    expected = measure(own, TOKENS).sink_attention
+    function = AsModule()
+    for block in own.layers:
+        del block.attention.attention_function
+        block.attention.attention_function = function
+    np.testing.assert_allclose(measure(own, TOKENS).sink_attention, expected, rtol=1e-6)
+    assert own.layers[0].attention.attention_function is function
+    assert "attention_function" not in vars(own.layers[0].attention)
+
+
 def test_layers_without_attention_stay_blank(own):
     own.layers[0].attention = None
     own.layers[0].forward = lambda x: x + own.layers[0].mlp(x)
