@@ -44,11 +44,11 @@ def build(
     ] = False,
 ) -> None:
     """Run every chapter that has changed and render the book; prints the path of its first page."""
-    from sinkbook.book import build as book
+    from sinkbook.book.build import build_book, workplace
 
-    place = book.workplace(profile, output)
+    place = workplace(profile, output)
     started = time.monotonic()
-    index, executions = book.build(place=place, seed=seed, jobs=jobs, fresh=fresh)
+    index, executions = build_book(place=place, seed=seed, jobs=jobs, fresh=fresh)
     kept = sum(execution.from_cache for execution in executions)
     print(
         f"Rendered in {time.monotonic() - started:.0f} s; {len(executions) - kept} chapters were "
@@ -71,13 +71,13 @@ def run(
 ) -> None:
     """Run chapters and keep the executed copies, without rendering; prints their paths."""
     from sinkbook import parallel
-    from sinkbook.book import build as book
+    from sinkbook.book.build import run_chapters, workplace
 
     if dask is not None:
         with parallel.cluster(dask):  # nobody there? Say so before the chapters start
             os.environ[parallel.ADDRESS] = dask
-    place = book.workplace(profile, output)
-    for execution in book.run_chapters(chapters, place=place, seed=seed, jobs=jobs):
+    place = workplace(profile, output)
+    for execution in run_chapters(chapters, place=place, seed=seed, jobs=jobs):
         print(execution.path)
 
 

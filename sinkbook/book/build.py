@@ -186,7 +186,7 @@ def _remember(execution: Execution) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def build(
+def build_book(
     *, place: Workplace, seed: int = 0, jobs: int = 1, fresh: bool = False
 ) -> tuple[Path, list[Execution]]:
     """Run what has changed, render everything; returns the index page and the executions."""
