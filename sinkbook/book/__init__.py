@@ -9,8 +9,11 @@ if TYPE_CHECKING:
 def chapter(profile: str, seed: int = 0) -> "Chapter":
     """The chapter that is being run: its set-up cell begins with it and ends by showing it.
 
+    From here on figures are drawn in the style of the book.
     Raises `SinkbookError` for a profile that is none.
     """
     from sinkbook.book.chapters import Chapter
+    from sinkbook.figures import style
 
+    style.use()
     return Chapter(profile, seed)

@@ -4,13 +4,6 @@ The basic ones stand here too; those of one subject lie in the modules.
 """
 
 from sinkbook.figures.basic import (
-    BACKCOPY,
-    BIGRAM,
-    DRAIN,
-    OTHER,
-    PEAK,
-    SINK,
-    TRIGGER,
     attention_map,
     axes_or_new,
     by_layer,
@@ -23,12 +16,12 @@ from sinkbook.figures.basic import (
     map_beside_keys,
     named_points,
     paired,
-    plt,
     share_map,
     token_bars,
     token_strip,
     transition_map,
 )
+from sinkbook.figures.style import BACKCOPY, BIGRAM, DRAIN, OTHER, PEAK, SINK, TRIGGER
 
 __all__ = [
     "BACKCOPY",
@@ -50,7 +43,6 @@ __all__ = [
     "map_beside_keys",
     "named_points",
     "paired",
-    "plt",
     "share_map",
     "token_bars",
     "token_strip",

@@ -2,7 +2,7 @@
 
 Without an axes a figure is made. Colours go by role through the whole book, attention is always
 drawn from 0 to 1 on one map, and bands are the range over seeds or texts unless a label says
-otherwise. The colours are Okabe and Ito's, which the colour-blind can tell apart.
+otherwise. Nothing is measured here: what is drawn comes from the packages below.
 """
 
 from itertools import product
@@ -14,10 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-plt.style.use("sinkbook.figures.sinkbook")
-
-SINK, DRAIN, PEAK, OTHER = "#0072B2", "#D55E00", "#009E73", "#777777"
-TRIGGER, BACKCOPY, BIGRAM = "#CC79A7", "#CC79A7", "#E69F00"
+from sinkbook.figures.style import MAP, OTHER, PEAK, SINK, TRIGGER
 
 
 def axes_or_new(ax: Axes | None, **size) -> Axes:
@@ -40,7 +37,7 @@ def attention_map(
     """
     ax = axes_or_new(ax, figsize=(5, 4.6))
     hidden = np.triu(np.ones_like(weights, dtype=bool), k=1)
-    image = ax.imshow(np.ma.masked_array(weights, hidden), vmin=0, vmax=1)
+    image = ax.imshow(np.ma.masked_array(weights, hidden), vmin=0, vmax=1, cmap=MAP)
     positions = np.arange(len(labels))
     ax.set_xticks(positions, labels, fontfamily="monospace")
     ax.set_yticks(positions, labels, fontfamily="monospace")
@@ -68,7 +65,12 @@ def head_map(
     ax = axes_or_new(ax, figsize=(7, 1.2 + 0.18 * heads))
     # Cells of their own, which a page can name one by one; an image of them could not be asked.
     cells = ax.pcolormesh(
-        np.arange(layers), np.arange(heads), values.transpose("head", "layer"), vmin=0, vmax=1
+        np.arange(layers),
+        np.arange(heads),
+        values.transpose("head", "layer"),
+        vmin=0,
+        vmax=1,
+        cmap=MAP,
     )
     ax.set(xlabel="layer", ylabel="head", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
@@ -167,7 +169,7 @@ def transition_map(
 ) -> Axes:
     """The bigram rows: how probable each next token (column) is after each token (row)."""
     ax = axes_or_new(ax, figsize=(6, 5.2))
-    image = ax.imshow(np.sqrt(probabilities), vmin=0, vmax=1)
+    image = ax.imshow(np.sqrt(probabilities), vmin=0, vmax=1, cmap=MAP)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks(np.arange(len(labels)), labels, fontfamily="monospace", fontsize=5)
     ax.tick_params(length=0, pad=1)
@@ -308,7 +310,7 @@ def share_map(
             text = f"{seeds.mean():.2f}\n{seeds.min():.2f}–{seeds.max():.2f}"
             colour = "white" if seeds.mean() > 0.6 else "black"
             ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=colour)
-    image = ax.imshow(means, vmin=0, vmax=1, aspect="auto")
+    image = ax.imshow(means, vmin=0, vmax=1, cmap=MAP, aspect="auto")
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(shares)), shares)
     ax.set(xlabel=xlabel)

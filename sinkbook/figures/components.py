@@ -13,16 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.ticker import MaxNLocator
 
-from sinkbook.figures.basic import (
-    DRAIN,
-    OTHER,
-    PEAK,
-    SINK,
-    TRIGGER,
-    axes_or_new,
-    by_layer,
-    share_map,
-)
+from sinkbook.figures.basic import axes_or_new, by_layer, share_map
+from sinkbook.figures.style import DRAIN, MAP, OTHER, PEAK, SINK, TRIGGER
 
 PART_COLOURS = {"attention": SINK, "mlp": PEAK}
 PART_NAMES = {"attention": "attention", "mlp": "MLP"}
@@ -47,7 +39,7 @@ def log_map(
     height, width = values.shape
     ax = axes_or_new(ax, figsize=(7.2, 1.4 + 0.11 * max(height, 22)))
     image = ax.imshow(
-        values, norm=LogNorm(*limits), aspect="auto", origin="upper" if rows else "lower"
+        values, norm=LogNorm(*limits), cmap=MAP, aspect="auto", origin="upper" if rows else "lower"
     )
     for axis, labels in ((ax.xaxis, columns), (ax.yaxis, rows)):
         if labels:
@@ -115,8 +107,8 @@ def symptom_panels(whole: xr.Dataset, cut: xr.Dataset) -> list[Axes]:
     Lines are medians over texts, bands their range.
     """
     panels = {
-        "residual_ratio": ("residual ratio", PEAK, True, "center right"),
-        "value_ratio": ("value ratio", DRAIN, True, "lower left"),
+        "residual_peak_ratio": ("residual ratio", PEAK, True, "center right"),
+        "value_drain_ratio": ("value ratio", DRAIN, True, "lower left"),
         "sink_attention": ("sink attention", SINK, False, "upper left"),
     }
     _, axes = plt.subplots(1, len(panels), figsize=(8.4, 2.9), layout="constrained")

@@ -7,8 +7,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from sinkbook.figures.basic import OTHER, axes_or_new
+from sinkbook.figures.basic import axes_or_new
 from sinkbook.figures.curves import over_parameter
+from sinkbook.figures.style import OTHER
 
 
 def along_text(
@@ -88,18 +89,18 @@ def shares_by_layer(
 
 
 def pruning_panels(
-    losses: dict[str, Float[xr.DataArray, "order removed text"]], colours: dict[str, str]
+    rises: dict[str, Float[xr.DataArray, "order removed text"]], colours: dict[str, str]
 ) -> list[Axes]:
     """Rise of the loss against the share of heads cut: a panel for each domain, a line an order.
 
     Mean and range over texts.
     """
-    _, axes = plt.subplots(1, len(losses), figsize=(7.4, 3.2), sharey=True)
-    for ax, (domain, values) in zip(axes, losses.items(), strict=True):
-        rise = (values - values.sel(removed=0)).transpose("order", "text", "removed")
+    _, axes = plt.subplots(1, len(rises), figsize=(7.4, 3.2), sharey=True)
+    for ax, (domain, rise) in zip(axes, rises.items(), strict=True):
+        rise = rise.transpose("order", "text", "removed")
         series = {order: (rise.sel(order=order).values, c) for order, c in colours.items()}
         ylabel = "rise of the loss (nats)" if ax is axes[0] else ""
-        over_parameter(100 * rise.removed, series, ax, xlabel="heads cut (%)", ylabel=ylabel)
+        over_parameter(100 * rise.removed.values, series, ax, xlabel="heads cut (%)", ylabel=ylabel)
         ax.set_title(domain)
         if ax is not axes[0]:
             ax.get_legend().remove()

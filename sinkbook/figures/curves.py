@@ -6,7 +6,8 @@ import xarray as xr
 from jaxtyping import Float, Shaped
 from matplotlib.axes import Axes
 
-from sinkbook.figures.basic import OTHER, SINK, axes_or_new
+from sinkbook.figures.basic import axes_or_new
+from sinkbook.figures.style import OTHER, SINK
 from sinkbook.fits import Fit
 
 # By the names of `experiments.optimizer_sweep`.

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from sinkbook.figures.basic import OTHER, SINK, TRIGGER, axes_or_new
-from sinkbook.llm.dormant_head_tests import DETECTORS, LEAST_RISE, MOST_RISE, agreement, at
+from sinkbook.figures.basic import axes_or_new
+from sinkbook.figures.style import OTHER, SINK, TRIGGER
+from sinkbook.llm.dormant_head_tests import DETECTORS, LEAST_RISE, MOST_RISE, at
 
 SLEEPS, WORKS = SINK, TRIGGER
 
@@ -166,9 +167,11 @@ def wake_up(trace: xr.Dataset, parts: Sequence[str]) -> list[Axes]:
     return list(axes.flat)
 
 
-def detectors(found: pd.DataFrame, *, seed: int = 0) -> list[Axes]:
-    """Each detector against the change of loss, one dot a head and domain, with its `agreement`."""
-    draws = agreement(found, seed=seed)
+def detectors(found: pd.DataFrame, draws: Float[xr.DataArray, "detector draw"]) -> list[Axes]:
+    """Each detector against the change of loss, one dot a head and domain, with its agreement.
+
+    `found` and `draws` are what `dormant_head_tests.cases` and `agreement` give.
+    """
     _, axes = plt.subplots(1, len(DETECTORS), figsize=(7.4, 2.9), sharey=True)
     for ax, (name, detector) in zip(axes, DETECTORS.items(), strict=True):
         for side, colour in (("active", WORKS), ("dormant", SLEEPS)):

@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 
-from sinkbook.figures.basic import OTHER, SINK, axes_or_new
-from sinkbook.mitigations.league import CRITERIA, worst_layer
-from sinkbook.mitigations.registry import MITIGATIONS
+from sinkbook.figures.basic import axes_or_new
+from sinkbook.figures.style import OTHER, SINK
 
 FAMILY_COLOURS = {
     "control": "#222222",
@@ -202,27 +201,29 @@ def mitigation_rows(
 
 
 def league_board(
-    standings: xr.Dataset, *, order: list[str], over: xr.Dataset | None = None
+    criteria: xr.Dataset, *, order: list[str], over: xr.Dataset | None = None
 ) -> list[Axes]:
     """The criteria of the league table side by side, a row for each mitigation in `order`.
 
-    `order` holds labels, the best first. A dashed line marks softmax. The means of another table
-    are laid `over` it; steps are then left out, since those of two sizes cannot be compared.
+    `criteria` is what `league.criteria` gives; `order` holds labels, the best first. A dashed line
+    marks softmax. The means of another table are laid `over` it; steps are then left out, since
+    those of two sizes cannot be compared.
     """
-    names = standings.swap_dims(mitigation="label").mitigation.sel(label=order).values
-    columns = [c for c in CRITERIA if over is None or c != "steps_to_loss"]
-    _, panels = plt.subplots(1, len(columns), figsize=(9, 5.2))
-    for panel, column in zip(panels, columns, strict=True):
+    names = criteria.swap_dims(mitigation="label").mitigation.sel(label=order).values
+    columns = [c for c in criteria.data_vars if over is None or c != "steps_to_loss"]
+    _, panels = plt.subplots(1, len(columns), figsize=(9, 5.2), squeeze=False)
+    for panel, column in zip(panels[0], columns, strict=True):
         mitigation_rows(
-            worst_layer(standings, column).sel(mitigation=names),
+            criteria[column].sel(mitigation=names),
             panel,
-            xlabel=CRITERIA[column][0].replace(" ", "\n", 1),
-            names=panel is panels[0],
-            log=column in ("value_ratio", "peak_ratio", "kurtosis_text", "int8_error"),
-            over=None if over is None else worst_layer(over, column),
+            xlabel=criteria[column].long_name.replace(" ", "\n", 1),
+            names=panel is panels[0, 0],
+            log=column
+            in ("value_drain_ratio", "residual_peak_ratio", "kurtosis_text", "int8_error"),
+            over=None if over is None else over[column],
         )
         panel.tick_params(axis="x", labelsize=7)
-    return list(panels)
+    return list(panels[0])
 
 
 def destination_bars(shares: xr.DataArray, ax: Axes | None = None) -> Axes:
@@ -246,7 +247,7 @@ def destination_bars(shares: xr.DataArray, ax: Axes | None = None) -> Axes:
                 ax.bar(place, height, bottom=bottom, color=colour, width=0.85, label=known)
                 bottom += height
             ticks.append(place)
-            names.append(MITIGATIONS[mitigation].label)
+            names.append(shares.label.sel(mitigation=mitigation).item())
         middle = group * (count + 1) + (count - 1) / 2
         ax.text(middle, 1.03, control, ha="center", fontsize=9)
     ax.set_xticks(ticks, names, rotation=40, ha="right", fontsize=8)
@@ -264,10 +265,8 @@ def marks_by_layer(ends: dict[str, xr.Dataset], *, colours: dict[str, str]) -> l
     _, panels = plt.subplots(1, 3, figsize=(7.8, 3.3))
     quantities = {
         "attention on <s>": lambda end: end.sink_attention.isel(head=0),
-        "value norm of <s>, relative": lambda end: (end.value_norm / end.other_value_norm).isel(
-            head=0
-        ),
-        "height of the peak": lambda end: end.residual_peak,
+        "value norm of <s>, relative": lambda end: end.value_drain_ratio.isel(head=0),
+        "height of the peak": lambda end: end.residual_peak_height,
     }
     for panel, (label, of) in zip(panels, quantities.items(), strict=True):
         methods_by_layer(
@@ -297,11 +296,11 @@ def marks_by_rate(
         "strongest sink": ("linear", lambda end: end.sink_attention.max(("layer", "head"))),
         "peak after the first layer": (
             "symlog",
-            lambda end: end.residual_peak.isel(residual_layer=1),
+            lambda end: end.residual_peak_height.isel(residual_layer=1),
         ),
         "highest peak after any layer": (
             "symlog",
-            lambda end: end.residual_peak.max("residual_layer"),
+            lambda end: end.residual_peak_height.max("residual_layer"),
         ),
     }
     for panel, (label, (scale, of)) in zip(panels.flat, quantities.items(), strict=True):

@@ -1,16 +1,17 @@
 """Figures of a sink that was cut out: four quantities along fine-tuning, and the peak by layer.
 
-Both take what `peak_recovery.record` gives. See `basic.py`.
+See `basic.py`.
 """
 
 import matplotlib.pyplot as plt
 import xarray as xr
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from sinkbook.figures.basic import OTHER, SINK, axes_or_new
+from sinkbook.figures.basic import axes_or_new
 from sinkbook.figures.curves import OPTIMIZER_COLOURS
-from sinkbook.llm.peak_recovery import CUT, WHOLE, above_the_cut, runs_of
+from sinkbook.figures.style import OTHER, SINK
 
 COLOURS = {
     "cut, AdamW": OPTIMIZER_COLOURS["AdamW"],
@@ -19,20 +20,19 @@ COLOURS = {
 }
 
 
-def phases(record: xr.Dataset, axes: list[Axes] | None = None) -> list[Axes]:
+def phases(means: xr.Dataset, whole: xr.Dataset, axes: list[Axes] | None = None) -> list[Axes]:
     """Four panels along fine-tuning, a line a run: loss, sink attention, drain and peak.
 
-    Dashed: the whole model before fine-tuning.
+    `means` is what `peak_recovery.above_the_cut` gives. Dashed: the `whole` model before
+    fine-tuning.
     """
     if axes is None:
         axes = list(plt.subplots(2, 2, figsize=(7.4, 5.2), sharex=True)[1].flat)
-    means = above_the_cut(record)
-    whole = runs_of(means, WHOLE).isel(run=0, step=0)
     panels = {
         "loss": {"ylabel": "held-out loss (nats)"},
         "sink_attention": {"ylabel": "attention on the first token", "ylim": (0, 1)},
-        "value_ratio": {"ylabel": "value norm, first / others", "ylim": (0, None)},
-        "residual_ratio": {"ylabel": "residual norm, first / others", "yscale": "log"},
+        "value_drain_ratio": {"ylabel": "value norm, first / others", "ylim": (0, None)},
+        "residual_peak_ratio": {"ylabel": "residual norm, first / others", "yscale": "log"},
     }
     for ax, (name, style) in zip(axes, panels.items(), strict=True):
         ax.axhline(whole[name], color=OTHER, ls="--", lw=1.2, label="whole, before")
@@ -47,18 +47,20 @@ def phases(record: xr.Dataset, axes: list[Axes] | None = None) -> list[Axes]:
     return list(axes)
 
 
-def peak_by_layer(record: xr.Dataset, ax: Axes | None = None) -> Axes:
+def peak_by_layer(
+    ends: Float[xr.DataArray, "run residual_layer"],
+    whole: Float[xr.DataArray, " residual_layer"],
+    cut: Float[xr.DataArray, " residual_layer"],
+    ax: Axes | None = None,
+) -> Axes:
     """Residual norm of the first token over the median by layer: before, cut, and at the end.
 
     A line a run; dashed: the whole model before fine-tuning; dotted: right after the cut.
     """
     ax = axes_or_new(ax, figsize=(7.4, 3.2))
-    ratio = record.residual_ratio
-    starts = (([WHOLE], "--", "whole, before"), (CUT, ":", "right after the cut"))
-    for conditions, line, label in starts:
-        start = runs_of(ratio, *conditions).isel(run=0, step=0)
-        ax.plot(ratio.residual_layer, start, ls=line, color=OTHER, label=label)
-    _lines(ratio.isel(step=-1), ax)
+    for start, line, label in ((whole, "--", "whole, before"), (cut, ":", "right after the cut")):
+        ax.plot(start.residual_layer, start, ls=line, color=OTHER, label=label)
+    _lines(ends, ax)
     ax.set(xlabel="residual state (0 is the embedding)", yscale="log")
     ax.set_ylabel("residual norm, first / others")
     ax.yaxis.set_major_locator(LogLocator())

@@ -6,7 +6,8 @@ import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
 
-from sinkbook.figures.basic import OTHER, PEAK, axes_or_new
+from sinkbook.figures.basic import axes_or_new
+from sinkbook.figures.style import OTHER, PEAK
 
 
 def heights_of_seeds(

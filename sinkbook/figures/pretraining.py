@@ -10,12 +10,11 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
-from sinkbook.figures.basic import DRAIN, OTHER, PEAK, SINK, TRIGGER, axes_or_new
+from sinkbook.figures.basic import axes_or_new
 from sinkbook.figures.curves import over_training
+from sinkbook.figures.style import DRAIN, OTHER, PEAK, SINK, TRIGGER
 from sinkbook.fits import Plateau
-from sinkbook.llm.checkpoint_metrics import residual_ratio
-from sinkbook.llm.shakespeare_pretraining import Pretraining, follow_copying_head
-from sinkbook.llm.small_llama import strongest_sink
+from sinkbook.llm.shakespeare_pretraining import Pretraining
 from sinkbook.models.token_labels import token_label
 
 COPYING = TRIGGER
@@ -60,8 +59,8 @@ def life_of_a_head(head: xr.Dataset) -> list[Axes]:
             },
         ),
         ("sink logit", {"plain": (plain.sink_logit, SINK)}),
-        ("value norm, <s> / others", {"plain": (plain.value_ratio, DRAIN)}),
-        ("residual norm, <s> / others", {"plain": (plain.residual_ratio, PEAK)}),
+        ("value norm, <s> / others", {"plain": (plain.value_drain_ratio, DRAIN)}),
+        ("residual norm, <s> / others", {"plain": (plain.residual_peak_ratio, PEAK)}),
     ]
     _, axes = plt.subplots(2, 3, figsize=(8.4, 5.0))
     for ax, (label, series) in zip(axes.flat, panels, strict=True):
@@ -74,14 +73,14 @@ def life_of_a_head(head: xr.Dataset) -> list[Axes]:
 CONTROLS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#777777")
 
 
-def controls(runs: dict[str, list[Pretraining]]) -> list[Axes]:
+def controls(heads: dict[str, xr.Dataset]) -> list[Axes]:
     """Two panels along training, a line a run: the copying head's score, and its sink.
 
-    The first group is drawn bold; the colours are those of the groups' order.
+    A group of runs is given as what `shakespeare_pretraining.follow_copying_head` found of it. The
+    first one is drawn bold; the colours are those of the groups' order.
     """
     _, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.1), sharex=True, sharey=True)
-    for (name, group), colour in zip(runs.items(), CONTROLS, strict=False):
-        head = follow_copying_head(group)
+    for (name, head), colour in zip(heads.items(), CONTROLS, strict=False):
         bold = {"lw": 2.2 if colour == CONTROLS[0] else 1.3, "color": colour, "alpha": 0.85}
         for number in range(head.sizes["seed"]):
             one = head.isel(seed=number)
@@ -179,16 +178,15 @@ def beside_olmo(head: xr.Dataset, olmo: xr.Dataset) -> list[Axes]:
 def levers(ends: xr.Dataset) -> list[Axes]:
     """Three panels with a row for each lever: strongest sink, highest peak, loss by domain.
 
-    `ends` is what `small_llama.sweep` gives.
+    `ends` is what `small_llama.at_the_end` gives.
     """
     _, panels = plt.subplots(1, 3, figsize=(7.6, 2.6), sharey=True)
     rows = np.arange(ends.sizes["lever"])
-    peak = residual_ratio(ends).mean(["domain", "text"]).max("residual_layer")
-    panels[0].plot(strongest_sink(ends), rows, "o", color=SINK)
-    panels[1].plot(peak, rows, "o", color=PEAK)
+    panels[0].plot(ends.strongest_sink, rows, "o", color=SINK)
+    panels[1].plot(ends.highest_peak, rows, "o", color=PEAK)
     for domain, marker in zip(ends.domain.values, "os", strict=False):
-        loss = ends.loss.sel(domain=domain).mean("text")
-        panels[2].plot(loss, rows, marker, color=OTHER, mfc="none", label=domain)
+        panels[2].plot(ends.loss.sel(domain=domain), rows, marker, color=OTHER, mfc="none")
+        panels[2].lines[-1].set_label(domain)
     panels[2].legend(fontsize=8)
     labels = ("strongest sink", "highest peak", "loss (nats)")
     for panel, label in zip(panels, labels, strict=True):
@@ -207,8 +205,8 @@ def life_of_a_llama(head: xr.Dataset) -> list[Axes]:
         "next-token loss (nats)": (head.loss, OTHER),
         "attention on <s>": (head.sink_attention, SINK),
         "sink logit": (head.sink_logit, SINK),
-        "value norm, <s> / others": (head.value_ratio, DRAIN),
-        "residual norm, <s> / others": (head.residual_ratio, PEAK),
+        "value norm, <s> / others": (head.value_drain_ratio, DRAIN),
+        "residual norm, <s> / others": (head.residual_peak_ratio, PEAK),
         "spread of sink logits, relative": (head.concentration, SINK),
     }
     _, axes = plt.subplots(2, 3, figsize=(8.4, 5.0))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sinkbook.errors import SinkbookError
 from sinkbook.probe.attention_maps import attention_maps
 from sinkbook.probe.measure import measure
+from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 
 
 def measure_checkpoint(
@@ -66,16 +67,6 @@ def measure_checkpoint(
     return result.drop_attrs()
 
 
-def value_ratio(checkpoint: xr.Dataset) -> xr.DataArray:
-    """The sink's value norm over the mean of the others': below 1 where it is drained."""
-    return checkpoint.value_norm / checkpoint.other_value_norm
-
-
-def residual_ratio(checkpoint: xr.Dataset) -> xr.DataArray:
-    """The sink's residual norm over the median of the others'."""
-    return checkpoint.residual_norm / checkpoint.other_residual_norm
-
-
 def table(dataset: xr.Dataset) -> Table:
     """A row for each checkpoint: means over texts, the extremes over heads and layers."""
     rows = Table(
@@ -95,8 +86,8 @@ def table(dataset: xr.Dataset) -> Table:
             f"{attention.mean().item():.2f}",
             f"{(attention > 0.3).where(attention.notnull()).mean().item():.0%}",
             f"{one.sink_logit.mean().item():.2f}",
-            f"{value_ratio(one).mean('text').median().item():.2f}",
-            f"{residual_ratio(one).mean('text').max().item():.1f}",
+            f"{value_drain_ratio(one).mean('text').median().item():.2f}",
+            f"{residual_peak_ratio(one).mean('text').max().item():.1f}",
             f"{one.loss.mean().item():.2f}",
         )
     return rows

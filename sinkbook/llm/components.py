@@ -145,17 +145,17 @@ def compression(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
 def symptoms(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
     """Sinks, drain, peak and loss of every text, in one pass, heads averaged.
 
-    `sink_attention` and `value_ratio` over (batch, layer), `residual_norm` of position 0 and
-    `residual_ratio` over (batch, residual_layer), `loss` over batch in nats. The ratios are those
-    of `probe.value_drain_ratio` and `probe.residual_peak_ratio`.
+    `sink_attention` and `value_drain_ratio` over (batch, layer), `residual_norm` of position 0 and
+    `residual_peak_ratio` over (batch, residual_layer), `loss` over batch in nats. The ratios are
+    the probe's.
     """
     result = measure(model, input_ids, ("sink_attention", "value_norm", "residual_norm", "loss"))
     return xr.Dataset(
         {
             "sink_attention": result.sink_attention.mean("head"),
-            "value_ratio": value_drain_ratio(result).mean("head"),
+            "value_drain_ratio": value_drain_ratio(result).mean("head"),
             "residual_norm": result.residual_norm.isel(position=0, drop=True),
-            "residual_ratio": residual_peak_ratio(result),
+            "residual_peak_ratio": residual_peak_ratio(result),
             "loss": result.loss,
         }
     ).drop_vars("sink")
@@ -168,7 +168,7 @@ def reads_peak(whole: xr.Dataset) -> xr.DataArray:
     of position 0 above that of the median token, mean over texts, and full where it is largest at
     the input of a layer. Attention plays no part in it.
     """
-    height = (whole.residual_norm * (1 - 1 / whole.residual_ratio)).mean("batch")
+    height = (whole.residual_norm * (1 - 1 / whole.residual_peak_ratio)).mean("batch")
     at_input = height.isel(residual_layer=slice(None, -1)).rename(residual_layer="layer")
     return (at_input >= at_input.max() / 2).drop_vars("residual_layer", errors="ignore")
 
@@ -223,9 +223,9 @@ def effects(cuts: xr.Dataset, whole: xr.Dataset) -> xr.Dataset:
     return xr.Dataset(
         {
             "norm_left": cuts.residual_norm.sel(there) / whole.residual_norm.sel(there),
-            "peak_left": cuts.residual_ratio.sel(there) / whole.residual_ratio.sel(there),
+            "peak_left": cuts.residual_peak_ratio.sel(there) / whole.residual_peak_ratio.sel(there),
             "sinks_left": sinks[0] / sinks[1],
-            "drain": cuts.value_ratio.where(above).mean("layer"),
+            "drain": cuts.value_drain_ratio.where(above).mean("layer"),
             "loss_gain": cuts.loss - whole.loss,
         }
     ).drop_vars("residual_layer")

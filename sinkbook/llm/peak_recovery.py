@@ -181,8 +181,8 @@ def measure_reemergence(
 
     - `write_norm` (part, layer): length of what each part writes at position 0;
     - `units_norm`: length of what the units of `writer` write there together;
-    - `rival_ratio` (residual_layer), on a third of the texts: residual norm of the longest token
-      after the first over the median, large where there are peaks elsewhere;
+    - `rival_peak_ratio` (residual_layer), on a third of the texts: residual norm of the longest
+      token after the first over the median, large where there are peaks elsewhere;
     - `attraction`, `rival_attraction` (layer), on the same: what `sink_location.seen_by_all` calls
       so, of the first token and of the most attractive other one in the first half of a text.
     """
@@ -192,14 +192,14 @@ def measure_reemergence(
     columns = _output_weights(model, beginning, writer.layer)[:, list(writer.units)]
     written = columns.detach().double().cpu().numpy() @ activation[list(writer.units)]
     seen = seen_by_all(model, tokens[::3])
-    others = seen.residual_ratio.isel(position=slice(1, None))
+    others = seen.residual_peak_ratio.isel(position=slice(1, None))
     early = seen.attraction.isel(position=slice(1, tokens.shape[1] // 2))
     means = found.drop_vars("loss").mean("batch")
     return means.assign(
         loss=("domain", found.loss.values.reshape(len(DOMAINS), -1).mean(1)),
         write_norm=components.writes(model, beginning).norm.isel(batch=0).drop_vars("top"),
         units_norm=np.linalg.norm(written),
-        rival_ratio=others.max("position").mean("batch"),
+        rival_peak_ratio=others.max("position").mean("batch"),
         attraction=seen.attraction.isel(position=0, drop=True).mean("batch"),
         rival_attraction=early.max("position").mean("batch"),
     )
@@ -302,17 +302,23 @@ def runs_of(measured: Measured, *conditions: str) -> Measured:
     return measured.isel(run=np.flatnonzero(measured.condition.isin(conditions)))
 
 
+def before_and_after_the_cut(measured: Measured) -> tuple[Measured, Measured]:
+    """What was measured of the whole model before fine-tuning, and right after the cut."""
+    whole = runs_of(measured, WHOLE).isel(run=0, step=0, drop=True)
+    return whole, runs_of(measured, *CUT).isel(run=0, step=0, drop=True)
+
+
 def above_the_cut(measured: xr.Dataset) -> xr.Dataset:
     """Loss, sink attention, value ratio and residual ratio, along the dimensions of the runs.
 
     Means over domains, and over the layers above the writer that read the peak in the whole model;
     the residual ratio is that at their input.
     """
-    at_input = measured.residual_ratio.isel(residual_layer=slice(None, -1))
+    at_input = measured.residual_peak_ratio.isel(residual_layer=slice(None, -1))
     ratios = {
         "sink_attention": measured.sink_attention,
-        "value_ratio": measured.value_ratio,
-        "residual_ratio": at_input.rename(residual_layer="layer"),
+        "value_drain_ratio": measured.value_drain_ratio,
+        "residual_peak_ratio": at_input.rename(residual_layer="layer"),
     }
     means = {name: values.where(measured.above).mean("layer") for name, values in ratios.items()}
     return xr.Dataset({"loss": measured.loss.mean("domain")} | means)
@@ -325,7 +331,7 @@ def recovered(measured: xr.Dataset) -> xr.Dataset:
     1 where the whole model was before fine-tuning. The loss can go beyond 1.
     """
     means = above_the_cut(measured)
-    means["residual_ratio"] = np.log(means.residual_ratio)
+    means["residual_peak_ratio"] = np.log(means.residual_peak_ratio)
     before = runs_of(means, WHOLE).isel(run=0, step=0, drop=True)
     runs = runs_of(means, *CUT)
     right_after = runs.isel(step=0, drop=True)

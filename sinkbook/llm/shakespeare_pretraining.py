@@ -25,16 +25,12 @@ from torch import Tensor
 from sinkbook import store
 from sinkbook.data import corpora
 from sinkbook.data.shakespeare import SYMBOLS
-from sinkbook.llm.checkpoint_metrics import (
-    concentration,
-    measure_checkpoint,
-    residual_ratio,
-    value_ratio,
-)
+from sinkbook.llm.checkpoint_metrics import concentration, measure_checkpoint
 from sinkbook.models.losses import next_token_loss, next_token_losses
 from sinkbook.models.token_labels import token_label
 from sinkbook.parallel import in_processes
 from sinkbook.probe.attention_maps import attention_weights
+from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from sinkbook.provenance import provenance
 from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.optimizers import OPTIMIZERS
@@ -289,7 +285,8 @@ def follow_copying_head(runs: list[Pretraining]) -> xr.Dataset:
     """The variables of each run's copying head, over (seed, step), and (kind) where it matters.
 
     The head is chosen by its copying score on repeated texts alone. Residual states are those
-    that its layer reads. `value_ratio` and `residual_ratio` compare `<s>` with other tokens.
+    that its layer reads. `value_drain_ratio` and `residual_peak_ratio` compare `<s>` with other
+    tokens.
     """
     found = []
     for run in runs:
@@ -298,7 +295,8 @@ def follow_copying_head(runs: list[Pretraining]) -> xr.Dataset:
         of_head = whole.isel(layer=layer, head=head, residual_layer=layer)
         found.append(
             of_head.assign(
-                value_ratio=value_ratio(of_head), residual_ratio=residual_ratio(of_head)
+                value_drain_ratio=value_drain_ratio(of_head),
+                residual_peak_ratio=residual_peak_ratio(of_head),
             ).reset_coords(drop=True)
         )
     seeds = xr.Variable("seed", [run.config.seed for run in runs])

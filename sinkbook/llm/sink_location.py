@@ -119,8 +119,8 @@ def seen_by_all(model: nn.Module, tokens: Tokens) -> xr.Dataset:
 
     - `attraction` (batch, layer, position): mean attention of the later queries that see the token,
       mean over heads, over what it would be if every query spread its attention evenly;
-    - `residual_ratio` (batch, residual_layer, position): norm over the median of the text, position
-      0 left out of the median.
+    - `residual_peak_ratio` (batch, residual_layer, position): norm over the median of the text,
+      position 0 left out of the median.
     """
     result = measure(model, tokens, ("key_importance", "residual_norm"))
     length = tokens.shape[1]
@@ -131,7 +131,7 @@ def seen_by_all(model: nn.Module, tokens: Tokens) -> xr.Dataset:
     return xr.Dataset(
         {
             "attraction": result.key_importance.mean("head") / even,
-            "residual_ratio": norms / norms.isel(position=slice(1, None)).median("position"),
+            "residual_peak_ratio": norms / norms.isel(position=slice(1, None)).median("position"),
         }
     ).drop_vars("sink")
 

@@ -35,9 +35,10 @@ from transformers import (
 from sinkbook import store
 from sinkbook.data import corpora
 from sinkbook.files import write_json
-from sinkbook.llm.checkpoint_metrics import concentration, residual_ratio, value_ratio
+from sinkbook.llm.checkpoint_metrics import concentration
 from sinkbook.llm.checkpoints import texts_to_measure
 from sinkbook.models.pretrained import quiet
+from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from sinkbook.progress import progress
 from sinkbook.provenance import provenance
 from sinkbook.toy.loop import schedule
@@ -266,12 +267,25 @@ def strongest_sink(measured: xr.Dataset) -> xr.DataArray:
     return measured.sink_attention.mean(["domain", "text"]).max(["layer", "head"])
 
 
+def at_the_end(levers: xr.Dataset) -> xr.Dataset:
+    """What each lever of a `sweep` ends with: `strongest_sink`, `highest_peak`, both over texts of
+    all domains, and the `loss` by `domain`, in nats."""
+    peaks = residual_peak_ratio(levers).mean(["domain", "text"])
+    return xr.Dataset(
+        {
+            "strongest_sink": strongest_sink(levers),
+            "highest_peak": peaks.max("residual_layer"),
+            "loss": levers.loss.mean("text"),
+        }
+    )
+
+
 def follow_strongest_head(measured: xr.Dataset) -> xr.Dataset:
     """The head with the strongest sink at the end of a pretraining, along `step`.
 
-    Means over texts, by domain: its `sink_attention`, `sink_logit`, `value_ratio` and
-    `concentration`; of the residual states the highest `residual_ratio` of all layers, and `loss`,
-    nats. `residual_ratio` compares the first token with the median of the others.
+    Means over texts, by domain: its `sink_attention`, `sink_logit`, `value_drain_ratio` and
+    `concentration`; of the residual states the highest `residual_peak_ratio` of all layers, and
+    `loss`, nats. `residual_peak_ratio` compares the first token with the median of the others.
     """
     along = measured.swap_dims(revision="step")
     attention = along.sink_attention.mean("text")
@@ -282,9 +296,9 @@ def follow_strongest_head(measured: xr.Dataset) -> xr.Dataset:
         {
             "sink_attention": of_head.sink_attention.mean("text"),
             "sink_logit": of_head.sink_logit.mean("text"),
-            "value_ratio": value_ratio(of_head).mean("text"),
+            "value_drain_ratio": value_drain_ratio(of_head).mean("text"),
             "concentration": of_head.groupby("domain").map(concentration),
-            "residual_ratio": residual_ratio(along).mean("text").max("residual_layer"),
+            "residual_peak_ratio": residual_peak_ratio(along).mean("text").max("residual_layer"),
             "loss": along.loss.mean("text"),
         }
     )

@@ -29,19 +29,19 @@ from sinkbook.toy.transformer import Transformer
 
 # What `standing` measures: unit, and what it is. Over `layer` or `residual_layer`, or one number.
 COLUMNS = {
-    "sink_mass": ("1", "mean attention on <s>, from tokens that are no triggers"),
+    "sink_attention": ("1", "mean attention on <s>, from tokens that are no triggers"),
     "sink_share": ("1", "the same, in shares of all attention that these tokens give"),
     "row_sum": ("1", "mean sum of their attention"),
-    "sink_mass_triggers": ("1", "mean attention on <s> from triggers"),
-    "first_mass": ("1", "mean attention on position 0, whatever stands there"),
-    "value_ratio": ("1", "value norm of <s> over the mean of the others, after a gate"),
-    "value_ratio_before_gate": (
+    "sink_attention_triggers": ("1", "mean attention on <s> from triggers"),
+    "attention_at_0": ("1", "mean attention on position 0, whatever stands there"),
+    "value_drain_ratio": ("1", "value norm of <s> over the mean of the others, after a gate"),
+    "value_drain_ratio_before_gate": (
         "1",
         "value norm of <s> over the mean of the others, as W_V has it",
     ),
     "silence": ("1", "head output norm at tokens that are no triggers over that at triggers"),
-    "peak_ratio": ("1", "residual norm of <s> over the median of the others"),
-    "peak_height": ("1", "residual norm of <s> minus the mean of the others"),
+    "residual_peak_ratio": ("1", "residual norm of <s> over the median of the others"),
+    "residual_peak_height": ("1", "residual norm of <s> minus the mean of the others"),
     "kurtosis_text": ("1", "kurtosis of all entries of a text; 3 if Gaussian"),
     "kurtosis_sink": ("1", "kurtosis over the dimensions of <s>; 3 if Gaussian"),
     "kurtosis_others": ("1", "the same, median over the other tokens"),
@@ -56,8 +56,14 @@ COLUMNS = {
 AT_LOSS = {
     "steps_to_loss": ("1", "steps to the common loss"),
     "seconds_to_loss": ("s", "seconds to the common loss"),
-    "sink_mass_at_loss": ("1", "mean attention on <s> there, from tokens that are no triggers"),
-    "peak_ratio_at_loss": ("1", "residual norm of <s> there over the median of the others"),
+    "sink_attention_at_loss": (
+        "1",
+        "mean attention on <s> there, from tokens that are no triggers",
+    ),
+    "residual_peak_ratio_at_loss": (
+        "1",
+        "residual norm of <s> there over the median of the others",
+    ),
 }
 
 
@@ -88,20 +94,20 @@ def standing(run: Run) -> xr.Dataset:
     compared = xr.DataArray(ordinary.numpy(), dims=("batch", "position"))
     before_gate = of_ordinary.assign(value_norm=value_norms_before_gate(model, tokens))
     heads = {
-        "sink_mass": of_ordinary.sink_attention,
+        "sink_attention": of_ordinary.sink_attention,
         "sink_share": of_ordinary.sink_share,
         "row_sum": of_ordinary.attention_row_sum,
-        "sink_mass_triggers": of_triggers.sink_attention,
-        "first_mass": on_first.sink_attention,
-        "value_ratio": probe.value_drain_ratio(of_ordinary, compared),
-        "value_ratio_before_gate": probe.value_drain_ratio(before_gate, compared),
+        "sink_attention_triggers": of_triggers.sink_attention,
+        "attention_at_0": on_first.sink_attention,
+        "value_drain_ratio": probe.value_drain_ratio(of_ordinary, compared),
+        "value_drain_ratio_before_gate": probe.value_drain_ratio(before_gate, compared),
     }
     found = {name: values.mean(("batch", "head")) for name, values in heads.items()}
     silent, loud = (m.head_output_norm.mean(("batch", "head")) for m in (of_ordinary, of_triggers))
     found["silence"] = silent / loud
     others = xr.DataArray((torch.arange(tokens.shape[1]) != sink).numpy(), dims="position")
-    found["peak_ratio"] = probe.residual_peak_ratio(of_ordinary, others).mean("batch")
-    found["peak_height"] = probe.residual_peak_height(of_ordinary, others).mean("batch")
+    found["residual_peak_ratio"] = probe.residual_peak_ratio(of_ordinary, others).mean("batch")
+    found["residual_peak_height"] = probe.residual_peak_height(of_ordinary, others).mean("batch")
     with residual_states(model) as kept:
         risks = made.risks(model(tokens), tokens)
     states = torch.stack(kept)
@@ -186,8 +192,8 @@ def _at_loss(run: Run, loss: float) -> xr.Dataset:
         {
             "steps_to_loss": steps,
             "seconds_to_loss": steps * run.seconds / run.config.steps,
-            "sink_mass_at_loss": ("layer", sink),
-            "peak_ratio_at_loss": ("residual_layer", norms[0] / norms[1]),
+            "sink_attention_at_loss": ("layer", sink),
+            "residual_peak_ratio_at_loss": ("residual_layer", norms[0] / norms[1]),
         }
     )
 
@@ -202,7 +208,7 @@ def peak_writers(runs: list[Run]) -> xr.Dataset:
     """
     found = []
     for run in runs:
-        heights = run.measurements.residual_peak.isel(step=-1).values
+        heights = run.measurements.residual_peak_height.isel(step=-1).values
         layer = int(heights[1:].argmax())
         weights = attention_weights(run.model, run.evaluation_tokens[:1], layer=layer)
         cuts = {"none": (), "attention": ("attention",), "mlp": ("mlp",)}
@@ -214,7 +220,7 @@ def peak_writers(runs: list[Run]) -> xr.Dataset:
             {
                 "layer": layer,
                 "self_attention": weights[0, :, 0, 0].mean().item(),
-                "height": ("cut", [m.residual_peak.values[layer + 1] for m in measured]),
+                "height": ("cut", [m.residual_peak_height.values[layer + 1] for m in measured]),
                 "risk": ("cut", [m.backcopy_excess.item() for m in measured]),
             },
             coords={"cut": list(cuts)},
@@ -231,7 +237,7 @@ def at_matched_risk(runs: dict[str, list[Run]]) -> xr.Dataset:
     the common excess risk, in nats.
     """
     risk = max(r.measurements.backcopy_excess.values[-1] for group in runs.values() for r in group)
-    columns = {"sink": "sink_attention", "peak": "residual_peak", "step": "step"}
+    columns = {"sink": "sink_attention", "peak": "residual_peak_height", "step": "step"}
     found = {
         column: [
             [at_loss(run, variable, risk, risk="backcopy").max() for run in group]
@@ -269,11 +275,13 @@ def destinations(runs: dict[str, dict[str, list[Run]]]) -> xr.DataArray:
         for name, group in inner.items():
             for seed, run in enumerate(group):
                 found = standing(run).isel(layer=0)
-                on_start = 0.0 if run.task.start is None else found.sink_mass.item()
+                on_start = 0.0 if run.task.start is None else found.sink_attention.item()
                 in_all = found.row_sum.item()
                 shares[row, names.index(name), seed] = on_start, in_all - on_start, 1 - in_all
     coords = {"control": list(runs), "mitigation": names, "destination": list(DESTINATIONS)}
-    return xr.DataArray(shares, coords, ("control", "mitigation", "seed", "destination"))
+    labels = [MITIGATIONS[name].label for name in names]
+    found = xr.DataArray(shares, coords, ("control", "mitigation", "seed", "destination"))
+    return found.assign_coords(label=("mitigation", labels))
 
 
 def families(standings: xr.Dataset) -> pd.DataFrame:
@@ -300,7 +308,7 @@ def depths(standings: dict[int, xr.Dataset]) -> xr.Dataset:
 def rows(standings: xr.Dataset) -> pd.DataFrame:
     """All numbers of `depths` flat: a row for each training, a column for each layer of a quantity.
 
-    `sink_mass.2` is that of layer 2, `peak_ratio.0` that of the embedding.
+    `sink_attention.2` is that of layer 2, `residual_peak_ratio.0` that of the embedding.
     """
     columns = {}
     for name, values in standings.data_vars.items():
@@ -318,9 +326,9 @@ def rows(standings: xr.Dataset) -> pd.DataFrame:
 
 # What the table is ranked by: a column, how its layers become one number, and what is good.
 CRITERIA = {
-    "sink_mass": ("strongest sink", "max"),
-    "value_ratio": ("deepest drain", "min"),
-    "peak_ratio": ("highest peak", "max"),
+    "sink_attention": ("strongest sink", "max"),
+    "value_drain_ratio": ("deepest drain", "min"),
+    "residual_peak_ratio": ("highest peak", "max"),
     "kurtosis_text": ("largest kurtosis", "max"),
     "int8_error": ("largest int8 error", "max"),
     "steps_to_loss": ("steps to the common loss", ""),
@@ -335,6 +343,16 @@ def worst_layer(standings: xr.Dataset, column: str) -> Float[xr.DataArray, "miti
     how = CRITERIA[column][1]
     values = abs(standings[column])
     return getattr(values, how)([d for d in values.dims if "layer" in d]) if how else values
+
+
+def criteria(standings: xr.Dataset) -> xr.Dataset:
+    """The `CRITERIA` of each training, one number each: those of its `worst_layer`."""
+    return xr.Dataset(
+        {
+            column: worst_layer(standings, column).assign_attrs(long_name=label)
+            for column, (label, _) in CRITERIA.items()
+        }
+    )
 
 
 def agreement(standings: xr.Dataset, others: xr.Dataset) -> pd.Series:

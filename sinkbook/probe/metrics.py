@@ -20,9 +20,13 @@ def sink_rate(result: xr.Dataset, threshold: float = 0.3) -> xr.DataArray:
 def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
     """The sink's value norm over the mean of the other tokens': below 1 where it is drained.
 
-    (batch, layer, head). `others`, a mask over (batch, position), chooses the tokens to compare
-    with; the sink is never one of them. Needs `value_norm`.
+    (batch, layer, head) of what `measure` gives, with `value_norm`. `others`, a mask over (batch,
+    position), chooses the tokens to compare with; the sink is never one of them. Measurements along
+    a training hold the sink's norm as `value_norm` and the others' mean as `other_value_norm`;
+    their ratio has the dimensions of these.
     """
+    if "other_value_norm" in result:
+        return result.value_norm / result.other_value_norm
     at_sink, elsewhere = _apart(result.value_norm, others)
     return at_sink / elsewhere.mean("position")
 
@@ -30,8 +34,11 @@ def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) ->
 def residual_peak_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
     """The sink's residual norm over the median of the other tokens': (batch, residual_layer).
 
-    A median, since other tokens can have peaks of their own. `others` as in `value_drain_ratio`.
+    A median, since other tokens can have peaks of their own. `others`, and `other_residual_norm`
+    of measurements along a training, as in `value_drain_ratio`.
     """
+    if "other_residual_norm" in result:
+        return result.residual_norm / result.other_residual_norm
     at_sink, elsewhere = _apart(result.residual_norm, others)
     return at_sink / elsewhere.median("position")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sinkbook.errors import SinkbookError
 from sinkbook.figures import basic
+from sinkbook.figures.style import DRAIN, OTHER, SINK
 from sinkbook.llm.dormant_heads import gaps
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.models.token_labels import token_label
@@ -211,7 +212,7 @@ def _map_and_bars(labels: list[str], highest: float) -> tuple[_Canvas, Artist, S
     upper.set(xlabel="", aspect="auto")
     upper.tick_params(labelbottom=False)
     positions = np.arange(len(labels))
-    colours = [basic.DRAIN, *[basic.OTHER] * (len(labels) - 1)]
+    colours = [DRAIN, *[OTHER] * (len(labels) - 1)]
     bars = lower.bar(positions, np.zeros(len(labels)), color=colours, width=0.7)
     lower.axhline(1, color="black", lw=0.8)
     lower.set_xticks(positions, labels, fontfamily="monospace", rotation=90)
@@ -288,17 +289,17 @@ def _dots_and_curve(
     nearby = np.linspace(-0.25, 0.25, texts)  # so that equal values can be told apart
     heights = (rows[:, None] + nearby).ravel()
     blank = np.zeros_like(heights)
-    (dots,) = upper.plot(blank, heights, ".", color=basic.SINK, alpha=0.5, ms=5, mew=0)
+    (dots,) = upper.plot(blank, heights, ".", color=SINK, alpha=0.5, ms=5, mew=0)
     (bars,) = upper.plot(np.zeros(len(names)), rows, "|", color="black", ms=14, mew=2)
     upper.set_yticks(rows, names)
     upper.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5), xlabel="sink attention")
     length = max(ends.values())
     places, blank = np.arange(length), np.zeros(length)
-    (each,) = lower.plot(places, blank, ".", color=basic.OTHER, ms=2.5, mew=0)
-    (curve,) = lower.plot(places, blank, color=basic.SINK)
+    (each,) = lower.plot(places, blank, ".", color=OTHER, ms=2.5, mew=0)
+    (curve,) = lower.plot(places, blank, color=SINK)
     start = 0
     for name, end in ends.items():
-        lower.axvline(start, color=basic.OTHER, lw=0.8, ls="--")
+        lower.axvline(start, color=OTHER, lw=0.8, ls="--")
         lower.text((start + end) / 2, 1.04, name, ha="center", va="bottom", fontsize=8)
         start = end
     lower.set(xlim=(0, length), ylim=(0, 1.02), xlabel="position", ylabel="sink attention")

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from sinkbook.figures import basic
+from sinkbook.figures.style import OTHER, PEAK, SINK
 from sinkbook.report import summary
 
 WIDTH = 5.4  # inches: about a phone's width at the size of letters on the page
@@ -50,11 +51,13 @@ def values(result: xr.Dataset) -> Figure:
     if not len(table):
         return _unmeasured(axes, "value norms")
     sinks = table.sink_attention > summary.THRESHOLD
-    colours = np.where(sinks, basic.SINK, basic.OTHER)
-    axes.scatter(table.sink_attention, table.value_ratio, c=colours, s=18, alpha=0.7, gid=HEADS)
-    for colour, words in ((basic.SINK, "above"), (basic.OTHER, "below")):
+    colours = np.where(sinks, SINK, OTHER)
+    axes.scatter(
+        table.sink_attention, table.value_drain_ratio, c=colours, s=18, alpha=0.7, gid=HEADS
+    )
+    for colour, words in ((SINK, "above"), (OTHER, "below")):
         axes.scatter([], [], c=colour, s=18, label=f"attention {words} {summary.THRESHOLD}")
-    axes.axhline(1, color=basic.OTHER, lw=1, ls="--")
+    axes.axhline(1, color=OTHER, lw=1, ls="--")
     axes.set(xlabel="attention on the first token", ylabel="value norm, first token / others")
     axes.set(xlim=(-0.03, 1.03), yscale="log")
     _label_decades(axes)
@@ -66,7 +69,7 @@ def _draw_residual(result: xr.Dataset, axes: Axes) -> None:
     if result.residual_norm.isnull().all():
         _unmeasured(axes, "residual norms")
         return
-    colours = (basic.PEAK, LARGEST, basic.OTHER)
+    colours = (PEAK, LARGEST, OTHER)
     curves = summary.residual_trace(result).items()
     series = {
         name: (norm.transpose("batch", "residual_layer").values, colour)

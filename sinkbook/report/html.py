@@ -83,7 +83,7 @@ def residual_trace(result: xr.Dataset) -> tuple[str, ...]:
     """Norms of the residual states by layer: the first token, the largest other, the median."""
     if result.residual_norm.isnull().all():
         return ()
-    ratio = summary.residual_ratio(result).values
+    ratio = summary.median_peak_ratio(result).values
     described = (
         "Curves over layers. The first token's norm is at most "
         f"{np.nanmax(ratio):.1f} times the median of the others, after "
@@ -102,11 +102,12 @@ def value_scatter(result: xr.Dataset) -> tuple[str, ...]:
     if not len(table):
         return ()
     sinks = table[table.sink_attention > summary.THRESHOLD]
+    of_all, of_sinks = (f"{rows.value_drain_ratio.median():.2f}" for rows in (table, sinks))
     described = (
         f"Scatter of {len(table)} heads. {len(sinks)} attend to the first token with more than "
         f"{summary.THRESHOLD}; "
-        + (f"their median value ratio is {sinks.value_ratio.median():.2f}, " if len(sinks) else "")
-        + f"over all heads it is {table.value_ratio.median():.2f}."
+        + (f"their median value ratio is {of_sinks}, " if len(sinks) else "")
+        + f"over all heads it is {of_all}."
     )
     caption = (
         "One dot a head. Below the dashed line, the value state that the head would write for the "
@@ -121,7 +122,7 @@ def value_scatter(result: xr.Dataset) -> tuple[str, ...]:
 
 def _about_head(row) -> str:
     """A row of `summary.head_table` in words."""
-    ratio = "" if np.isnan(row.value_ratio) else f", value ratio {row.value_ratio:.2f}"
+    ratio = "" if np.isnan(row.value_drain_ratio) else f", value ratio {row.value_drain_ratio:.2f}"
     return f"layer {row.layer}, head {row.head}: attention {row.sink_attention:.2f}{ratio}"
 
 
@@ -144,7 +145,7 @@ def token_table(result: xr.Dataset) -> tuple[str, ...]:
             f"{row.texts} of {result.sizes['batch']}",
             f"{row.heads:.0f}",
             f"layer {row.layer}, head {row.head}: {row.importance:.2f}",
-            _number(row.residual_ratio, 1),
+            _number(row.residual_peak_ratio, 1),
         )
         for row in table.itertuples()
     ]
@@ -164,8 +165,8 @@ def layer_table(result: xr.Dataset) -> tuple[str, ...]:
             str(layer),
             _number(row.sink_rate, 2),
             ", ".join(f"{head} ({attention:.2f})" for head, attention in row.strongest) or "–",
-            _number(row.value_ratio, 2),
-            _number(row.residual_ratio, 2),
+            _number(row.value_drain_ratio, 2),
+            _number(row.residual_peak_ratio, 2),
         )
         for layer, row in summary.layer_table(result).iterrows()
     ]

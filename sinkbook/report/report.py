@@ -17,6 +17,7 @@ from rich.text import Text
 from sinkbook import provenance
 from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
+from sinkbook.figures import style
 from sinkbook.models import token_windows
 from sinkbook.models.pretrained import LanguageModel, load
 from sinkbook.probe.measure import VARIABLES, measure
@@ -119,7 +120,7 @@ def terminal(result: xr.Dataset) -> Group:
         table.add_column(title, justify="left" if title == "strongest heads" else "right")
     for layer, row in summary.layer_table(result).iterrows():
         heads = "  ".join(f"{head:2} ({attention:.2f})" for head, attention in row.strongest)
-        numbers = (row.sink_rate, row.value_ratio, row.residual_ratio)
+        numbers = (row.sink_rate, row.value_drain_ratio, row.residual_peak_ratio)
         rate, value, residual = ("-" if np.isnan(x) else f"{x:.2f}" for x in numbers)
         table.add_row(str(layer), rate, heads or "-", value, residual)
     lines = [Text(summary.verdict(result), style="bold")]
@@ -168,6 +169,7 @@ def check_folder(folder: Path, *, force: bool) -> None:
         )
 
 
+@style.applied()
 def write(result: xr.Dataset, folder: Path, *, force: bool = False) -> None:
     """Write `FILES` to a folder, which is made if need be.
 

@@ -19,10 +19,10 @@ LEAST_QUERIES = 16  # fewer queries say little about a key near the end of a tex
 
 HEAD_COLUMNS = {
     "sink_attention": "mean attention on the sink token",
-    "sink_share": f"share of the texts in which that exceeds {THRESHOLD}",
+    "sink_rate": f"share of the texts in which that exceeds {THRESHOLD}",
     "sink_logit": "logit of the sink token above the mean of the other visible keys",
     "attention_entropy": "mean entropy of an attention row, nats",
-    "value_ratio": "norm of the sink token's value state over the mean of the others'",
+    "value_drain_ratio": "norm of the sink token's value state over the mean of the others'",
     "head_output_norm": "mean norm of the head's write to the residual stream",
 }
 
@@ -33,10 +33,10 @@ def head_table(result: xr.Dataset) -> pd.DataFrame:
     columns = xr.Dataset(
         {
             "sink_attention": attention,
-            "sink_share": (attention > THRESHOLD).where(attention.notnull()),
+            "sink_rate": (attention > THRESHOLD).where(attention.notnull()),
             "sink_logit": result.sink_logit,
             "attention_entropy": result.attention_entropy,
-            "value_ratio": value_drain_ratio(result),
+            "value_drain_ratio": value_drain_ratio(result),
             "head_output_norm": result.head_output_norm,
         }
     )
@@ -52,7 +52,7 @@ def head_table(result: xr.Dataset) -> pd.DataFrame:
 def drained(result: xr.Dataset) -> pd.DataFrame:
     """The rows of `head_table` that have a value ratio to show on a logarithmic axis."""
     table = head_table(result)
-    return table[table.value_ratio > 0].reset_index(drop=True)
+    return table[table.value_drain_ratio > 0].reset_index(drop=True)
 
 
 def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
@@ -60,16 +60,16 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
 
     - `sink_rate`: share of the layer's heads that are sinks, mean over texts.
     - `strongest`: the heads with most attention on the sink token, a list of (head, attention).
-    - `value_ratio`: the median over heads of the drain ratio.
-    - `residual_ratio`: the sink token's residual norm after the layer over the median of the
+    - `value_drain_ratio`: the median over heads of the drain ratio.
+    - `residual_peak_ratio`: the sink token's residual norm after the layer over the median of the
       other tokens', median over texts.
     """
     heads = head_table(result).groupby("layer")
     table = pd.DataFrame(
         {
             "sink_rate": sink_rate(result, THRESHOLD).mean("batch").to_series(),
-            "value_ratio": heads.value_ratio.median(),
-            "residual_ratio": residual_ratio(result).values[1:],
+            "value_drain_ratio": heads.value_drain_ratio.median(),
+            "residual_peak_ratio": median_peak_ratio(result).values[1:],
         }
     )
     largest = {}
@@ -80,7 +80,7 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
     return table
 
 
-def residual_ratio(result: xr.Dataset) -> Float[xr.DataArray, " residual_layer"]:
+def median_peak_ratio(result: xr.Dataset) -> Float[xr.DataArray, " residual_layer"]:
     """`residual_peak_ratio`, median over texts."""
     return residual_peak_ratio(result).astype(float).median("batch")
 
@@ -115,7 +115,7 @@ class Peak:
 
 def residual_peak(result: xr.Dataset) -> Peak | None:
     """The peak of the sink token's residual state; None where it has none or no norm is known."""
-    ratio = residual_ratio(result).values
+    ratio = median_peak_ratio(result).values
     if not np.nanmax(ratio, initial=0) >= PEAKED:
         return None
     norm = residual_trace(result)["first token"].median("batch").values
@@ -137,8 +137,9 @@ def sink_positions(result: xr.Dataset, count: int = 10) -> pd.DataFrame:
     A token at a position is a sink of a head whose `key_importance` there exceeds the threshold.
     Tokens that read the same are put together, but for the sink token itself. Columns: `token`,
     `texts` in how many it is a sink, the range of its `positions`, the mean number of `heads` in
-    these texts, the strongest (`layer`, `head`, `importance`), and `residual_ratio`, its largest
-    residual norm over that layer's median. Keys with too few queries after them are left out.
+    these texts, the strongest (`layer`, `head`, `importance`), and `residual_peak_ratio`, its
+    largest residual norm over that layer's median. Keys with too few queries after them are left
+    out.
     """
     rows = []
     found = _sinks(result)
@@ -153,11 +154,11 @@ def sink_positions(result: xr.Dataset, count: int = 10) -> pd.DataFrame:
                 "positions": str(low) if low == high else f"{low}-{high}",
                 "heads": group.groupby("text").heads.sum().mean(),
                 **strongest[["layer", "head", "importance"]],
-                "residual_ratio": group.residual_ratio.median(),
+                "residual_peak_ratio": group.residual_peak_ratio.median(),
             }
         )
     columns = ["first", "token", "texts", "positions", "heads", "layer", "head", "importance"]
-    table = pd.DataFrame(rows, columns=[*columns, "residual_ratio"]).astype({"first": bool})
+    table = pd.DataFrame(rows, columns=[*columns, "residual_peak_ratio"]).astype({"first": bool})
     order = ["first", "texts", "heads"]
     return table.sort_values(order, ascending=False, ignore_index=True).head(count)
 
@@ -182,7 +183,7 @@ def _sinks(result: xr.Dataset) -> pd.DataFrame:
         count, peak = heads[text, position], ratio[text, position]
         rows.append((first, token, text, position, count, *strongest, peak))
     columns = ["first", "token", "text", "position", "heads", "layer", "head", "importance"]
-    return pd.DataFrame(rows, columns=[*columns, "residual_ratio"])
+    return pd.DataFrame(rows, columns=[*columns, "residual_peak_ratio"])
 
 
 def first_token(result: xr.Dataset) -> str:
@@ -194,17 +195,17 @@ def first_token(result: xr.Dataset) -> str:
 def verdict(result: xr.Dataset) -> str:
     """Sinks, drain and peak in one sentence."""
     heads = head_table(result)
-    rate = heads.sink_share.mean()
+    rate = heads.sink_rate.mean()
     sinks = heads[heads.sink_attention > THRESHOLD]
     subject = f"{_percent(rate)} of the heads are sinks" if rate else "no head is a sink"
     parts = [f"{subject} on the first token (mean attention above {THRESHOLD})"]
-    drain = (sinks if len(sinks) else heads).value_ratio.median()
+    drain = (sinks if len(sinks) else heads).value_drain_ratio.median()
     where = " in these heads" if len(sinks) else ""
     if np.isfinite(drain):
         level = f"{drain:.2f} of the others'{where}"
         drained = f"drained to {level}" if drain < DRAINED else f"not drained ({level})"
         parts.append(f"its value is {drained}")
-    ratio = residual_ratio(result).values
+    ratio = median_peak_ratio(result).values
     if np.isfinite(ratio).any():
         peak = residual_peak(result)
         flat = f"does not peak (at most {_ratio(np.nanmax(ratio))} times the median)"

@@ -12,17 +12,17 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.figure import Figure
 
-from sinkbook.figures import basic
+from sinkbook.figures.style import DRAIN, OTHER, PEAK, SINK
 from sinkbook.report.figures import LARGEST
 
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 # What a colour of the figures is called in the page's style sheet.
 COLOURS = {
-    basic.SINK: "sink",
-    basic.DRAIN: "drain",
-    basic.PEAK: "peak",
+    SINK: "sink",
+    DRAIN: "drain",
+    PEAK: "peak",
     LARGEST: "largest",
-    basic.OTHER: "other",
+    OTHER: "other",
     "#555555": "muted",
     "#000000": "ink",
 }

@@ -162,8 +162,8 @@ def averaging_facts(task: AveragingTask, head: SelfAttention) -> dict[str, float
     """What the head does on 64 fresh texts, at positions that are no triggers and not the first.
 
     `error` and `trigger_error` are mean squared distances; `weight` is that on the first token,
-    `total` the sum of all weights; `value_ratio` compares the norm of what the first token and the
-    symbols would write.
+    `total` the sum of all weights; `value_drain_ratio` compares the norm of what the first
+    token and the symbols would write.
     """
     texts = task.batch_at(64, EVALUATION_SEED, 0)
     vectors, triggers = task.vectors(texts), texts == task.trigger
@@ -180,7 +180,9 @@ def averaging_facts(task: AveragingTask, head: SelfAttention) -> dict[str, float
         "trigger_error": errors[triggers].mean().item(),
         "weight": weights[..., 0][other].mean().item(),
         "total": weights.sum(dim=-1)[other].mean().item(),
-        "value_ratio": (written[task.trigger + 1 :].mean() / written[: task.symbols].mean()).item(),
+        "value_drain_ratio": (
+            written[task.trigger + 1 :].mean() / written[: task.symbols].mean()
+        ).item(),
     }
 
 

@@ -33,7 +33,7 @@ def measure_toy(model: Transformer, task: Task, tokens: Int[Tensor, "text positi
     - `sink_logit_by_token`: Δlogit of the paper, averaged over the occurrences of each token id.
     - `value_norm`, `other_value_norm`: of the sink token; mean over other non-triggers.
     - `residual_norm`, `other_residual_norm`: of the sink token; median over other tokens.
-    - `residual_peak`: norm at the sink token minus the mean over other tokens, the peak's height.
+    - `residual_peak_height`: norm at the sink token minus the mean over other tokens.
     """
     with torch.no_grad():
         risks = task.risks(model(tokens), tokens)
@@ -62,7 +62,7 @@ def measure_toy(model: Transformer, task: Task, tokens: Int[Tensor, "text positi
             "other_value_norm": value.where(ordinary).mean(over_texts),
             "residual_norm": sink_residual,
             "other_residual_norm": others.median(over_texts),
-            "residual_peak": sink_residual - others.mean(over_texts),
+            "residual_peak_height": sink_residual - others.mean(over_texts),
         }
     )
 

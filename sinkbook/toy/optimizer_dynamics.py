@@ -80,7 +80,7 @@ def excess_risk(run: Run) -> Float64[np.ndarray, " step"]:
 
 # What an `optimizer_table` takes from the measurements of its runs.
 MEASURED = [
-    "residual_peak",
+    "residual_peak_height",
     "residual_norm",
     "other_residual_norm",
     "value_norm",

@@ -27,7 +27,7 @@ PLACES = {"at the first token": 0, "everywhere": None}
 MEASURED = (
     "residual_norm",
     "other_residual_norm",
-    "residual_peak",
+    "residual_peak_height",
     "sink_attention",
     "sink_logit",
     "value_norm",
@@ -171,10 +171,10 @@ def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
     - `emptied`, `emptied_at_random`: that token's value norm over what it was, the mean at random.
     """
     end = record.isel(step=-1, drop=True)
-    inner = end.residual_peak.isel(residual_layer=slice(1, -1))
+    inner = end.residual_peak_height.isel(residual_layer=slice(1, -1))
     layer = inner.argmax("residual_layer").drop_vars("residual_layer", errors="ignore")
     after = {"residual_layer": layer + 1}
-    height = record.residual_peak.isel(after)
+    height = record.residual_peak_height.isel(after)
     late = height.sel(step=slice(growing_from, None)).transpose("seed", "step")
     lines = [fits.line(late.step.values, of_seed) for of_seed in late.values]
     attention, mlp = (end[f"{part}_write"].isel(layer=layer) for part in ("attention", "mlp"))

@@ -147,8 +147,8 @@ def test_records_of_unlike_structures_stand_in_one_table(small):
     makers.make("structures")
     record = records.load("structures")
     two = record.sel(training="2 × TF")
-    assert np.isfinite(two.residual_peak.isel(residual_layer=slice(3))).all()
-    assert two.residual_peak.isel(residual_layer=3).isnull().all()
+    assert np.isfinite(two.residual_peak_height.isel(residual_layer=slice(3))).all()
+    assert two.residual_peak_height.isel(residual_layer=3).isnull().all()
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
     made = xr.load_dataset(makers.make("league"), engine="h5netcdf")
     assert made.sizes["mitigation"] == 3 and made.sizes["seed"] == 2
     assert made.depth.values.tolist() == [1, 3]
-    assert made.sink_mass.sel(depth=1).isel(layer=slice(1, None)).isnull().all()
+    assert made.sink_attention.sel(depth=1).isel(layer=slice(1, None)).isnull().all()
     np.testing.assert_allclose(made.destinations.sum("destination"), 1, atol=1e-5)
     trained = len(list((elsewhere / "runs").glob("*/run.json")))
     assert trained == 2 * (2 * 3 + 3)  # both depths, and the three controls of the key bias

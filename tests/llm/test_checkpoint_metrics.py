@@ -8,6 +8,7 @@ from sinkbook import measure
 from sinkbook.errors import SinkbookError
 from sinkbook.llm import checkpoint_metrics
 from sinkbook.probe.attention_maps import attention_weights
+from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from tiny import EACH_LAYOUT, tiny_model
 
 TOKENS = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -102,10 +103,12 @@ def test_ratios_compare_the_first_token_with_the_others(model):
     probed = measure(model, TOKENS, ("value_norm", "residual_norm"))
     values, states = probed.value_norm.values, probed.residual_norm.values
     np.testing.assert_allclose(
-        checkpoint_metrics.value_ratio(found), values[..., 0] / values[..., 1:].mean(-1), rtol=1e-5
+        value_drain_ratio(found),
+        values[..., 0] / values[..., 1:].mean(-1),
+        rtol=1e-5,
     )
     np.testing.assert_allclose(
-        checkpoint_metrics.residual_ratio(found),
+        residual_peak_ratio(found),
         states[..., 0] / np.median(states[..., 1:], -1),
         rtol=1e-5,
     )

@@ -56,7 +56,7 @@ def test_a_peak_a_tenth_as_high_still_makes_sinks(smollm2, tokens, whole):
 
 def test_without_the_first_stage_others_get_peaks_unless_they_look_away(smollm2, tokens):
     def peaks():
-        ratio = sink_location.seen_by_all(smollm2.model, tokens).residual_ratio
+        ratio = sink_location.seen_by_all(smollm2.model, tokens).residual_peak_ratio
         return (ratio.sel(residual_layer=22) >= 5).sum("position").values
 
     assert (peaks() == 1).all()

@@ -122,8 +122,16 @@ def test_a_record_goes_on_after_the_runs_that_are_there(words, monkeypatch):
     sgd = record.learning_rate[record.condition == "cut, SGD"]
     assert (sgd == chosen).all() and sgd.sizes == {"run": 2}
     assert (peak_recovery.recovered(record).loss.isel(step=0) == 0).all()
-    assert len(recovery_figures.phases(record)) == 4
-    recovery_figures.peak_by_layer(record)
+    means = peak_recovery.above_the_cut(record)
+    whole, cut = peak_recovery.before_and_after_the_cut(means)
+    assert (cut.sink_attention == means.sink_attention.isel(run=0, step=0)).all()
+    first = next(ax.lines[0] for ax in recovery_figures.phases(means, whole))
+    assert first.get_ydata()[0] == whole.loss
+    ratio = record.residual_peak_ratio
+    starts = peak_recovery.before_and_after_the_cut(ratio)
+    drawn = recovery_figures.peak_by_layer(ratio.isel(step=-1), *starts).lines
+    assert [line.get_ydata().tolist() for line in drawn[:2]] == [s.values.tolist() for s in starts]
+    assert len(drawn) == 2 + record.sizes["run"]
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

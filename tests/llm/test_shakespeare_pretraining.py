@@ -160,7 +160,8 @@ def test_the_followed_head_is_the_one_with_the_highest_copying_score():
     )
     reads = {"layer": layer, "head": head, "residual_layer": layer}
     np.testing.assert_array_equal(
-        followed.residual_ratio.isel(seed=0), checkpoint_metrics.residual_ratio(whole.isel(reads))
+        followed.residual_peak_ratio.isel(seed=0),
+        checkpoint_metrics.residual_peak_ratio(whole.isel(reads)),
     )
 
 

@@ -64,9 +64,9 @@ def test_a_head_that_sleeps_is_seen_to_sleep(runs):
         found = league.standing(dormant_head(run))
     finally:
         run.model.layers[0].attention.attention_function = original
-    assert found.sink_mass[0] == found.sink_share[0] == found.row_sum[0] == 1
-    assert found.first_mass[0] == 1
-    assert found.sink_mass[1] < 0.9
+    assert found.sink_attention[0] == found.sink_share[0] == found.row_sum[0] == 1
+    assert found.attention_at_0[0] == 1
+    assert found.sink_attention[1] < 0.9
 
 
 def test_without_a_gate_values_are_the_same_before_and_after(runs, standings):
@@ -75,9 +75,11 @@ def test_without_a_gate_values_are_the_same_before_and_after(runs, standings):
     after = measure(run.model, run.evaluation_tokens, ("value_norm",)).value_norm
     np.testing.assert_allclose(before, after, rtol=1e-4)
     gated = standings.sel(mitigation="value-gate")
-    assert (gated.value_ratio != gated.value_ratio_before_gate).all()
+    assert (gated.value_drain_ratio != gated.value_drain_ratio_before_gate).all()
     plain = standings.sel(mitigation="softmax")
-    np.testing.assert_allclose(plain.value_ratio, plain.value_ratio_before_gate, rtol=1e-4)
+    np.testing.assert_allclose(
+        plain.value_drain_ratio, plain.value_drain_ratio_before_gate, rtol=1e-4
+    )
 
 
 def test_residual_states_are_those_that_the_probe_measures(runs):
@@ -97,8 +99,8 @@ def test_the_sink_is_the_start_token_also_in_second_place(runs):
     later &= ~run.task.at_triggers(run.evaluation_tokens)
     second = measure(run.model, run.evaluation_tokens, ("sink_attention",), queries=later, sink=1)
     expected = second.sink_attention.mean(("batch", "head"))
-    np.testing.assert_allclose(found.sink_mass, expected, rtol=1e-5)
-    assert (found.first_mass != found.sink_mass).all()
+    np.testing.assert_allclose(found.sink_attention, expected, rtol=1e-5)
+    assert (found.attention_at_0 != found.sink_attention).all()
 
 
 def test_risks_are_those_of_the_model(runs, standings):
@@ -117,14 +119,14 @@ def test_the_common_loss_is_where_the_slowest_ends(runs, standings):
     latest = standings.steps_to_loss.sel(mitigation=slowest).max()
     assert latest == BASE.steps
     assert (standings.steps_to_loss <= BASE.steps).all()
-    assert standings.sink_mass_at_loss.sel(mitigation="random-first").isnull().all()
+    assert standings.sink_attention_at_loss.sel(mitigation="random-first").isnull().all()
 
 
 def test_the_worst_layer_is_the_strongest_sink_and_the_deepest_drain(standings):
-    sink = league.worst_layer(standings, "sink_mass")
-    np.testing.assert_array_equal(sink, standings.sink_mass.max("layer"))
-    drain = league.worst_layer(standings, "value_ratio")
-    np.testing.assert_array_equal(drain, standings.value_ratio.min("layer"))
+    sink = league.worst_layer(standings, "sink_attention")
+    np.testing.assert_array_equal(sink, standings.sink_attention.max("layer"))
+    drain = league.worst_layer(standings, "value_drain_ratio")
+    np.testing.assert_array_equal(drain, standings.value_drain_ratio.min("layer"))
     steps = league.worst_layer(standings, "steps_to_loss")
     np.testing.assert_array_equal(steps, standings.steps_to_loss)
 
@@ -133,7 +135,7 @@ def test_the_best_of_every_criterion_is_first():
     names = ["softmax", "relu", "muon"]
     quality = xr.DataArray([2.0, 1.0, 3.0], dims="mitigation")  # relu is the best, muon the worst
     columns = {column: quality for column in league.CRITERIA}
-    columns["value_ratio"] = 1 / quality
+    columns["value_drain_ratio"] = 1 / quality
     columns |= {"backcopy_excess": quality, "bigram_excess": quality}
     standings = xr.Dataset(columns).expand_dims(seed=2, layer=2).transpose("mitigation", ...)
     labels = [MITIGATIONS[name].label for name in names]
@@ -156,11 +158,13 @@ def test_two_tables_agree_as_far_as_their_orders_do():
     names = ["softmax", "relu", "muon", "sgd"]
     rising = xr.DataArray([1.0, 2.0, 3.0, 4.0], {"mitigation": names}).expand_dims(seed=2)
     table = xr.Dataset({column: rising for column in league.CRITERIA})
-    other = table.assign(sink_mass=-rising, peak_ratio=rising**3).isel(mitigation=[3, 1, 0])
+    other = table.assign(sink_attention=-rising, residual_peak_ratio=rising**3).isel(
+        mitigation=[3, 1, 0]
+    )
     agree = league.agreement(table, other)
     assert agree["highest peak"] == agree["deepest drain"] == 1
     assert agree["strongest sink"] == 1  # attention counts by its magnitude
-    assert league.agreement(table, other.assign(sink_mass=1 / rising))["strongest sink"] == -1
+    assert league.agreement(table, other.assign(sink_attention=1 / rising))["strongest sink"] == -1
 
 
 def test_nothing_is_lost_on_the_way_to_the_files(standings, tmp_path):
@@ -173,8 +177,10 @@ def test_nothing_is_lost_on_the_way_to_the_files(standings, tmp_path):
     assert len(rows) == 2 * len(NAMES) * 2
     row = rows[(rows.depth == 2) & (rows.mitigation == "relu") & (rows.seed == 43)].iloc[0]
     expected = standings.sel(mitigation="relu", seed=43)
-    assert row["sink_mass.1"] == pytest.approx(expected.sink_mass.sel(layer=1).item())
-    assert row["peak_ratio.2"] == pytest.approx(expected.peak_ratio.sel(residual_layer=2).item())
+    assert row["sink_attention.1"] == pytest.approx(expected.sink_attention.sel(layer=1).item())
+    assert row["residual_peak_ratio.2"] == pytest.approx(
+        expected.residual_peak_ratio.sel(residual_layer=2).item()
+    )
     assert row.source == MITIGATIONS["relu"].source
 
 
@@ -182,7 +188,7 @@ def test_nothing_is_lost_on_the_way_to_the_files(standings, tmp_path):
 def test_a_peak_is_cut_at_its_writer_and_nothing_else_is(part, runs):
     found = league.peak_writers(runs["softmax"])
     for number, run in enumerate(runs["softmax"]):
-        heights = run.measurements.residual_peak.isel(step=-1).values
+        heights = run.measurements.residual_peak_height.isel(step=-1).values
         row = found.isel(seed=number)
         layer = int(row.layer)
         whole = row.sel(cut="none")
@@ -212,7 +218,7 @@ def test_at_the_matched_risk_the_slowest_is_at_its_end(runs):
     last = run.measurements.isel(step=-1)
     row = found.sel(mitigation=slowest, seed=run.config.seed)
     assert row.step == BASE.steps
-    assert row.peak.item() == pytest.approx(last.residual_peak.max().item())
+    assert row.peak.item() == pytest.approx(last.residual_peak_height.max().item())
 
 
 def test_attention_goes_somewhere(runs):

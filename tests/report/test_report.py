@@ -111,7 +111,7 @@ def written(smollm2, tmp_path_factory) -> Path:
 
 
 def test_the_verdict_tells_the_sinks_the_drain_and_the_peak_of_smollm2(smollm2):
-    rate = summary.head_table(smollm2).sink_share.mean()
+    rate = summary.head_table(smollm2).sink_rate.mean()
     peak = summary.residual_peak(smollm2)
     assert 0.4 < rate < 0.9  # more in short texts
     assert peak.ratio > 50 and peak.written == range(11, 12) and peak.erased == range(28, 30)
@@ -155,7 +155,7 @@ def test_the_csv_has_a_row_for_every_head_and_the_means_over_texts(written, smol
     row = table[(table.layer == 18) & (table["head"] == 8)].iloc[0]
     attention = smollm2.sink_attention.sel(layer=18, head=8)
     assert row.sink_attention == pytest.approx(float(attention.mean()), rel=1e-5)
-    assert row.sink_share == float((attention > 0.3).mean())
+    assert row.sink_rate == float((attention > 0.3).mean())
 
 
 def test_the_netcdf_gives_the_same_report_again(written, smollm2, tmp_path):
@@ -186,7 +186,7 @@ def test_each_cell_and_each_dot_says_the_numbers_that_it_is_drawn_by(smollm2):
     marks = re.findall(r'<(path|use) [^>]*class="(cell|dot)"[^>]*>\s*<title>([^<]*)</title>', page)
     attention = {
         f"layer {row.layer}, head {row.head}: attention {row.sink_attention:.2f}, value ratio "
-        f"{row.value_ratio:.2f}": row.sink_attention
+        f"{row.value_drain_ratio:.2f}": row.sink_attention
         for row in table.itertuples()
     }
     assert sorted(title for _, _, title in marks) == sorted([*attention, *attention])
@@ -373,7 +373,7 @@ def test_a_model_without_value_norms_is_reported_without_a_drain():
     assert "value" not in sentence and "residual state does not peak" in sentence
     page = shown(result)
     assert "Whose value is drained" not in page and "Where the residual state peaks" in page
-    assert summary.head_table(result).value_ratio.isnull().all()
+    assert summary.head_table(result).value_drain_ratio.isnull().all()
 
 
 def test_layers_without_attention_are_shown_as_such():

@@ -73,7 +73,7 @@ def test_a_head_learns_to_be_silent_with_a_sink_and_a_drained_value():
     task = alternatives.AveragingTask(length=12)
     head = alternatives.train_averaging(task, "softmax", steps=500, batch_size=32, seed=0)
     facts = alternatives.averaging_facts(task, head)
-    assert facts["weight"] > 0.9 and facts["value_ratio"] < 0.3 and facts["error"] < 0.02
+    assert facts["weight"] > 0.9 and facts["value_drain_ratio"] < 0.3 and facts["error"] < 0.02
 
 
 def test_a_changed_training_without_a_change_is_the_training():

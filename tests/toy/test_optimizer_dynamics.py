@@ -44,11 +44,13 @@ def test_a_run_has_moved_as_far_as_its_weights_say_and_reached_its_losses():
     run = train(SMALL)
     assert optimizer_dynamics.distance_moved(run, layer=0) > 0
     risks = optimizer_dynamics.excess_risk(run)
-    assert optimizer_dynamics.at_loss(run, "residual_peak", risks[-1] / 2).shape == (3,)
-    assert np.isnan(optimizer_dynamics.at_loss(run, "residual_peak", risks[-1] / 2)).all()
+    assert optimizer_dynamics.at_loss(run, "residual_peak_height", risks[-1] / 2).shape == (3,)
+    assert np.isnan(optimizer_dynamics.at_loss(run, "residual_peak_height", risks[-1] / 2)).all()
     later = int(np.argmin(risks))
-    found = optimizer_dynamics.at_loss(run, "residual_peak", risks[later])
-    np.testing.assert_allclose(found, run.measurements.residual_peak.values[later], rtol=1e-6)
+    found = optimizer_dynamics.at_loss(run, "residual_peak_height", risks[later])
+    np.testing.assert_allclose(
+        found, run.measurements.residual_peak_height.values[later], rtol=1e-6
+    )
 
 
 def test_a_table_of_optimizers_compares_them_where_they_are_equally_good():
@@ -57,11 +59,11 @@ def test_a_table_of_optimizers_compares_them_where_they_are_equally_good():
     table = optimizer_dynamics.optimizer_table(runs)
     sizes = {"optimizer": 2, "seed": 2, "step": 7, "residual_layer": 3, "layer": 2}
     assert table.sizes == sizes
-    at = optimizer_dynamics.at_equal_loss(table, "residual_peak")
+    at = optimizer_dynamics.at_equal_loss(table, "residual_peak_height")
     for seed in range(2):
         reached = max(optimizer_dynamics.excess_risk(group[seed])[-1] for group in runs.values())
         for name, group in runs.items():
-            expected = optimizer_dynamics.at_loss(group[seed], "residual_peak", reached)
+            expected = optimizer_dynamics.at_loss(group[seed], "residual_peak_height", reached)
             np.testing.assert_allclose(at.sel(optimizer=name)[seed], expected, rtol=1e-6)
     moved = optimizer_dynamics.distance_moved(runs["slow"][1], layer=0)
     assert table.distance_moved.sel(optimizer="slow")[1] == pytest.approx(moved)

@@ -31,6 +31,23 @@ NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 # The records whose weights stand beside them, one seed of each training, for later questions.
 WITH_WEIGHTS = ("one-layer", "three-layers")
 
+# Records are never edited: a variable that has another name today is renamed when it is read.
+RENAMED = {
+    "residual_peak": "residual_peak_height",
+    "peak_height": "residual_peak_height",
+    "peak_ratio": "residual_peak_ratio",
+    "peak_ratio_at_loss": "residual_peak_ratio_at_loss",
+    "residual_ratio": "residual_peak_ratio",
+    "rival_ratio": "rival_peak_ratio",
+    "value_ratio": "value_drain_ratio",
+    "value_ratio_before_gate": "value_drain_ratio_before_gate",
+    "sink_mass": "sink_attention",
+    "sink_mass_triggers": "sink_attention_triggers",
+    "sink_mass_at_loss": "sink_attention_at_loss",
+    "first_mass": "attention_at_0",
+    "batch_norm": "batch_gradient_norm",
+}
+
 
 def path_of(name: str) -> Path:
     """Where a record lies in the repository.
@@ -53,14 +70,15 @@ def weights_path(name: str) -> Path:
 
 
 def whole_file(name: str) -> xr.Dataset:
-    """All that a record holds, unfinished trainings of it included.
+    """All that a record holds under today's names, unfinished trainings of it included.
 
     Raises `SinkbookError` if it has not been made, naming the command that makes it.
     """
     path = path_of(name)
     if not path.exists():
         raise SinkbookError(f"the record {name!r} is not there. Make it: sinkbook record {name}")
-    return xr.load_dataset(path, engine="h5netcdf")
+    found = xr.load_dataset(path, engine="h5netcdf")
+    return found.rename({old: new for old, new in RENAMED.items() if old in found})
 
 
 def load(name: str) -> xr.Dataset:

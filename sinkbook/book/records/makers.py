@@ -63,7 +63,7 @@ def _league(seeds: int = 5) -> xr.Dataset:
     configs = {layers: under_mitigations(base, seeds) for layers, base in bases.items()}
     runs = {layers: train_groups(groups) for layers, groups in configs.items()}
     slots = train_sweep(under_slot_controls(configs[1]))
-    where = league.destinations(slots).rename(mitigation="slot")
+    where = league.destinations(slots).drop_vars("label").rename(mitigation="slot")
     found = league.depths({layers: league.table(of_depth) for layers, of_depth in runs.items()})
     groups = [group for inner in (*runs.values(), *slots.values()) for group in inner.values()]
     trained = {run.config: run for group in groups for run in group}
@@ -123,7 +123,7 @@ def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
         changed = alternatives.train_changed(
             run.config, lambda m: alternatives.with_damped_values(m, 0.1)
         )
-        damped.append(measure_toy(changed, run.task, run.evaluation_tokens).residual_peak)
+        damped.append(measure_toy(changed, run.task, run.evaluation_tokens).residual_peak_height)
     table = optimizer_dynamics.optimizer_table(runs)
     norms_of_seeds = xr.concat(norms, dim=table.seed)
     found = table.merge(norms_of_seeds).assign(damped_peak=xr.concat(damped, dim=table.seed))

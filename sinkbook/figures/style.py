@@ -1,0 +1,26 @@
+"""The look of the book: colours by role, and a matplotlib style for whoever asks for it.
+
+Importing changes no figure of yours. A chapter applies the style with `use`, once; a report draws
+inside `applied`. The colours are Okabe and Ito's, which the colour-blind can tell apart.
+"""
+
+from contextlib import AbstractContextManager
+
+import matplotlib.pyplot as plt
+
+SINK, DRAIN, PEAK, OTHER = "#0072B2", "#D55E00", "#009E73", "#777777"
+TRIGGER, BACKCOPY, BIGRAM = "#CC79A7", "#CC79A7", "#E69F00"
+
+MAP = "Blues"  # of attention and other shares: darker is more
+
+_STYLE = "sinkbook.figures.sinkbook"
+
+
+def use() -> None:
+    """Draw all figures from now on in the style of the book."""
+    plt.style.use(_STYLE)
+
+
+def applied() -> AbstractContextManager:
+    """The style of the book for what the body draws and saves."""
+    return plt.style.context(_STYLE)
