@@ -112,6 +112,8 @@ def provenance_in_words(record: xr.Dataset) -> str:
     about = record.attrs
     minutes = about["seconds"] / 60
     time = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
+    if "trainings" in about:  # whose times are added up
+        time = f"{about['trainings']} trainings of {time} in all, some of them side by side,"
     return (
         f"Record {about['record']}: made on {about['date'][:10]} in {time} "
         f"on {about['device']}, by: {about['command']}"

@@ -116,11 +116,10 @@ def about(name: str) -> str:
     if not path_of(name).exists():
         return f"{name}: not made yet"
     facts = whole_file(name).attrs
-    line = (
-        f"{name}: made {facts['date'][:10]} in {facts['seconds'] / 60:.0f} minutes "
-        f"on {facts['device']}"
-    )
     count, wanted = _counts(name)
+    trainings = f"{count} trainings of {{}} in all" if "trainings" in facts else "{}"
+    time = trainings.format(f"{facts['seconds'] / 60:.0f} minutes")
+    line = f"{name}: made {facts['date'][:10]} in {time} on {facts['device']}"
     return line if count == wanted else f"{line}; {count} of {wanted} trainings so far"
 
 

@@ -163,6 +163,7 @@ def together(groups: Groups, trainings: Trainings) -> xr.Dataset:
         device=", ".join(dict.fromkeys(facts["device"] for facts in kept)),
         date=max(facts["date"] for facts in kept),
         seconds=round(sum(facts["seconds"] for facts in kept)),
+        trainings=len(kept),
     )
 
 
