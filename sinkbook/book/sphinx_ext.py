@@ -6,57 +6,59 @@ This module is a Sphinx extension.
 import ast
 import json
 import re
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
-# The line of book/api.md that the modules take the place of.
-MARKER = "<!-- modules -->"
+# Packages in the order of book/api.md: what the probe is made of, then what the book shows with it.
+PACKAGES = (
+    *("probe", "models", "data", "report", "figures"),
+    *("toy", "theory", "mitigations", "llm"),
+)
+# The line of book/api.md that the packages take the place of.
+MARKER = "<!-- packages -->"
+# A row of the table of public names in book/api.md.
+NAME = re.compile(r"^\| `(\w+)`", re.MULTILINE)
 # Markers of book/architectures.md, each with a key of book/architectures.json.
 ARCHITECTURES = re.compile(r"<!-- architectures: (\w+) -->")
 
 
-def modules() -> list[str]:
-    """Names of the package's modules, as `toy.training`, each after all those that it imports.
-
-    Raises `graphlib.CycleError` if some import each other in a circle.
-    """
-    files = {_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-    imports = {name: _imports(path, set(files)) for name, path in files.items()}
-    order = TopologicalSorter(imports).static_order()
-    return [name for name in order if files[name].stem != "__init__"]
-
-
-def _name(path: Path) -> str:
-    """The name of a module or package, from the top package on; that one's own is empty."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if path.stem == "__init__" else parts)
+def public() -> dict[str, str]:
+    """The names that `sinkbook` offers, and the module that each comes from, as `probe.measure`."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    return {
+        alias.name: node.module
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
-def _imports(path: Path, names: set[str]) -> list[str]:
-    """Modules and packages of this package that a module imports when it is loaded."""
-    found = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            package, _, module = node.module.partition(".")
-            if package == "sinkbook":
-                below = {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
-                found |= below & names or {module}
-    return sorted(found)
+def modules(package: str) -> list[str]:
+    """Names of the modules of a package, as `toy.training`, in the order of the alphabet."""
+    paths = sorted((PACKAGE / package).glob("*.py"))
+    return [f"{package}.{path.stem}" for path in paths if path.stem != "__init__"]
 
 
 def setup(app) -> dict:
     """What Sphinx calls: fill in what pages mark, and show docstrings as they are written."""
-    app.connect("source-read", _list_modules)
+    app.connect("source-read", _list_packages)
     app.connect("source-read", _list_architectures)
     app.connect("autodoc-process-docstring", _as_written)
     return {"parallel_read_safe": True}
 
 
-def _list_modules(app, page: str, source: list[str]) -> None:
-    """Put a section for each module in the place of the marker: what it is, and a fold."""
+def _list_packages(app, page: str, source: list[str]) -> None:
+    """Link the public names to where they are described, and put the packages at the marker."""
     if MARKER in source[0]:
-        source[0] = source[0].replace(MARKER, "\n".join(map(_section, modules())))
+        text = NAME.sub(lambda row: f"| {_link(row[1])}", source[0])
+        source[0] = text.replace(MARKER, "\n".join(map(_package, PACKAGES)))
+
+
+def _link(name: str) -> str:
+    """A public name, with a link to where the page describes it, if it does."""
+    module = public().get(name, "")
+    described = module.partition(".")[0] in PACKAGES
+    return f"{{py:obj}}`{name} <sinkbook.{module}.{name}>`" if described else f"`{name}`"
 
 
 def _list_architectures(app, page: str, source: list[str]) -> None:
@@ -82,12 +84,16 @@ def architectures(found: str | list[str] | dict[str, str]) -> str:
     return "\n".join(f"`{name}`\n: {says}\n" for name, says in found.items())
 
 
-def _section(name: str) -> str:
-    path = PACKAGE / f"{name.replace('.', '/')}.py"
-    about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    return f"""## sinkbook.{name}
+def _package(name: str) -> str:
+    sections = "\n".join(map(_module, modules(name)))
+    return f"## sinkbook.{name}\n\n{_about(name, '__init__')}\n\n{sections}"
 
-{about}
+
+def _module(name: str) -> str:
+    """What a module is, and a fold with its functions and classes."""
+    return f"""### sinkbook.{name}
+
+{_about(*name.split("."))}
 
 ````{{dropdown}} Functions and classes
 ```{{eval-rst}}
@@ -96,6 +102,15 @@ def _section(name: str) -> str:
 ```
 ````
 """
+
+
+def _about(package: str, module: str) -> str:
+    """A module's docstring as Markdown, its examples as code."""
+    text = (PACKAGE / package / f"{module}.py").read_text(encoding="utf-8")
+    blocks = re.split(r"\n\s*\n", ast.get_docstring(ast.parse(text)) or "")
+    return "\n\n".join(
+        f"```pycon\n{block}\n```" if block.startswith(">>>") else block for block in blocks
+    )
 
 
 def _as_written(app, what, name, obj, options, lines: list[str]) -> None:

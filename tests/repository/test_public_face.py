@@ -1,7 +1,9 @@
 """What `import sinkbook` gives: the public names, at once, and nothing else changes by it."""
 
 import ast
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +84,25 @@ def test_importing_every_module_changes_nothing_else():
     outcome = subprocess.run([sys.executable, "-c", SNAPSHOT], capture_output=True, text=True)
     assert outcome.returncode == 0 and outcome.stderr == ""
     assert json.loads(outcome.stdout) == []
+
+
+@pytest.mark.weights
+def test_the_reference_page_begins_with_every_public_name_and_examples_that_run():
+    page = (ROOT / "book" / "api.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| `([^`]+)` \|$", page, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == sorted(sinkbook.__all__, key=[n for n, _ in rows].index)
+    names = {name: getattr(sinkbook, name) for name in sinkbook.__all__}
+    # Pythia's checkpoints are not at hand: only that they could be asked for like this.
+    signature = inspect.signature(sinkbook.measure_checkpoints)
+    names["measure_checkpoints"] = lambda *arguments, **options: signature.bind(
+        *arguments, **options
+    )
+    exec(re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)[1], names)
+    for name, example in rows:
+        assert name in example
+        if example.startswith("except "):
+            example = f"try: load('no-such-model-')\n{example}"
+        exec(example, names)
 
 
 def test_editors_are_told_that_the_package_is_typed():
