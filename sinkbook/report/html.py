@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from sinkbook.figures import style
 from sinkbook.report import figures, summary
 from sinkbook.report.svg import embedded
 
@@ -21,6 +22,7 @@ ROUTES = "fused and chunked: in the forward pass itself; eager: one layer at a t
 STYLE = Path(__file__).with_name("report.css")
 
 
+@style.applied()
 def html_page(result: xr.Dataset) -> str:
     """The report of what `report.probe` returns, as a page that opens offline."""
     attrs = result.attrs

@@ -24,6 +24,7 @@ import distributed, ipywidgets, matplotlib.pyplot, pandas, pytorch_optimizer, xa
 
 def now():
     return {
+        "matplotlib's style": dict(matplotlib.rcParams),
         "the environment": dict(os.environ),
         "the streams": [id(sys.stdout), id(sys.stderr), id(sys.excepthook)],
         "the filters of warnings": list(map(str, warnings.filters)),
