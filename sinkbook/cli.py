@@ -4,6 +4,7 @@ Each command imports what it needs when it runs, so that `sinkbook --help` answe
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -211,8 +212,11 @@ def checkpoints(
     if out is not None:
         from sinkbook import files
 
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files.write(out, lambda part: dataset.to_netcdf(part, engine="h5netcdf"))
+        files.write(
+            out,
+            lambda part: dataset.to_netcdf(part, engine="h5netcdf"),
+            otherwise="name another file with --out",
+        )
         print(out)
 
 
@@ -297,6 +301,9 @@ def record(
 
 def main() -> None:
     """Entry point: an expected failure is one message on stderr and exit status 1."""
+    notices = logging.StreamHandler()
+    notices.setFormatter(logging.Formatter("sinkbook: %(message)s"))
+    logging.getLogger("sinkbook").addHandler(notices)
     try:
         app()
     except SinkbookError as error:

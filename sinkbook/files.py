@@ -3,15 +3,21 @@
 import errno
 import hashlib
 import json
+import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import platformdirs
 
 from sinkbook.errors import SinkbookError
+
+# What a user may want to know of the cache and the store: a file was damaged, a process waits.
+# Nothing shows it but the command line, since it has no place on a page.
+NOTICES = logging.getLogger("sinkbook")
+NOTICES.addHandler(logging.NullHandler())
 
 
 def cache_folder() -> Path:
@@ -52,37 +58,34 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write(path: Path, save: Callable[[Path], None]) -> None:
+def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
     """Write a file in one step: `save` fills a neighbour that then takes the file's place.
 
-    Raises `SinkbookError` if the disk is full or the folder cannot be written.
+    A reader sees the old file or the new one, never half of one; two processes may write the same.
+    Raises `SinkbookError` if the disk is full or the folder cannot be written. It ends with
+    `otherwise`: what the user can do but free space and give rights, such as "name another file".
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         advice = "Free some space" if error.errno == errno.ENOSPC else "Make it writable"
         raise SinkbookError(
-            f"cannot write {path}: {error.strerror or error}. {advice}, or choose another folder "
-            "with SINKBOOK_RUNS; the run goes on from its last checkpoint."
+            f"cannot write {path}: {error.strerror or error}. {advice}, or {otherwise}."
         ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never half of one."""
+IN_ANOTHER_CACHE = "name another cache folder in SINKBOOK_CACHE"
+
+
+def write_json(path: Path, value: object, *, otherwise: str = IN_ANOTHER_CACHE) -> None:
+    """Write a JSON file in one step, by `write`."""
     text = json.dumps(value, indent=2) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SinkbookError(
-            f"cannot write {path}: {error.strerror}. Make the folder writable, or name another "
-            "cache folder in SINKBOOK_CACHE."
-        ) from error
+    write(path, lambda part: part.write_text(text, encoding="utf-8"), otherwise=otherwise)

@@ -1,15 +1,17 @@
 """The run store: one folder per training, named by a hash of everything that decides its result.
 
-A finished run is `gguf.safetensors`, `measurements.nc` and `run.json`, which is written last
-and holds the checksums of the other two. An unfinished one is `checkpoint.safetensors`. Files are
-written under another name and moved into place, so that a kill leaves the old one or the new one.
+A finished run is `weights.safetensors`, `measurements.nc` and `run.json`, which is written last
+and holds the checksums of the others. `along.safetensors` has the weights at the measured steps,
+where they are few enough: with them a run is measured again, by a mended probe, without being
+trained again. An unfinished run is `checkpoint.safetensors`. Files are written under another name
+and moved into place, so that a kill leaves the old one or the new one.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +22,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sinkbook.files import cache_folder, write
+from sinkbook.files import NOTICES, cache_folder, write
 
 # Writes netCDF 3, which is read in a twentieth of the time of netCDF 4.
 ENGINE = "scipy"
+
+# The most bytes of weights that a run keeps of its measured steps. The toys of the quick profile
+# stay below it, a few hundred of them in all below a gigabyte; those of the paper's size do not.
+KEPT_ALONG = 32_000_000
+
+# What a user can do where the store cannot be written.
+IN_ANOTHER_FOLDER = (
+    "choose another folder with SINKBOOK_RUNS; in this one the run goes on from its last checkpoint"
+)
+
+
+ALONG = "along.safetensors"
+Along = dict[int, dict[str, Tensor]]  # named weights by step
 
 
 class DamagedError(Exception):
@@ -43,7 +58,7 @@ def locked(folder: Path):
     try:
         lock.acquire(timeout=0.1)
     except filelock.Timeout:
-        print(f"Run {folder.name} is being trained by another process: waiting for it.")
+        NOTICES.warning("Run %s is being made by another process: waiting for it.", folder.name)
         lock.acquire()
     try:
         for leftover in folder.glob("*.part"):
@@ -62,14 +77,14 @@ def set_aside(folder: Path, why: str) -> None:
     attic.mkdir()
     for file in [f for f in folder.iterdir() if f.is_file() and f.name != "lock"]:
         file.rename(attic / file.name)
-    print(f"Run {folder.name} is damaged ({why}): set aside in {attic}, training it again.")
+    NOTICES.warning("Run %s is damaged (%s): set aside in %s, made again.", folder.name, why, attic)
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
     """Keep the state of an unfinished run: named tensors and the number of steps done."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"step": str(step), "run": folder.name, "sha256": _digest(tensors)}
-    write(folder / "checkpoint.safetensors", lambda part: save_file(tensors, part, metadata))
+    _write(folder / "checkpoint.safetensors", lambda part: save_file(tensors, part, metadata))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], int]:
@@ -91,15 +106,33 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], int]:
     return tensors, int(metadata["step"])
 
 
-def save_run(folder: Path, weights: dict[str, Tensor], measurements: xr.Dataset, facts: dict):
-    """Keep a finished run and drop its checkpoint. `facts` is JSON: config, versions, seconds."""
+def few_enough(weights: Iterable[Tensor], times: int) -> bool:
+    """Whether a run may keep such weights at so many measured steps."""
+    return times * sum(w.numel() * w.element_size() for w in weights) <= KEPT_ALONG
+
+
+def save_run(
+    folder: Path,
+    weights: dict[str, Tensor],
+    measurements: xr.Dataset,
+    facts: dict,
+    along: Along | None = None,
+) -> None:
+    """Keep a finished run and drop its checkpoint. `facts` is JSON: config, versions, seconds.
+
+    `along` are the weights at measured steps, by step; those at the end need not be among them.
+    """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write(folder / "weights.safetensors", lambda part: save_file(weights, part))
-    write(folder / "measurements.nc", lambda part: measurements.to_netcdf(part, engine=ENGINE))
-    files = ("weights.safetensors", "measurements.nc")
+    _write(folder / "weights.safetensors", lambda part: save_file(weights, part))
+    _write(folder / "measurements.nc", lambda part: measurements.to_netcdf(part, engine=ENGINE))
+    files = ["weights.safetensors", "measurements.nc"]
+    if along:
+        tensors = flat(along)
+        _write(folder / ALONG, lambda part: save_file(tensors, part, {"run": folder.name}))
+        files.append(ALONG)
     facts = facts | {"run": folder.name, "files": {f: _sha256(folder / f) for f in files}}
     text = json.dumps({"facts": facts, "sha256": _sha256_of(facts)}, indent=1)
-    write(folder / "run.json", lambda part: part.write_text(text))
+    _write(folder / "run.json", lambda part: part.write_text(text))
     (folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
@@ -117,7 +150,8 @@ def load_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
         if record["sha256"] != _sha256_of(facts) or facts["run"] != folder.name:
             raise DamagedError(f"{path.name}: not this run's record, or its checksum differs")
         for name, checksum in facts["files"].items():
-            if _sha256(folder / name) != checksum:
+            # What is kept along the way is seldom read, and then checked; it may be thrown away.
+            if name != ALONG and _sha256(folder / name) != checksum:
                 raise DamagedError(f"{name}: its checksum differs")
         weights = load_file(folder / "weights.safetensors")
         measurements = _with_wide_integers(xr.load_dataset(folder / "measurements.nc"))
@@ -126,14 +160,66 @@ def load_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
     return weights, measurements, facts
 
 
-def finished(folder: Path, make: Callable[[], None]) -> tuple[dict[str, Tensor], xr.Dataset, dict]:
+def load_along(folder: Path, facts: dict) -> Along:
+    """The weights that a finished run with these facts kept along the way, by step; none: {}.
+
+    Raises `DamagedError` if they are not what `save_run` wrote.
+    """
+    path = folder / ALONG
+    if ALONG not in facts["files"] or not path.exists():
+        return {}
+    if _sha256(path) != facts["files"][ALONG]:
+        raise DamagedError(f"{ALONG}: its checksum differs")
+    return by_step(load_file(path))
+
+
+def measured_again(
+    along: Along, steps: Iterable[int], measure: Callable[[dict[str, Tensor]], xr.Dataset]
+) -> xr.Dataset | None:
+    """What `measure` makes of the weights at some steps, along `step`; None if any are missing."""
+    steps = list(steps)
+    if not set(steps) <= set(along):
+        return None
+    return xr.concat([measure(along[s]).expand_dims(step=[s]) for s in steps], "step")
+
+
+def flat(along: Along) -> dict[str, Tensor]:
+    """Weights by step as tensors named `step/name`, contiguous and on the CPU."""
+    return {
+        f"{step}/{name}": tensor.detach().cpu().contiguous()
+        for step, weights in along.items()
+        for name, tensor in weights.items()
+    }
+
+
+def by_step(tensors: dict[str, Tensor]) -> Along:
+    """The inverse of `flat`."""
+    along: Along = {}
+    for name, tensor in tensors.items():
+        step, _, name = name.partition("/")
+        along.setdefault(int(step), {})[name] = tensor
+    return along
+
+
+def finished(
+    folder: Path,
+    make: Callable[[], None],
+    *,
+    measured_by: str | None = None,
+    measure: Callable[[dict[str, Tensor]], xr.Dataset] | None = None,
+) -> tuple[dict[str, Tensor], xr.Dataset, dict]:
     """The finished run of a folder, as `load_run`: what is there, or else what `make` leaves there.
 
     A second process that asks for it waits. A damaged run is reported, set aside and made again.
+    With `measured_by`, a hash of the code that measures: a run with another under "measured by" in
+    its facts is measured again, by what `measure` makes of the weights at each of its steps, or
+    made again if it has not kept those.
     """
     with locked(folder):
         try:
             kept = load_run(folder)
+            if kept and measured_by and kept[2].get("measured by") != measured_by:
+                kept = _measure_again(folder, kept, measured_by, measure)
         except DamagedError as damage:
             set_aside(folder, str(damage))
             kept = None
@@ -141,6 +227,20 @@ def finished(folder: Path, make: Callable[[], None]) -> tuple[dict[str, Tensor],
             make()
             kept = load_run(folder)
     return kept
+
+
+def _measure_again(folder, kept, measured_by, measure):
+    weights, before, facts = kept
+    along, steps = load_along(folder, facts), before.step.values.tolist()
+    measurements = measured_again(along | {steps[-1]: weights}, steps, measure)
+    if measurements is None:
+        return None
+    save_run(folder, weights, measurements, facts | {"measured by": measured_by}, along)
+    return load_run(folder)
+
+
+def _write(path: Path, save: Callable[[Path], None]) -> None:
+    write(path, save, otherwise=IN_ANOTHER_FOLDER)
 
 
 def _with_wide_integers(measurements: xr.Dataset) -> xr.Dataset:

@@ -27,15 +27,14 @@ import filelock
 from sinkbook import provenance
 from sinkbook.book import claims
 from sinkbook.book.chapters import status_folder
-from sinkbook.book.execution import Execution, execute
+from sinkbook.book.execution import Execution, execute, is_code, read_notebook
 from sinkbook.book.settings import check_profile
+from sinkbook.dependencies import Closure, closure
 from sinkbook.errors import SinkbookError
 from sinkbook.files import write_json
 
 # Pages that tabulate what the chapters left behind: they run last, and always.
 APPENDICES = ("claims", "status")
-# These modules run and render chapters and have no part in their numbers.
-_MACHINERY = {"build.py", "cli.py", "execution.py", "sphinx_ext.py"}
 
 
 @dataclass(frozen=True)
@@ -113,19 +112,45 @@ def select(names: Iterable[str], root: Path) -> list[Path]:
 def content_hash(notebook: Path, place: Workplace, seed: int) -> str:
     """A hash of all that decides what a chapter's executed copy says.
 
-    The notebook, its claims, the package without the modules that run and render, the records,
-    the profile, the seed, and the versions of what computes.
+    The notebook, the code that its cells use, its claims, the records that it may read, the
+    profile, the seed, and the versions of what computes.
     """
-    digest = hashlib.sha256()
-    package = Path(__file__).parent.parent
-    sources = [path for path in sorted(package.rglob("*")) if path.suffix in {".py", ".mplstyle"}]
-    sources = [path for path in sources if path.name not in _MACHINERY]
-    records = (place.root / "book" / "records").rglob("*")
-    for path in [notebook, *sources, *sorted(path for path in records if path.is_file())]:
+    used = _code_of(notebook)
+    digest = hashlib.sha256(used.hash.encode())
+    for path in [notebook, *_records_of(used, place.root / "book" / "records")]:
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
     of_chapter = [vars(c) for c in claims.known().values() if c.chapter == notebook.stem]
     digest.update(json.dumps([of_chapter, place.profile, seed, provenance.versions()]).encode())
     return digest.hexdigest()[:16]
+
+
+def _code_of(notebook: Path) -> Closure:
+    """The code of the package that a notebook's cells use."""
+    cells = [cell["source"] for cell in read_notebook(notebook)["cells"] if is_code(cell)]
+    lines = "\n".join(cells).splitlines()
+    python = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+    try:
+        return closure(cells=python)
+    except SyntaxError:  # IPython may understand it
+        return closure("sinkbook")
+
+
+def _records_of(used: Closure, folder: Path) -> list[Path]:
+    """The records that some code may read: those whose names begin as a word in it does.
+
+    All of them, if it goes through all names. The words of the modules of the records themselves,
+    which have lists of all, do not count.
+    """
+    records = "sinkbook.book.records"
+    if not any(module.startswith(records) for module in used.modules):
+        return []
+    users = [dump for (m, _), dump in used.definitions.items() if not m.startswith(records)]
+    words = {word for dump in users for word in re.findall(r"'([^'\n]{4,})'", dump)}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if "NAMES" in words:
+        return files
+    beginnings = tuple(word.replace("_", "-") for word in words)
+    return [path for path in files if path.name.startswith(beginnings)]
 
 
 def run_chapters(

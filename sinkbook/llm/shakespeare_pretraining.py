@@ -11,7 +11,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ from torch import Tensor
 from sinkbook import store
 from sinkbook.data import corpora
 from sinkbook.data.shakespeare import SYMBOLS
+from sinkbook.dependencies import KEEPERS, code_hash
+from sinkbook.devices import device_of
 from sinkbook.llm.checkpoint_metrics import concentration, measure_checkpoint
 from sinkbook.models.losses import next_token_loss, next_token_losses
 from sinkbook.models.token_labels import token_label
@@ -34,25 +36,13 @@ from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from sinkbook.provenance import provenance
 from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.optimizers import OPTIMIZERS
-from sinkbook.toy.runs import EVALUATION_SEED, hash_of_code, in_groups
+from sinkbook.toy.runs import EVALUATION_SEED, in_groups
 from sinkbook.toy.tasks import generator_at
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 
 START = len(SYMBOLS)  # the id of <s>; ids below are characters
 QUERIED_TEXTS = 4  # whose beginnings random queries are put after
 HELD_OUT = 20  # one scene of so many is measured on and never trained on
-
-# The modules that decide what a pretraining gives. A changed one makes other runs of them.
-_CODE = (
-    "models/losses",
-    "toy/attention",
-    "toy/loop",
-    "toy/norms",
-    "toy/transformer",
-    "toy/optimizers",
-    "llm/checkpoint_metrics",
-    "llm/shakespeare_pretraining",
-)
 
 
 @dataclass(frozen=True)
@@ -95,10 +85,18 @@ class PretrainingConfig:
     @property
     def folder(self) -> Path:
         """Where the store keeps the run: a hash of config, code, texts and torch's version."""
-        decides = [json.dumps(asdict(self), sort_keys=True), torch.__version__, hash_of_code(_CODE)]
+        # Measuring leaves a training as it is, so how it is measured does not count.
+        measuring = f"{__name__}:measure_pretraining"
+        code = code_hash(f"{__name__}:_train", without=(*KEEPERS, measuring))
+        decides = [json.dumps(asdict(self), sort_keys=True), torch.__version__, code]
         digest = hashlib.sha256("\n".join(decides).encode())
         digest.update(character_ids(held_out=False).numpy().tobytes())
         return store.runs_folder() / f"pretraining-{digest.hexdigest()[:16]}"
+
+    @property
+    def measured_by(self) -> str:
+        """A hash of the code that measures along the way: stored measurements of another go."""
+        return code_hash(f"{__name__}:measure_pretraining")
 
 
 # --- Texts -----------------------------------------------------------------------------------
@@ -214,10 +212,21 @@ def pretrain(config: PretrainingConfig, *, device: str = "auto") -> Pretraining:
     It trains in memory: one that is interrupted begins anew. `device` is "auto" (CUDA where there
     is one) or a device. Raises `SinkbookError` when the store cannot be written.
     """
-    weights, measurements, facts = store.finished(config.folder, lambda: _train(config, device))
     model = Transformer(config.model)
+
+    def measure(weights: dict[str, Tensor]) -> xr.Dataset:
+        model.load_state_dict(weights)
+        return measure_pretraining(model.to(device_of(device)), Characters(config))
+
+    weights, measurements, facts = store.finished(
+        config.folder,
+        lambda: _train(config, device),
+        measured_by=config.measured_by,
+        measure=measure,
+    )
     model.load_state_dict(weights)
-    return Pretraining(config, model.eval().requires_grad_(False), measurements, facts["seconds"])
+    model = model.cpu().eval().requires_grad_(False)
+    return Pretraining(config, model, measurements, facts["seconds"])
 
 
 def pretrain_all(configs: list[PretrainingConfig]) -> list[Pretraining]:
@@ -246,8 +255,7 @@ def _pretrain_there(config: PretrainingConfig) -> None:
 
 
 def _train(config: PretrainingConfig, device: str) -> None:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(device)
     started = time.monotonic()
     torch.manual_seed(config.seed)
     model = Transformer(config.model).to(device)
@@ -257,18 +265,28 @@ def _train(config: PretrainingConfig, device: str) -> None:
         characters.batch_at(config.batch_size, config.seed, step, device)
         for step in range(config.steps)
     )
+    kept: list[dict[str, Tensor]] = []
+    keeps_along = store.few_enough(model.parameters(), len(config.measured_steps))
+
+    def measure() -> xr.Dataset:
+        if keeps_along:
+            kept.append({n: w.to("cpu", copy=True) for n, w in model.state_dict().items()})
+        return measure_pretraining(model, characters)
+
     measured = train_measured(
         descend(optimizer, lambda texts: next_token_loss(model(texts[:, :-1]), texts)),
         batches,
-        partial(measure_pretraining, model, characters),
+        measure,
         measured=config.measured_steps,
         label="pretraining",
     )
+    along = dict(zip(config.measured_steps[:-1], kept, strict=False))
     facts = {
         "config": asdict(config),
+        "measured by": config.measured_by,
         "seconds": time.monotonic() - started,
     } | provenance()
-    store.save_run(config.folder, model.state_dict(), measured, facts)
+    store.save_run(config.folder, model.state_dict(), measured, facts, along)
 
 
 # --- The head that learns to be dormant ------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 import xarray as xr
 from huggingface_hub.file_download import repo_folder_name
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
@@ -34,6 +35,7 @@ from transformers import (
 
 from sinkbook import store
 from sinkbook.data import corpora
+from sinkbook.dependencies import code_hash
 from sinkbook.files import write_json
 from sinkbook.llm.checkpoint_metrics import concentration
 from sinkbook.llm.checkpoints import texts_to_measure
@@ -74,8 +76,10 @@ class SmallLlama:
 
     @property
     def folder(self) -> Path:
-        """Where its hub cache lies, and what its training goes on from."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Where its hub cache and its training lie: named by all that decides."""
+        code = code_hash(f"{__name__}:_train")
+        decides = [asdict(self), torch.__version__, transformers.__version__, code]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
         return store.runs_folder() / f"small-llama-{digest[:16]}"
 
 
@@ -166,7 +170,11 @@ def pretrain(config: SmallLlama) -> dict:
             with quiet():
                 _train(config)
             seconds = time.monotonic() - started
-            write_json(finished, {"seconds": seconds} | provenance())
+            write_json(
+                finished,
+                {"seconds": seconds} | provenance(),
+                otherwise=store.IN_ANOTHER_FOLDER,
+            )
     return json.loads(finished.read_text())
 
 
@@ -233,7 +241,8 @@ class _Revisions(TrainerCallback):
             return
         name = repo_folder_name(repo_id=MODEL_ID, repo_type="model")
         repository = self.config.folder / "hub" / name
-        commit = hashlib.sha1(f"{self.config} {step}".encode()).hexdigest()
+        # By all that decides the weights, since measurements are kept by commit.
+        commit = hashlib.sha1(f"{self.config.folder.name} {step}".encode()).hexdigest()
         snapshot = repository / "snapshots" / commit
         model.save_pretrained(snapshot)
         tokenizer(self.config.vocabulary).save_pretrained(snapshot)

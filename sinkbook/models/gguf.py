@@ -9,7 +9,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from sinkbook.data.sources import unpack
-from sinkbook.files import cache_folder, is_whole, writing
+from sinkbook.files import NOTICES, cache_folder, is_whole, writing
 
 GGUF_FILE = "weights.gguf"
 # Else the weights would stay in their 4-bit blocks wherever there is a kernel for these.
@@ -33,7 +33,7 @@ def prepared(name: str) -> Path:
         if _is_prepared(folder):  # another process made it meanwhile
             return folder
         if folder.exists():
-            print(f"sinkbook: the prepared model {folder} is damaged: preparing it again.")
+            NOTICES.warning("the prepared model %s is damaged: preparing it again.", folder)
         for leftover in (folder, part):
             shutil.rmtree(leftover, ignore_errors=True)
         part.mkdir()

@@ -36,6 +36,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.models.gguf import DEQUANTISED, prepared
 
@@ -136,7 +137,7 @@ def load(
     tensor([[   0,  504, 3575,  282]])
     """
     name = os.fspath(name)
-    device = _device(device)
+    device = device_of(device)
     path = Path(name).expanduser()
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with quiet():
@@ -170,18 +171,6 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The beginning-of-sequence token, if the tokenizer itself puts one before a text."""
     bos = tokenizer.bos_token_id
     return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SinkbookError(
-            f"device {str(device)!r} cannot be used here ({reason}). Try 'auto' or 'cpu'."
-        ) from error
 
 
 # --- Reading through transformers ------------------------------------------------------------

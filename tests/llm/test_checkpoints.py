@@ -212,14 +212,22 @@ def test_any_executor_gives_the_same(hub):
 def test_what_a_worker_with_another_store_has_measured_comes_home(hub, monkeypatch, tmp_path):
     measure = checkpoints._measure
 
-    def elsewhere(job):
+    def elsewhere(job, name):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SINKBOOK_RUNS", str(tmp_path / "elsewhere"))
-            return measure(job)
+            return measure(job, name)
 
     monkeypatch.setattr(checkpoints, "_measure", elsewhere)
     measure_checkpoints("someone/tiny", [0, 500], TEXTS, **SMALL)
     assert measurements_kept() == ["step0", "step500-tokens2B"]
+
+
+def test_a_worker_with_other_measuring_code_is_refused(hub, monkeypatch):
+    measure = checkpoints._measure
+    monkeypatch.setattr(checkpoints, "_measure", lambda job, name: measure(job, "checkpoint-0123"))
+    with pytest.raises(SinkbookError, match="a worker has another version of sinkbook"):
+        measure_checkpoints("someone/tiny", [0], TEXTS, **SMALL)
+    assert measurements_kept() == []
 
 
 # --- The disk --------------------------------------------------------------------------------

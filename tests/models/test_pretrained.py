@@ -185,7 +185,7 @@ def test_the_prepared_folder_holds_no_gguf_and_is_used_again(tiny_source, monkey
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "SHA256SUMS"])
-def test_a_flipped_byte_in_a_prepared_model_is_found_and_put_right(tiny_source, file, capsys):
+def test_a_flipped_byte_in_a_prepared_model_is_found_and_put_right(tiny_source, file, caplog):
     folder = prepared("smollm2-135m")
     whole = (folder / file).read_bytes()
     flipped = bytearray(whole)
@@ -193,7 +193,7 @@ def test_a_flipped_byte_in_a_prepared_model_is_found_and_put_right(tiny_source, 
     (folder / file).write_bytes(flipped)
     prepared("smollm2-135m")
     assert (folder / file).read_bytes() == whole
-    assert f"the prepared model {folder} is damaged" in capsys.readouterr().out
+    assert f"the prepared model {folder} is damaged" in caplog.text
 
 
 def test_gemma_is_refused_with_its_terms_and_the_command_until_they_are_accepted(

@@ -1,13 +1,14 @@
 """Trainings are values: the same config is the same run, whatever happens on the way."""
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import random
 import shutil
 import signal
 import time
-from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -133,7 +134,8 @@ def test_every_optimizer_resumes_with_its_state(optimizer, rate, monkeypatch):
 def _train_in_child(config, runs, output, checkpoint_seconds):
     os.environ["SINKBOOK_RUNS"] = str(runs)
     torch.set_num_threads(1)
-    with open(output, "w") as file, redirect_stdout(file):
+    with open(output, "w") as file:
+        logging.getLogger("sinkbook").addHandler(logging.StreamHandler(file))
         train(config, checkpoint_seconds=checkpoint_seconds)
 
 
@@ -174,7 +176,7 @@ def test_two_processes_that_ask_for_one_run_train_it_once(run_store, tmp_path):
     assert [child.exitcode for child in children] == [0, 0]
     said = sorted(output.read_text() for output in outputs)
     assert said[0] == "", "both waited"
-    assert "being trained by another process" in said[1], "both trained"
+    assert "being made by another process" in said[1], "both trained"
 
 
 def _truncate(path):
@@ -198,20 +200,20 @@ def _delete(path):
 @pytest.mark.parametrize("name", ["weights.safetensors", "measurements.nc", "run.json"])
 @pytest.mark.parametrize("fault", [_truncate, _flip_a_byte, _replace_by_a_foreign_file, _delete])
 def test_a_damaged_run_is_reported_set_aside_and_trained_again(
-    name, fault, unbroken, run_store, capsys
+    name, fault, unbroken, run_store, caplog
 ):
     train(TINY)
     fault(run_store / TINY.key / name)
     assert_same_run(train(TINY), unbroken)
     forgotten = name == "run.json" and fault is _delete
     if not forgotten:
-        assert "is damaged" in capsys.readouterr().out
+        assert "is damaged" in caplog.text
         assert list((run_store / TINY.key).glob("damaged-*/*"))
 
 
 @pytest.mark.parametrize("fault", [_truncate, _flip_a_byte, _replace_by_a_foreign_file])
 def test_a_damaged_checkpoint_is_reported_and_training_starts_over(
-    fault, unbroken, run_store, monkeypatch, capsys
+    fault, unbroken, run_store, monkeypatch, caplog
 ):
     with monkeypatch.context() as patch:
         stop_at(patch, 15)
@@ -219,25 +221,25 @@ def test_a_damaged_checkpoint_is_reported_and_training_starts_over(
             train(TINY, checkpoint_seconds=0.0)
     fault(run_store / TINY.key / "checkpoint.safetensors")
     assert_same_run(train(TINY), unbroken)
-    assert "is damaged (checkpoint.safetensors" in capsys.readouterr().out
+    assert "is damaged (checkpoint.safetensors" in caplog.text
 
 
-def test_another_runs_files_under_this_runs_name_are_not_believed(unbroken, run_store, capsys):
+def test_another_runs_files_under_this_runs_name_are_not_believed(unbroken, run_store, caplog):
     other = replace(TINY, seed=7)
     train(other)
     shutil.copytree(run_store / other.key, run_store / TINY.key)
     assert_same_run(train(TINY), unbroken)
-    assert "not this run's record" in capsys.readouterr().out
+    assert "not this run's record" in caplog.text
 
 
-def test_a_record_with_an_edited_number_is_not_believed(unbroken, run_store, capsys):
+def test_a_record_with_an_edited_number_is_not_believed(unbroken, run_store, caplog):
     train(TINY)
     path = run_store / TINY.key / "run.json"
     record = json.loads(path.read_text())
     record["facts"]["seconds"] = 0.001
     path.write_text(json.dumps(record))
     assert_same_run(train(TINY), unbroken)
-    assert "checksum differs" in capsys.readouterr().out
+    assert "checksum differs" in caplog.text
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(run_store, monkeypatch, unbroken):
@@ -298,7 +300,9 @@ def test_runs_trained_on_a_cluster_come_back_into_the_store_here(unbroken, tmp_p
 
 def test_a_worker_with_other_training_code_is_refused(run_store):
     with pytest.raises(SinkbookError, match="another version of sinkbook's training code"):
-        training._trained(TINY, "0123456789abcdef", "cpu", 30.0)
+        training._trained(TINY, ("0123456789abcdef", TINY.measured_by), "cpu", 30.0)
+    with pytest.raises(SinkbookError, match="another version of sinkbook's training code"):
+        training._trained(TINY, (TINY.key, "0123456789abcdef"), "cpu", 30.0)
 
 
 @pytest.mark.parametrize("optimizer", MATRIX_OPTIMIZERS)
@@ -348,3 +352,67 @@ def test_facts_tell_versions_device_and_time(unbroken):
     assert unbroken.facts["config"]["seed"] == TINY.seed
     assert 0 < unbroken.seconds < 60
     assert time.strptime(unbroken.facts["date"], "%Y-%m-%dT%H:%M:%S%z")
+
+
+def mend_the_probe(monkeypatch):
+    """As if the code that measures had been edited: losses are then reported doubled."""
+    measure_toy = training.measure_toy
+
+    def doubled(*arguments):
+        measured = measure_toy(*arguments)
+        return measured.assign(bigram_risk=2 * measured.bigram_risk)
+
+    monkeypatch.setattr(training, "measure_toy", doubled)
+    monkeypatch.setattr(TrainingConfig, "measured_by", property(lambda config: "another hash"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"details": True}])
+def test_a_mended_probe_measures_stored_runs_again_and_trains_none(changes, run_store, monkeypatch):
+    config = replace(TINY, **changes)
+    before = train(config)
+    mend_the_probe(monkeypatch)
+    monkeypatch.setattr(training._Program, "run", None)
+    after = train(config)
+    expected = before.measurements.assign(bigram_risk=2 * before.measurements.bigram_risk)
+    xr.testing.assert_identical(after.measurements, expected)
+    assert_same_run(train(config), after)
+
+
+def test_a_mended_probe_measures_an_unfinished_run_again(run_store, unbroken, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, checkpoint_seconds=0.0)
+    mend_the_probe(monkeypatch)
+    stop_at(monkeypatch, 10)  # it goes on after that
+    after = train(TINY).measurements
+    expected = unbroken.measurements.assign(bigram_risk=2 * unbroken.measurements.bigram_risk)
+    xr.testing.assert_allclose(after, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("step", [None, 15])
+def test_runs_that_kept_no_weights_on_the_way_are_trained_again_by_a_mended_probe(
+    step, run_store, unbroken, monkeypatch
+):
+    monkeypatch.setattr(store, "KEPT_ALONG", 0)
+    with monkeypatch.context() as patch:
+        if step is not None:
+            stop_at(patch, step)
+        with contextlib.suppress(KeyboardInterrupt):
+            train(TINY, checkpoint_seconds=0.0)
+    assert not list(run_store.glob("*/along.safetensors"))
+    mend_the_probe(monkeypatch)
+    after = train(TINY)
+    expected = unbroken.measurements.assign(bigram_risk=2 * unbroken.measurements.bigram_risk)
+    xr.testing.assert_allclose(after.measurements, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fault", [_truncate, _flip_a_byte, _replace_by_a_foreign_file])
+def test_damaged_weights_of_the_way_are_not_measured(fault, run_store, unbroken, monkeypatch):
+    train(TINY)
+    fault(run_store / TINY.key / store.ALONG)
+    assert_same_run(train(TINY), unbroken)  # not needed, not looked at
+    mend_the_probe(monkeypatch)
+    after = train(TINY).measurements
+    expected = unbroken.measurements.assign(bigram_risk=2 * unbroken.measurements.bigram_risk)
+    xr.testing.assert_allclose(after, expected, rtol=0, atol=0)

@@ -39,6 +39,9 @@ from sinkbook.toy.measurements import measure_toy
 from sinkbook.toy.runs import stored
 from sinkbook.toy.training import TimeIsUpError, seeds_of, train, train_all
 
+# What a user can do where a record cannot be written.
+IN_ANOTHER_COPY = "run it in a copy of the repository that you can write to"
+
 # What only makes records is imported there: chapters read them, and transformers takes seconds.
 
 
@@ -197,7 +200,7 @@ def _keep_weights(name: str, weights: dict[str, dict[str, Tensor]]) -> None:
     for label, of_training in weights.items():
         for parameter, tensor in of_training.items():
             halves[f"{label}/{parameter}"] = tensor.half().contiguous()
-    write(path, lambda part: save_file(halves, part))
+    write(path, lambda part: save_file(halves, part), otherwise=IN_ANOTHER_COPY)
 
 
 def _write(name: str, record: xr.Dataset) -> Path:
@@ -208,7 +211,11 @@ def _write(name: str, record: xr.Dataset) -> Path:
     record = record.assign({n: record[n].astype(np.float32) for n in numbers})
     packed = {n: {"zlib": True, "complevel": 9} for n in numbers if record[n].ndim}
     path.parent.mkdir(exist_ok=True)
-    write(path, lambda part: record.to_netcdf(part, engine="h5netcdf", encoding=packed))
+    write(
+        path,
+        lambda part: record.to_netcdf(part, engine="h5netcdf", encoding=packed),
+        otherwise=IN_ANOTHER_COPY,
+    )
     return path
 
 

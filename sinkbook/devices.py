@@ -1,0 +1,26 @@
+"""Where tensors are computed: one choice of the device for everything that takes a `device`."""
+
+from typing import TYPE_CHECKING, Union
+
+from sinkbook.errors import SinkbookError
+
+if TYPE_CHECKING:  # the command line names devices without importing torch
+    import torch
+
+
+def device_of(name: Union[str, "torch.device"] = "auto") -> "torch.device":
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises `SinkbookError` for a device that is unknown, or that cannot be used here.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SinkbookError(
+            f"device {str(name)!r} cannot be used here ({reason}). Try 'auto' or 'cpu'."
+        ) from error
