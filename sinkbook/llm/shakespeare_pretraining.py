@@ -234,12 +234,7 @@ def pretrain_all(configs: list[PretrainingConfig]) -> list[Pretraining]:
     missing = [c for c in dict.fromkeys(configs) if not (c.folder / "run.json").exists()]
     several = len(missing) > 1 and (os.cpu_count() or 1) > 1
     if several and not torch.cuda.is_available():
-        in_processes(
-            _pretrain_there,
-            missing,
-            label="pretraining",
-            preload="sinkbook.llm.shakespeare_pretraining",
-        )
+        in_processes(_pretrain_there, missing, label="pretraining")
     return [pretrain(config) for config in configs]
 
 

@@ -244,8 +244,7 @@ def over_seeds(
     `functools.partial`. All are one list of work for the CPU cores.
     """
     work = [(training, config, seed) for training in trainings.values() for seed in seeds]
-    label, preload = "reduced networks", "sinkbook.theory.reduced_network"
-    found = iter(in_processes(_trained, work, label=label, preload=preload))
+    found = iter(in_processes(_trained, work, label="reduced networks"))
     along = xr.Variable("seed", list(seeds))
     return {name: xr.concat([next(found) for _ in seeds], dim=along) for name in trainings}
 

@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from sinkbook import store
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_loss
-from sinkbook.parallel import asked_for, in_processes
+from sinkbook.parallel import asked_for, in_processes, on_executor
 from sinkbook.progress import progress
 from sinkbook.provenance import provenance
 from sinkbook.toy.measurements import measure_toy, measure_writers
@@ -115,9 +115,7 @@ def _train_here(
             _train_one, device=device, checkpoint_seconds=checkpoint_seconds, until=until
         )
         most = RUNS_ON_A_GPU if device.type == "cuda" else None
-        in_processes(
-            work, missing, label="training runs", preload="sinkbook.toy.training", most=most
-        )
+        in_processes(work, missing, label="training runs", most=most)
     elif way == "batched":
         groups: dict[TrainingConfig, list[TrainingConfig]] = {}
         for config in missing:
@@ -133,17 +131,10 @@ def _train_here(
 def _train_elsewhere(
     configs: list[TrainingConfig], executor: Executor, device: str, checkpoint_seconds: float
 ) -> None:
-    futures = {
-        executor.submit(_trained, config, _code_of(config), device, checkpoint_seconds): config
-        for config in configs
-    }
-    with progress("training runs", len(configs)) as show:
-        for done, future in enumerate(as_completed(futures), start=1):
-            run = future.result()
-            folder = futures[future].folder
-            with store.locked(folder):
-                store.save_run(folder, *run)
-            show(done)
+    calls = {c: (c, _code_of(c), device, checkpoint_seconds) for c in configs}
+    for config, run in on_executor(executor, _trained, calls, label="training runs"):
+        with store.locked(config.folder):
+            store.save_run(config.folder, *run)
 
 
 def _code_of(config: TrainingConfig) -> tuple[str, str]:
