@@ -100,6 +100,7 @@ class _Reached:
 
     def __init__(self, folder: Path, without: tuple[str, ...]):
         self.folder, self.without = folder, without
+        self.paths: dict[str, Path | None] = {}
         self.modules: dict[str, Module] = {}
         self.definitions: dict[tuple[str, str], list[str]] = {}
         self.touched: set[str] = set()
@@ -133,13 +134,12 @@ class _Reached:
         return name in self._module(module).bindings or name in self._module(module).imports
 
     def _path(self, name: str) -> Path | None:
-        if not is_ours(name):
-            return None
-        place = self.folder.joinpath(*name.split(".")[1:])
-        for path in (place / "__init__.py", place.with_suffix(".py")):
-            if path.is_file():
-                return path
-        return None
+        if name not in self.paths:
+            place = self.folder.joinpath(*name.split(".")[1:])
+            candidates = (place / "__init__.py", place.parent / f"{place.name}.py")
+            there = (path for path in candidates if is_ours(name) and path.is_file())
+            self.paths[name] = next(there, None)
+        return self.paths[name]
 
     def _module(self, name: str) -> Module:
         if name not in self.modules:

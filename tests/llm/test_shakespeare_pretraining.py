@@ -120,6 +120,37 @@ def test_processes_give_what_one_process_gives():
         xr.testing.assert_allclose(alone.measurements, run.measurements, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_mended_probe_measures_a_stored_run_again_and_trains_only_if_it_must(kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(store, "KEPT_ALONG", 0)
+    first = shakespeare_pretraining.pretrain(TINY)
+    measure, train = shakespeare_pretraining.measure_pretraining, shakespeare_pretraining._train
+    trained = []
+
+    def doubled(*arguments):
+        measured = measure(*arguments)
+        return measured.assign(second_half_loss=2 * measured.second_half_loss)
+
+    def counted(*arguments):
+        trained.append(arguments)
+        train(*arguments)
+
+    monkeypatch.setattr(shakespeare_pretraining, "measure_pretraining", doubled)
+    monkeypatch.setattr(shakespeare_pretraining, "_train", counted)
+    another = property(lambda config: "another hash")
+    monkeypatch.setattr(PretrainingConfig, "measured_by", another)
+    again = shakespeare_pretraining.pretrain(TINY)
+    losses = 2 * first.measurements.second_half_loss
+    xr.testing.assert_identical(
+        again.measurements, first.measurements.assign(second_half_loss=losses)
+    )
+    assert shakespeare_pretraining.pretrain(TINY).measurements.equals(again.measurements)
+    assert len(trained) == (not kept)
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], weight)
+
+
 def test_a_damaged_run_is_set_aside_and_trained_again(caplog):
     first = shakespeare_pretraining.pretrain(TINY)
     weights = TINY.folder / "weights.safetensors"
