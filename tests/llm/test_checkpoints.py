@@ -183,14 +183,14 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_bits(hub, monkeypat
     xr.testing.assert_identical(resumed, unbroken)
 
 
-def test_a_damaged_measurement_is_set_aside_and_made_again(hub, capsys):
+def test_a_damaged_measurement_is_set_aside_and_made_again(hub, caplog):
     first = measure_checkpoints("someone/tiny", [0], TEXTS, **SMALL)
     (kept,) = store.runs_folder().glob("checkpoint-*/measurements.nc")
     data = bytearray(kept.read_bytes())
     data[len(data) // 2] ^= 1
     kept.write_bytes(data)
     xr.testing.assert_identical(measure_checkpoints("someone/tiny", [0], TEXTS, **SMALL), first)
-    assert "damaged" in capsys.readouterr().out
+    assert "damaged" in caplog.text
     assert list(kept.parent.glob("damaged-*/measurements.nc"))
 
 
