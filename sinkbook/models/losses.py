@@ -51,7 +51,7 @@ def token_losses(
 ) -> Float[np.ndarray, "text scored"]:
     """Loss of every token but the first given those before it, in nats; or of the `last` ones.
 
-    `model` is a toy transformer or a causal LM of transformers.
+    `model` is any that `measure` takes.
     """
     last = input_ids.shape[1] - 1 if last is None else last
     losses, device = [], next(model.parameters()).device
