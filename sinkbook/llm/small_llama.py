@@ -100,7 +100,7 @@ LEVERS: dict[str, dict] = {
 
 
 @cache
-def _training_texts() -> list[str]:
+def training_texts() -> list[str]:
     """The documents of all domains without those that `sinkbook checkpoints` measures."""
     found = []
     for domain in DOMAINS:
@@ -123,7 +123,7 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(_training_texts(), trainer)
+    made.train_from_iterator(training_texts(), trainer)
     made.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
     )
@@ -139,7 +139,7 @@ class Windows(Dataset):
     def __init__(self, config: SmallLlama):
         known = tokenizer(config.vocabulary)
         cut = config.length - (not config.packed)
-        ids = known(_training_texts(), add_special_tokens=config.packed)["input_ids"]
+        ids = known(training_texts(), add_special_tokens=config.packed)["input_ids"]
         stream = torch.tensor([token for text in ids for token in text])
         self.windows = stream[: len(stream) // cut * cut].view(-1, cut)
         if not config.packed:

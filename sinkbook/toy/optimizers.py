@@ -116,13 +116,13 @@ class _OrthoAdam(torch.optim.AdamW):
 def _rotated(states: Tensor, number: int, back: bool = False) -> Tensor:
     """A parameter or its gradient in the basis of parameter `number`, or back in the usual one."""
     for dim, size in enumerate(states.shape):
-        basis = _basis(size, number, dim).to(states)
-        states = torch.tensordot(states, basis, dims=([dim], [0 if back else 1])).movedim(-1, dim)
+        turned = basis(size, number, dim).to(states)
+        states = torch.tensordot(states, turned, dims=([dim], [0 if back else 1])).movedim(-1, dim)
     return states
 
 
 @cache
-def _basis(size: int, number: int, dim: int) -> Tensor:
+def basis(size: int, number: int, dim: int) -> Tensor:
     """A random orthogonal matrix, always the same, so that a resumed run goes on in its basis."""
     generator = torch.Generator().manual_seed(8 * number + dim)
     drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,21 +102,22 @@ def test_a_record_goes_on_after_the_runs_that_are_there(words, monkeypatch):
     base = replace(TINY, steps=4)
     monkeypatch.setattr(peak_recovery, "SWEEP_STEPS", 2)
     monkeypatch.setattr(peak_recovery, "RATES", {"adamw": (1e-3, 1e-2), "sgd": (0.01, 0.1)})
-    train, trained = peak_recovery._train, []
+    train, finished = peak_recovery.train_measured, []
 
-    def interrupted(config):
-        if len(trained) == 5:
+    def counted(*arguments, most, **options):
+        if len(finished) == most:
             raise KeyboardInterrupt
-        trained.append(config)
-        train(config)
+        measured = train(*arguments, **options)
+        finished.append(measured)
+        return measured
 
-    monkeypatch.setattr(peak_recovery, "_train", interrupted)
+    monkeypatch.setattr(peak_recovery, "train_measured", partial(counted, most=5))
     with pytest.raises(KeyboardInterrupt):
         peak_recovery.record(base)
-    monkeypatch.setattr(peak_recovery, "_train", lambda c: (trained.append(c), train(c)))
-    record = peak_recovery.record(base)
-    assert len(trained) == len(set(trained)) == 9  # four of the sweep and five runs
-    assert peak_recovery.record(base).equals(record) and len(trained) == 9
+    monkeypatch.setattr(peak_recovery, "train_measured", partial(counted, most=9))
+    record = peak_recovery.record(base)  # four runs of the sweep and five more, each once
+    assert len(finished) == 9
+    assert peak_recovery.record(base).equals(record)
 
     best = record.sweep_loss.argmin("candidate")
     chosen = record.sweep_rate.isel(candidate=best).sel(optimizer="sgd")

@@ -23,7 +23,7 @@ TINY = SmallLlama(
 @pytest.fixture(autouse=True)
 def few_texts(tmp_path, monkeypatch):
     monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(small_llama, "_training_texts", lambda: TEXTS)
+    monkeypatch.setattr(small_llama, "training_texts", lambda: TEXTS)
     small_llama.tokenizer.cache_clear()
     yield
     small_llama.tokenizer.cache_clear()
@@ -71,7 +71,7 @@ def test_an_interrupted_pretraining_ends_as_an_unbroken_one(monkeypatch):
 
 def test_a_finished_pretraining_is_not_trained_again(monkeypatch):
     seconds = pretrain(TINY)
-    monkeypatch.setattr(small_llama, "_train", lambda config: pytest.fail("trained again"))
+    monkeypatch.setattr(small_llama, "Trainer", lambda **_: pytest.fail("trained again"))
     assert pretrain(TINY) == seconds
 
 
@@ -86,7 +86,7 @@ def test_windows_begin_with_the_start_token_and_packed_ones_hold_it_where_texts_
 
 def test_measured_texts_are_not_trained_on(monkeypatch):
     monkeypatch.undo()
-    trained = set(small_llama._training_texts())
+    trained = set(small_llama.training_texts())
     for domain in small_llama.DOMAINS:
         assert trained.isdisjoint(texts_to_measure(domain, count=8, length=128))
     assert len(trained) > 1_000

@@ -30,7 +30,7 @@ def steps(name, start, gradient, count=5, weight_decay=0.1):
 def test_orthoadam_is_adamw_in_a_rotated_basis(shape):
     torch.manual_seed(0)
     start, target = torch.randn(shape), torch.randn(shape)
-    bases = [optimizers._basis(size, 0, dim) for dim, size in enumerate(shape)]
+    bases = [optimizers.basis(size, 0, dim) for dim, size in enumerate(shape)]
 
     def rotate(x, back=False):
         left = bases[0].T if back else bases[0]
@@ -45,7 +45,7 @@ def test_orthoadam_is_adamw_in_a_rotated_basis(shape):
 
 
 def test_bases_are_orthogonal_and_differ_between_parameters():
-    first, second = optimizers._basis(7, 0, 0), optimizers._basis(7, 1, 0)
+    first, second = optimizers.basis(7, 0, 0), optimizers.basis(7, 1, 0)
     torch.testing.assert_close(first @ first.T, torch.eye(7), atol=1e-6, rtol=0)
     assert (first - second).abs().max() > 0.1
 
@@ -53,7 +53,7 @@ def test_bases_are_orthogonal_and_differ_between_parameters():
 def test_soap_turns_with_the_basis_and_adamw_does_not():
     torch.manual_seed(0)
     start, gradients = torch.randn(4, 4), torch.randn(30, 4, 4)
-    basis = optimizers._basis(4, 0, 0)
+    basis = optimizers.basis(4, 0, 0)
     for name, turns in (("soap", True), ("adamw", False)):
         given, turned = iter(gradients), iter(basis @ gradients)
         plain = steps(name, start, lambda x, given=given: next(given), count=30)
