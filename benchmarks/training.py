@@ -14,9 +14,10 @@ from benchmarks.timing import alternate, row
 from sinkbook.book import experiments
 from sinkbook.book.settings import Settings
 from sinkbook.toy.optimizers import OPTIMIZERS
+from sinkbook.toy.program import add_gradients
 from sinkbook.toy.runs import TrainingConfig
 from sinkbook.toy.tasks import Task, task
-from sinkbook.toy.training import add_gradients, seeds_of, train, train_all
+from sinkbook.toy.training import seeds_of, train, train_all
 from sinkbook.toy.transformer import Transformer
 
 # torch counts the fused attention of GPUs, and not yet that of CPUs.

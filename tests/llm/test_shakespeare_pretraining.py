@@ -104,7 +104,7 @@ def test_a_run_is_trained_once_measured_on_schedule_and_read_back(monkeypatch):
     assert tuple(run.measurements.step.values) == TINY.measured_steps
     losses = run.measurements.second_half_loss.sel(kind="plain")
     assert losses[-1] < losses[0] - 0.1
-    monkeypatch.setattr(shakespeare_pretraining, "_train", None)
+    monkeypatch.setattr(shakespeare_pretraining, "train_measured", None)
     again = shakespeare_pretraining.pretrain(TINY)
     xr.testing.assert_identical(again.measurements, run.measurements)
     for name, weight in run.model.state_dict().items():
@@ -125,19 +125,20 @@ def test_a_mended_probe_measures_a_stored_run_again_and_trains_only_if_it_must(k
     if not kept:
         monkeypatch.setattr(store, "KEPT_ALONG", 0)
     first = shakespeare_pretraining.pretrain(TINY)
-    measure, train = shakespeare_pretraining.measure_pretraining, shakespeare_pretraining._train
+    measure = shakespeare_pretraining.measure_pretraining
+    train = shakespeare_pretraining.train_measured
     trained = []
 
     def doubled(*arguments):
         measured = measure(*arguments)
         return measured.assign(second_half_loss=2 * measured.second_half_loss)
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         trained.append(arguments)
-        train(*arguments)
+        return train(*arguments, **options)
 
     monkeypatch.setattr(shakespeare_pretraining, "measure_pretraining", doubled)
-    monkeypatch.setattr(shakespeare_pretraining, "_train", counted)
+    monkeypatch.setattr(shakespeare_pretraining, "train_measured", counted)
     another = property(lambda config: "another hash")
     monkeypatch.setattr(PretrainingConfig, "measured_by", another)
     again = shakespeare_pretraining.pretrain(TINY)

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -21,9 +22,9 @@ import xarray as xr
 
 from sinkbook import store
 from sinkbook.errors import SinkbookError
-from sinkbook.toy import training
+from sinkbook.toy import program
 from sinkbook.toy.optimizers import MATRIX_OPTIMIZERS
-from sinkbook.toy.tasks import TaskConfig
+from sinkbook.toy.tasks import Task, TaskConfig
 from sinkbook.toy.training import TrainingConfig, seeds_of, train, train_all
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 
@@ -60,17 +61,16 @@ def assert_same_run(run, expected):
 
 
 def stop_at(monkeypatch, step):
-    """Make the training fail before it takes a step, as if it were interrupted there."""
-    take_step = training._Program._step
+    """Interrupt the training where it asks for the batch of a step."""
+    batches = Task.batches
 
-    def interrupted(self, texts):
-        self.done = getattr(self, "done", self.runs[0].step)
-        if self.done == step:
-            raise KeyboardInterrupt
-        take_step(self, texts)
-        self.done += 1
+    def interrupted(self, size, seed, steps, *device):
+        for number, texts in zip(steps, batches(self, size, seed, steps, *device), strict=True):
+            if number == step:
+                raise KeyboardInterrupt
+            yield texts
 
-    monkeypatch.setattr(training._Program, "_step", interrupted)
+    monkeypatch.setattr(Task, "batches", interrupted)
 
 
 def test_training_lowers_both_risks(unbroken):
@@ -87,7 +87,7 @@ def test_measurements_are_taken_at_the_announced_steps(unbroken):
 
 def test_a_finished_run_is_read_and_not_trained_again(unbroken, monkeypatch):
     run = train(TINY)
-    monkeypatch.setattr(training._Program, "run", None)
+    monkeypatch.setattr(Task, "batches", None)
     assert_same_run(train(TINY), run)
     assert_same_run(run, unbroken)
 
@@ -298,11 +298,20 @@ def test_runs_trained_on_a_cluster_come_back_into_the_store_here(unbroken, tmp_p
     assert_same_run(train(TINY), unbroken)
 
 
-def test_a_worker_with_other_training_code_is_refused(run_store):
+def test_a_worker_with_another_torch_is_refused(run_store, monkeypatch):
+    class Worker(Executor):
+        def submit(self, work, *arguments, **options):
+            future = Future()
+            with monkeypatch.context() as there:
+                there.setattr(torch, "__version__", "0.0")
+                try:
+                    future.set_result(work(*arguments, **options))
+                except SinkbookError as error:
+                    future.set_exception(error)
+            return future
+
     with pytest.raises(SinkbookError, match="another version of sinkbook's training code"):
-        training._trained(TINY, ("0123456789abcdef", TINY.measured_by), "cpu", 30.0)
-    with pytest.raises(SinkbookError, match="another version of sinkbook's training code"):
-        training._trained(TINY, (TINY.key, "0123456789abcdef"), "cpu", 30.0)
+        train_all([TINY], executor=Worker())
 
 
 @pytest.mark.parametrize("optimizer", MATRIX_OPTIMIZERS)
@@ -332,9 +341,9 @@ def test_gradients_taken_a_few_texts_at_a_time_are_those_of_the_whole_batch(monk
     texts = TINY.evaluation_tokens.repeat(3, 1)[:7]
     found = []
     for tokens_at_once in (4096, 45):  # 15 inputs a text: all, and three at a time with one left
-        monkeypatch.setattr(training, "NUMBERS_AT_ONCE", tokens_at_once * TINY.model.width)
+        monkeypatch.setattr(program, "NUMBERS_AT_ONCE", tokens_at_once * TINY.model.width)
         model.zero_grad()
-        training.add_gradients(model, texts)
+        program.add_gradients(model, texts)
         found.append([weight.grad.clone() for weight in model.parameters()])
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole)
@@ -356,13 +365,13 @@ def test_facts_tell_versions_device_and_time(unbroken):
 
 def mend_the_probe(monkeypatch):
     """As if the code that measures had been edited: losses are then reported doubled."""
-    measure_toy = training.measure_toy
+    measure_toy = program.measure_toy
 
     def doubled(*arguments):
         measured = measure_toy(*arguments)
         return measured.assign(bigram_risk=2 * measured.bigram_risk)
 
-    monkeypatch.setattr(training, "measure_toy", doubled)
+    monkeypatch.setattr(program, "measure_toy", doubled)
     monkeypatch.setattr(TrainingConfig, "measured_by", property(lambda config: "another hash"))
 
 
@@ -371,7 +380,7 @@ def test_a_mended_probe_measures_stored_runs_again_and_trains_none(changes, run_
     config = replace(TINY, **changes)
     before = train(config)
     mend_the_probe(monkeypatch)
-    monkeypatch.setattr(training._Program, "run", None)
+    monkeypatch.setattr(Task, "batches", None)
     after = train(config)
     expected = before.measurements.assign(bigram_risk=2 * before.measurements.bigram_risk)
     xr.testing.assert_identical(after.measurements, expected)
