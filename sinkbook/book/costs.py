@@ -104,10 +104,7 @@ def trainings_of_chapters() -> dict[str, list[Config]]:
         "09 · ReLU and SGD": [
             configs for way in experiments.two_ways(paper).values() for configs in way.values()
         ],
-        "10 · league table": [
-            *experiments.league(paper, layers=1).values(),
-            *experiments.league(paper, layers=3).values(),
-        ],
+        "10 · league table": experiments.league(paper).values(),
         "14 · pretraining": experiments.pretraining(paper).values(),
     }
     return {

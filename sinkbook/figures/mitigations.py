@@ -5,12 +5,14 @@ from itertools import product
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 from matplotlib.transforms import Bbox
 
-from sinkbook.figures.basic import axes_or_new
+from sinkbook.figures.basic import attention_map, axes_or_new
 from sinkbook.figures.style import OTHER, SINK
 
 FAMILY_COLOURS = {
@@ -130,8 +132,7 @@ def mitigation_points(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
     ax.margins(x=0.12, y=0.08)
-    handles = [ax.plot([], [], "o", color=c, ms=6)[0] for c in FAMILY_COLOURS.values()]
-    ax.figure.legend(handles, FAMILY_COLOURS, ncols=6, fontsize=7.5, loc="outside upper center")
+    family_legend(ax.figure)
     _label_apart(ax, points)
     return ax
 
@@ -172,14 +173,14 @@ def mitigation_rows(
     """One row a mitigation in the order of `values`: a dot for every seed, a line at the control.
 
     `values` carries the coordinates `label` and `family`. The mean of `over`, of other trainings of
-    the same mitigations, is laid over the dots as a hollow diamond.
+    some of these mitigations, is laid over the dots as a hollow diamond.
     """
     ax = axes_or_new(ax, figsize=(5, 6))
     for row, name in enumerate(values.mitigation.values):
         seeds = values.sel(mitigation=name)
         colour = FAMILY_COLOURS[seeds.family.item()]
         ax.plot(seeds, np.full(seeds.size, row), "o", color=colour, ms=4, alpha=0.8)
-        if over is not None:
+        if over is not None and name in over.mitigation:
             other = over.sel(mitigation=name).mean().item()
             ax.plot(other, row, "D", color="black", mfc="none", mew=0.9, ms=5.5)
     if "softmax" in values.mitigation:
@@ -206,8 +207,8 @@ def league_board(
     """The criteria of the league table side by side, a row for each mitigation in `order`.
 
     `criteria` is what `league.criteria` gives; `order` holds labels, the best first. A dashed line
-    marks softmax. The means of another table are laid `over` it; steps are then left out, since
-    those of two sizes cannot be compared.
+    marks softmax. The means of another table, of some of the mitigations, are laid `over` it; steps
+    are then left out, since two tables have two common losses.
     """
     names = criteria.swap_dims(mitigation="label").mitigation.sel(label=order).values
     columns = [c for c in criteria.data_vars if over is None or c != "steps_to_loss"]
@@ -223,13 +224,37 @@ def league_board(
             over=None if over is None else over[column],
         )
         panel.tick_params(axis="x", labelsize=7)
+    family_legend(panels[0, 0].figure)
+    return list(panels[0])
+
+
+def family_legend(figure: Figure) -> None:
+    """Above a figure, which colour is which family of mitigations."""
+    dots = [Line2D([], [], color=c, marker="o", ls="", ms=6) for c in FAMILY_COLOURS.values()]
+    figure.legend(dots, FAMILY_COLOURS, ncols=6, fontsize=7.5, loc="outside upper center")
+
+
+def maps_of_methods(
+    weights: dict[str, Float[np.ndarray, "query key"]],
+    labels: list[str],
+    *,
+    highlight: Bool[np.ndarray, " query"],
+) -> list[Axes]:
+    """Attention maps of several methods on one text, side by side, by the title of each."""
+    size = (2.1 * len(weights), 2.6)
+    _, panels = plt.subplots(1, len(weights), figsize=size, squeeze=False)
+    for panel, (title, of_method) in zip(panels[0], weights.items(), strict=True):
+        attention_map(of_method, labels, panel, title=title, highlight=highlight, colorbar=False)
+        panel.label_outer()
+        panel.tick_params(labelsize=6)
     return list(panels[0])
 
 
 def destination_bars(shares: xr.DataArray, ax: Axes | None = None) -> Axes:
     """Where attention goes, stacked: a group for each control, a bar for each mitigation.
 
-    `shares` is what `league.destinations` gives; bars are means over seeds.
+    `shares` is what `league.destinations` gives; bars are means over seeds, and a dot is what a
+    seed gives to the first of the destinations.
     """
     ax = axes_or_new(ax, figsize=(7.4, 3.6))
     colours = dict(zip(shares.destination.values, (SINK, "#BBBBBB", "#E69F00"), strict=True))
@@ -246,6 +271,9 @@ def destination_bars(shares: xr.DataArray, ax: Axes | None = None) -> Axes:
                 known = destination if not ticks else None
                 ax.bar(place, height, bottom=bottom, color=colour, width=0.85, label=known)
                 bottom += height
+            seeds = shares.sel(control=control, mitigation=mitigation).isel(destination=0)
+            across = place + np.linspace(-0.25, 0.25, seeds.size)
+            ax.plot(across, seeds, "o", color="black", ms=2.5)
             ticks.append(place)
             names.append(shares.label.sel(mitigation=mitigation).item())
         middle = group * (count + 1) + (count - 1) / 2

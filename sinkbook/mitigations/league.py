@@ -383,8 +383,8 @@ def ranking(standings: xr.Dataset) -> pd.DataFrame:
     )
     rising = {label: how != "min" for label, how in CRITERIA.values()}
     ranks = [rows[label].rank(ascending=up) for label, up in rising.items()]
+    rows.insert(0, "mean rank", np.mean(ranks, axis=0))
     rows.insert(0, "family", standings.family.values)
     rows["excess backcopy risk"] = standings.backcopy_excess.mean("seed").values
     rows["excess bigram risk"] = standings.bigram_excess.mean("seed").values
-    rows["mean rank"] = np.mean(ranks, axis=0)
     return rows.sort_values("mean rank", kind="stable")

@@ -206,16 +206,13 @@ def test_a_training_that_no_chapter_begins_again_begins_as_it_was_recorded():
 def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
     few = {name: MITIGATIONS[name] for name in NAMES}
     monkeypatch.setattr(experiments, "MITIGATIONS", few)
-    (deep, *_) = experiments.three_layers(Settings("quick"))
-    small = replace(
-        deep,
-        model=replace(deep.model, width=8),
-        batch_size=4,
-        steps=4,
-        measurements=2,
-        evaluation_size=2,
-    )
-    monkeypatch.setattr(makers, "three_layers", lambda settings: [small])
+    few_steps = {"batch_size": 4, "steps": 4, "measurements": 2, "evaluation_size": 2}
+
+    def small(settings, *, layers):
+        base = experiments.league_base(settings, layers=layers)
+        return replace(base, model=replace(base.model, width=8), **few_steps)
+
+    monkeypatch.setattr(makers, "league_base", small)
     monkeypatch.setitem(makers.MAKERS, "league", lambda: makers._league(seeds=2))
     made = xr.load_dataset(makers.make("league"), engine="h5netcdf")
     assert made.sizes["mitigation"] == 3 and made.sizes["seed"] == 2

@@ -1,10 +1,16 @@
 """Mitigations are drawn in the order, under the names and at the values that they are given."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import xarray as xr
 
-from sinkbook.figures.mitigations import destination_bars, league_board, marks_by_layer
+from sinkbook.figures.mitigations import (
+    destination_bars,
+    league_board,
+    maps_of_methods,
+    marks_by_layer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +55,25 @@ def test_another_table_is_laid_over_the_board_without_its_steps():
     assert means == pytest.approx([0.3, 1.7])
 
 
+def test_rows_that_the_other_table_lacks_have_no_mark_of_it():
+    other = a_table(2.0).sel(mitigation=["relu"])
+    (panel,) = league_board(a_table(), order=["ReLU", "softmax"], over=other)
+    marks = [line for line in panel.lines if line.get_marker() == "D"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks] == [
+        (pytest.approx(0.3), 0)
+    ]
+
+
+def test_maps_of_methods_show_what_each_was_given():
+    weights = {"softmax": np.tril(np.full((2, 2), 0.5)), "ReLU": np.zeros((2, 2))}
+    panels = maps_of_methods(weights, ["<s>", "a"], highlight=np.array([False, True]))
+    assert [panel.get_title() for panel in panels] == list(weights)
+    for panel, shown in zip(panels, weights.values(), strict=True):
+        drawn = panel.images[0].get_array()
+        assert np.array_equal(drawn.data, shown)
+        assert drawn.mask[0, 1] and not drawn.mask[1, 0]  # keys that come later are left out
+
+
 def test_destinations_are_stacked_up_to_one_under_their_labels():
     shares = xr.DataArray(
         [[[[0.5, 0.3, 0.2]]]],
@@ -64,6 +89,8 @@ def test_destinations_are_stacked_up_to_one_under_their_labels():
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["sink logit"]
     assert [bar.get_height() for bar in ax.patches] == pytest.approx([0.5, 0.3, 0.2])
     assert [bar.get_y() for bar in ax.patches] == pytest.approx([0, 0.5, 0.8])
+    (dots,) = ax.lines
+    assert dots.get_ydata() == pytest.approx([0.5]), "what the seed gives to <s>"
 
 
 def test_marks_are_drawn_as_they_were_measured():

@@ -1,13 +1,14 @@
 """The league table says of known models what is known of them, and loses nothing."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 
-from sinkbook.book import experiments
+from sinkbook.book import experiments, records
 from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations import league
@@ -230,19 +231,31 @@ def test_attention_goes_somewhere(runs):
 
 
 def test_the_league_of_the_book_is_the_registry(monkeypatch):
-    before = experiments.league(Settings("quick"), layers=1)
+    before = experiments.league(Settings("paper"))
     assert list(before) == list(MITIGATIONS)
     fifteenth = Mitigation("no MLP", "control", "this test", {"without_mlp": (0,)})
     monkeypatch.setitem(MITIGATIONS, "no-mlp", fifteenth)
-    after = experiments.league(Settings("quick"), layers=1)
+    after = experiments.league(Settings("paper"))
     assert set(after) - set(before) == {"no-mlp"}
     assert after["no-mlp"][0].model == replace(before["softmax"][0].model, without_mlp=(0,))
     assert all(len(seeds) >= 2 for seeds in after.values())
 
 
+def test_what_is_trained_live_is_a_training_of_the_record():
+    """So that its marks may be laid over the record's, and a quick profile cannot part from it."""
+    recorded = json.loads(records.load("league").attrs["config"])
+    base = json.loads(json.dumps(asdict(experiments.league_base(Settings("quick")))))
+    later = {"precision", "details"}  # fields that there were not yet, at what they were
+    assert {name: value for name, value in base.items() if name not in later} == recorded["base"]
+    live = experiments.league(Settings("quick"))
+    assert list(live) == [name for name in recorded["mitigations"] if name in live]
+    assert live["softmax"][0] == experiments.league_base(Settings("quick"))
+
+
 def test_slots_are_compared_with_everything_else_alike():
-    slots = experiments.null_slots(Settings("quick"))
-    league_of_one = experiments.league(Settings("quick"), layers=1)
+    base = experiments.league_base(Settings("quick"), layers=1)
+    league_of_one = experiments.under_mitigations(base, 2)
+    slots = experiments.under_slot_controls(league_of_one)
     assert slots["as it is"]["key-bias"] == league_of_one["key-bias"]
     assert slots["no <s>"]["sink-logit"][0].task.starts == 0
     fast = slots["slot 10 × as fast"]

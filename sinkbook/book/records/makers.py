@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sinkbook.book.experiments import (
+    league_base,
     one_layer,
     optimizer_sweep,
-    three_layers,
     train_groups,
     train_sweep,
     under_mitigations,
@@ -55,14 +55,13 @@ def _one_layer(batch_size: int, steps: int) -> xr.Dataset:
 
 
 def _league(seeds: int = 5) -> xr.Dataset:
-    """The league table at the size of chapter 05's three layers, in one layer and in three.
+    """The league table of all methods, in one layer and in three.
 
     `destinations` are those of `league.destinations`, its mitigations along `slot`.
     """
     from sinkbook.mitigations import league
 
-    (deep, *_) = three_layers(Settings("quick"))
-    bases = {1: replace(deep, model=replace(deep.model, layers=1)), 3: deep}
+    bases = {layers: league_base(Settings("quick"), layers=layers) for layers in (1, 3)}
     configs = {layers: under_mitigations(base, seeds) for layers, base in bases.items()}
     runs = {layers: train_groups(groups) for layers, groups in configs.items()}
     slots = train_sweep(under_slot_controls(configs[1]))
@@ -71,7 +70,7 @@ def _league(seeds: int = 5) -> xr.Dataset:
     groups = [group for inner in (*runs.values(), *slots.values()) for group in inner.values()]
     trained = {run.config: run for group in groups for run in group}
     facts = runs[1]["softmax"][0].facts
-    config = {"base": asdict(deep), "layers": list(bases), "mitigations": list(MITIGATIONS)}
+    config = {"base": asdict(bases[3]), "layers": list(bases), "mitigations": list(MITIGATIONS)}
     return found.assign(destinations=where.assign_coords(seed=found.seed)).assign_attrs(
         _provenance(config, facts, sum(run.seconds for run in trained.values()))
     )
