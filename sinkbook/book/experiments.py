@@ -14,7 +14,7 @@ import xarray as xr
 
 from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
-from sinkbook.mitigations.registry import MITIGATIONS, Mitigation
+from sinkbook.mitigations.registry import MITIGATIONS, under_mitigations
 from sinkbook.theory.reduced_network import over_seeds, train_reduced, train_sink
 from sinkbook.toy.runs import Name, in_groups
 from sinkbook.toy.tasks import TaskConfig, task
@@ -332,39 +332,6 @@ def league_base(settings: Settings, *, layers: int = 3) -> TrainingConfig:
         seed=42 + settings.seed,
         measurements=40,
     )
-
-
-def under_mitigations(base: TrainingConfig, count: int) -> dict[str, list[TrainingConfig]]:
-    """A training under every mitigation of the registry, with `count` seeds, by its name there."""
-    return {name: seeds_of(m.applied_to(base), count) for name, m in MITIGATIONS.items()}
-
-
-# What decides between `<s>` and a null slot, one change each.
-SLOT_CONTROLS = {
-    "as it is": {},
-    "no <s>": {"task": {"starts": 0}},
-    "random first token": {"task": {"random_first": True}},
-    "slot 10 × as fast": {"model": {"null_slot_speed": 10.0}},
-}
-
-
-def under_slot_controls(
-    groups: dict[str, list[TrainingConfig]],
-) -> dict[str, dict[str, list[TrainingConfig]]]:
-    """Those of a league's trainings that have a null slot, under each of `SLOT_CONTROLS`.
-
-    By control and name. The slot of softmax-1 learns nothing and has no speed.
-    """
-    names = [name for name, m in MITIGATIONS.items() if m.family == "null slot"]
-    found: dict[str, dict[str, list[TrainingConfig]]] = {}
-    for control, changes in SLOT_CONTROLS.items():
-        change = Mitigation(control, "control", "", **changes)
-        found[control] = {
-            name: [change.applied_to(config) for config in configs]
-            for name, configs in groups.items()
-            if name in names and not (name == "softmax-1" and "model" in changes)
-        }
-    return found
 
 
 # What a pretraining on Shakespeare is compared with, one change each.

@@ -168,7 +168,7 @@ def mitigation_rows(
     xlabel: str,
     names: bool = True,
     log: bool = False,
-    over: Float[xr.DataArray, "mitigation other_seed"] | None = None,
+    over: Float[xr.DataArray, "other_mitigation other_seed"] | None = None,
 ) -> Axes:
     """One row a mitigation in the order of `values`: a dot for every seed, a line at the control.
 

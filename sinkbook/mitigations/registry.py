@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sinkbook.errors import SinkbookError
-from sinkbook.toy.runs import TrainingConfig
+from sinkbook.toy.runs import TrainingConfig, seeds_of
 from sinkbook.toy.tasks import task
 
 # What each family does about a head that has nothing to say, in the order of the table.
@@ -113,3 +113,36 @@ MITIGATIONS: dict[str, Mitigation] = {
         "SOAP", "optimizer", "Vyas et al., 2409.11321", training={"optimizer": "soap"}
     ),
 }
+
+
+def under_mitigations(base: TrainingConfig, count: int) -> dict[str, list[TrainingConfig]]:
+    """A training under every mitigation of the registry, with `count` seeds, by its name there."""
+    return {name: seeds_of(m.applied_to(base), count) for name, m in MITIGATIONS.items()}
+
+
+# What decides between `<s>` and a null slot, one change each.
+SLOT_CONTROLS = {
+    "as it is": {},
+    "no <s>": {"task": {"starts": 0}},
+    "random first token": {"task": {"random_first": True}},
+    "slot 10 × as fast": {"model": {"null_slot_speed": 10.0}},
+}
+
+
+def under_slot_controls(
+    groups: dict[str, list[TrainingConfig]],
+) -> dict[str, dict[str, list[TrainingConfig]]]:
+    """Those of a league's trainings that have a null slot, under each of `SLOT_CONTROLS`.
+
+    By control and name. The slot of softmax-1 learns nothing and has no speed.
+    """
+    names = [name for name, m in MITIGATIONS.items() if m.family == "null slot"]
+    found: dict[str, dict[str, list[TrainingConfig]]] = {}
+    for control, changes in SLOT_CONTROLS.items():
+        change = Mitigation(control, "control", "", **changes)
+        found[control] = {
+            name: [change.applied_to(config) for config in configs]
+            for name, configs in groups.items()
+            if name in names and not (name == "softmax-1" and "model" in changes)
+        }
+    return found

@@ -12,6 +12,7 @@ from sinkbook.book import experiments, records
 from sinkbook.book.records import kept, makers, paper_scale, spot_checks
 from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
+from sinkbook.mitigations import registry
 from sinkbook.mitigations.registry import MITIGATIONS
 from sinkbook.toy import optimizers, training
 from sinkbook.toy.training import TimeIsUpError
@@ -205,7 +206,7 @@ def test_a_training_that_no_chapter_begins_again_begins_as_it_was_recorded():
 
 def test_the_record_of_the_league_is_made_of_its_runs(elsewhere, monkeypatch):
     few = {name: MITIGATIONS[name] for name in NAMES}
-    monkeypatch.setattr(experiments, "MITIGATIONS", few)
+    monkeypatch.setattr(registry, "MITIGATIONS", few)
     few_steps = {"batch_size": 4, "steps": 4, "measurements": 2, "evaluation_size": 2}
 
     def small(settings, *, layers):

@@ -19,8 +19,6 @@ from sinkbook.book.experiments import (
     optimizer_sweep,
     train_groups,
     train_sweep,
-    under_mitigations,
-    under_slot_controls,
 )
 from sinkbook.book.records import paper_scale
 from sinkbook.book.records.kept import (
@@ -34,7 +32,7 @@ from sinkbook.book.records.kept import (
 )
 from sinkbook.book.settings import Settings
 from sinkbook.files import write
-from sinkbook.mitigations.registry import MITIGATIONS
+from sinkbook.mitigations.registry import MITIGATIONS, under_mitigations, under_slot_controls
 from sinkbook.toy.measurements import measure_toy
 from sinkbook.toy.runs import stored
 from sinkbook.toy.training import TimeIsUpError, seeds_of, train, train_all
