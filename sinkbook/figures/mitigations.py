@@ -235,16 +235,13 @@ def family_legend(figure: Figure) -> None:
 
 
 def maps_of_methods(
-    weights: dict[str, Float[np.ndarray, "query key"]],
-    labels: list[str],
-    *,
-    highlight: Bool[np.ndarray, " query"],
+    maps: dict[str, tuple[Float[np.ndarray, "query key"], list[str], Bool[np.ndarray, " query"]]],
 ) -> list[Axes]:
-    """Attention maps of several methods on one text, side by side, by the title of each."""
-    size = (2.1 * len(weights), 2.6)
-    _, panels = plt.subplots(1, len(weights), figsize=size, squeeze=False)
-    for panel, (title, of_method) in zip(panels[0], weights.items(), strict=True):
-        attention_map(of_method, labels, panel, title=title, highlight=highlight, colorbar=False)
+    """Attention maps side by side, by their titles: weights, labels, and which are triggers."""
+    size = (2.1 * len(maps), 2.6)
+    _, panels = plt.subplots(1, len(maps), figsize=size, squeeze=False)
+    for panel, (title, (weights, labels, triggers)) in zip(panels[0], maps.items(), strict=True):
+        attention_map(weights, labels, panel, title=title, highlight=triggers, colorbar=False)
         panel.label_outer()
         panel.tick_params(labelsize=6)
     return list(panels[0])

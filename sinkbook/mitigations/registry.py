@@ -2,7 +2,7 @@
 
 `MITIGATIONS` is the registry of the league table. A mitigation is a few changes to the configs of
 task, model and training: adding one is a line here, and a function in `toy/attention.py` if it
-needs a new kernel.
+needs a new kernel. `under_mitigations` applies them all to one training.
 """
 
 from dataclasses import dataclass, field, replace

@@ -302,6 +302,17 @@ def example_map(run: Run, *, text: int = 0, layer: int = 0, length: int = 14) ->
     return ExampleMap(weights.numpy(), run.task.labels(tokens[0]), triggers.numpy())
 
 
+def copying_layer(run: Run) -> int:
+    """The layer in which triggers look most at the token before them, the one to be copied."""
+    tokens = run.evaluation_tokens
+    triggers = run.task.at_triggers(tokens)[:, 1:]
+    looks_back = [
+        attention_weights(run.model, tokens, layer=layer)[:, 0].diagonal(-1, 1, 2)[triggers].mean()
+        for layer in range(len(run.model.layers))
+    ]
+    return int(torch.stack(looks_back).argmax())
+
+
 @torch.no_grad()
 def dormant_characters(runs: list[Run], cutoff: float = 0.89) -> Float[np.ndarray, " seed"]:
     """The share of the characters that are not triggers on which the first head is dormant.

@@ -129,6 +129,18 @@ def test_a_head_that_looks_only_at_the_start_is_dormant_on_every_character():
     assert measurements.dormant_characters([untrained()]) == [0.0]
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_layer_that_copies_is_the_one_whose_triggers_look_back(layer):
+    run = untrained(layers=2)
+    run.model.layers[layer].attention.attention_function = (
+        lambda module, query, key, value, *_, **__: (
+            torch.zeros_like(value).transpose(1, 2),
+            torch.eye(query.shape[2]).roll(-1, 1).tril().expand(len(query), 1, -1, -1),
+        )
+    )
+    assert measurements.copying_layer(run) == layer
+
+
 def test_measuring_without_any_part_is_measuring_the_model():
     run = untrained(layers=2)
     whole = measurements.measure_toy(run.model, run.task, run.evaluation_tokens)

@@ -66,7 +66,8 @@ def test_rows_that_the_other_table_lacks_have_no_mark_of_it():
 
 def test_maps_of_methods_show_what_each_was_given():
     weights = {"softmax": np.tril(np.full((2, 2), 0.5)), "ReLU": np.zeros((2, 2))}
-    panels = maps_of_methods(weights, ["<s>", "a"], highlight=np.array([False, True]))
+    triggers = np.array([False, True])
+    panels = maps_of_methods({t: (w, ["<s>", "a"], triggers) for t, w in weights.items()})
     assert [panel.get_title() for panel in panels] == list(weights)
     for panel, shown in zip(panels, weights.values(), strict=True):
         drawn = panel.images[0].get_array()
