@@ -1,5 +1,8 @@
 """The run store: one folder per training, named by a hash of everything that decides its result.
 
+The hash is made where a run is described (`key` in `toy/runs.py` and its like) from the config and
+from the code that makes the run, which `dependencies.py` follows.
+
 A finished run is `weights.safetensors`, `measurements.nc` and `run.json`, which is written last
 and holds the checksums of the others. `along.safetensors` has the weights at the measured steps,
 where they are few enough: with them a run is measured again, by a mended probe, without being

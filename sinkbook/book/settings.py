@@ -1,4 +1,7 @@
-"""What a chapter is run with: the profile, which decides sizes, and the seed."""
+"""What a chapter is run with: the profile, which decides sizes, and the seed.
+
+The sizes themselves are in `experiments.py`, for pretrained models in `llm_experiments.py`.
+"""
 
 from dataclasses import dataclass
 

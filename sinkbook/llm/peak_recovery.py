@@ -31,8 +31,8 @@ from sinkbook.models.losses import next_token_loss
 from sinkbook.models.partial_forward import logits_of
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.provenance import provenance
-from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.tasks import generator_at
+from sinkbook.toy.training_loop import descend, schedule, train_measured
 
 DOMAINS = ("prose-en", "code")  # half of each batch and of each held-out set
 HELD_OUT = 20  # of so many texts one is measured on, one chooses learning rates, the rest train

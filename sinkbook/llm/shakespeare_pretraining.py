@@ -34,10 +34,10 @@ from sinkbook.parallel import in_processes
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from sinkbook.provenance import provenance
-from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import EVALUATION_SEED, in_groups
 from sinkbook.toy.tasks import generator_at
+from sinkbook.toy.training_loop import descend, schedule, train_measured
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 
 START = len(SYMBOLS)  # the id of <s>; ids below are characters

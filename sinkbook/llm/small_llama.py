@@ -43,7 +43,7 @@ from sinkbook.models.pretrained import quiet
 from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from sinkbook.progress import progress
 from sinkbook.provenance import provenance
-from sinkbook.toy.loop import schedule
+from sinkbook.toy.training_loop import schedule
 
 MODEL_ID = "sinkbook/small-llama"
 DOMAINS = ("prose-en", "code")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from sinkbook.models.losses import next_token_loss
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.toy.attention import KERNELS, relu_weights, scores_and_mask
-from sinkbook.toy.loop import descend, train_steps
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import EVALUATION_SEED, TrainingConfig
 from sinkbook.toy.tasks import Task, generator_at, task
+from sinkbook.toy.training_loop import descend, train_steps
 from sinkbook.toy.transformer import SelfAttention, Transformer, TransformerConfig
 
 

@@ -19,9 +19,9 @@ from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_loss
 from sinkbook.parallel import in_processes
-from sinkbook.toy.loop import descend, schedule, train_measured
 from sinkbook.toy.runs import EVALUATION_SEED
 from sinkbook.toy.tasks import Task, TaskConfig, task
+from sinkbook.toy.training_loop import descend, schedule, train_measured
 
 
 class ReducedNetwork(nn.Module):

@@ -176,7 +176,7 @@ def null_slot_weights(scores: Weights, null_logit: NullLogits = 0.0) -> Weights:
 
 
 @kernel_of_null_logit("sink-logit")
-def sink_logit(module, query: Queries, scaling: float) -> Float[Tensor, "head 1 1"]:
+def learned_sink_logit(module, query: Queries, scaling: float) -> Float[Tensor, "head 1 1"]:
     """The learned sink logit: `b_h`, one number for each head. Source: OpenAI's gpt-oss."""
     return module.null_slot_speed * module.null_logit[:, None, None]
 

@@ -23,11 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sinkbook import store
 from sinkbook.models.losses import next_token_loss
 from sinkbook.provenance import provenance
-from sinkbook.toy.loop import train_steps
 from sinkbook.toy.measurements import measure_toy, measure_writers
 from sinkbook.toy.optimizers import MATRIX_OPTIMIZERS, OPTIMIZERS
 from sinkbook.toy.runs import EVALUATION_SEED, TrainingConfig
 from sinkbook.toy.tasks import task
+from sinkbook.toy.training_loop import train_steps
 from sinkbook.toy.transformer import Transformer
 
 NUMBERS_AT_ONCE = 2**18  # in the residual states of a layer: its activations fit a CPU's cache

@@ -17,9 +17,9 @@ from sinkbook import store
 from sinkbook.data.shakespeare import characters
 from sinkbook.dependencies import KEEPERS, code_hash
 from sinkbook.errors import SinkbookError
-from sinkbook.toy.loop import schedule
 from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.tasks import Task, TaskConfig, task
+from sinkbook.toy.training_loop import schedule
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 
 Config = TypeVar("Config")  # a dataclass with a `seed`

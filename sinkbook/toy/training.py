@@ -1,4 +1,7 @@
-"""Training the toy transformers: `train(config)` is a value, computed once and kept in the store.
+"""Asking for trainings of the toy: `train(config)` is a value, computed once and kept in the store.
+
+How a run is trained stands in `program.py`, the loop over its steps in `training_loop.py`, and what
+a run is, with the key that says whether a stored one may be used, in `runs.py`.
 
 Batches are a function of (seed, step), so a config determines its run; a killed run goes on from
 its last checkpoint and ends with the same weights, bit by bit, as an unbroken one.

@@ -1,4 +1,8 @@
-"""What makes records: the trainings of each, what is measured of them, the file that is written."""
+"""What makes records: how each is trained and measured, and the file that is written.
+
+The trainings of the records at the paper's scale are in `paper_scale.GROUPS`, those of the others
+here.
+"""
 
 import json
 import math

@@ -4,7 +4,7 @@ import pytest
 import torch
 import xarray as xr
 
-from sinkbook.toy.loop import descend, schedule, train_measured, train_steps
+from sinkbook.toy.training_loop import descend, schedule, train_measured, train_steps
 
 
 def test_a_schedule_has_the_start_the_end_and_no_step_twice():
