@@ -95,15 +95,13 @@ def trainings_of_chapters() -> dict[str, list[Config]]:
         "04 · mutual reinforcement": [
             experiments.one_layer(paper, experiments.sizes(paper).dynamics_seeds)
         ],
-        "05 · residual peaks": experiments.structures(paper).values(),
+        "05 · residual peaks": [experiments.three_layers(paper)],
         "06 · variations": [
             *experiments.variations(paper).values(),
             *experiments.copy_probabilities(paper).values(),
         ],
-        "08 · Adam and peaks": [list(experiments.optimizer_sweep(paper).values())],
-        "09 · ReLU and SGD": [
-            configs for way in experiments.two_ways(paper).values() for configs in way.values()
-        ],
+        "08 · Adam and peaks": [[experiments.optimizer_sweep(paper)["AdamW"]]],
+        "09 · ReLU and SGD": experiments.two_ways(paper).values(),
         "10 · league table": experiments.league(paper).values(),
         "14 · pretraining": experiments.pretraining(paper).values(),
     }

@@ -188,47 +188,22 @@ def averaging(settings: Settings) -> dict:
     return {"steps": 1_000 if settings.quick else 10_000, "batch_size": 32}
 
 
-# The structures of the paper's appendix, minimal ones among them: what a layer lacks.
-STRUCTURES: dict[str, dict] = {
-    "3 × TF": {"layers": 3},
-    "2 × TF + MLP": {"layers": 3, "without_attention": (2,)},
-    "2 × TF": {"layers": 2},
-    "MLP + TF + MLP": {"layers": 3, "without_attention": (0, 2)},
-    "Attn + TF + MLP": {"layers": 3, "without_attention": (2,), "without_mlp": (0,)},
-    "2 × TF + MLP, first linear": {"layers": 3, "without_attention": (2,), "linear_mlp": (0,)},
-    "2 × TF + MLP, all linear": {"layers": 3, "without_attention": (2,), "linear_mlp": (0, 1, 2)},
-}
-
-
-def structures(settings: Settings) -> dict[str, list[TrainingConfig]]:
-    """The structures of `STRUCTURES`, trained by AdamW on Bigram-Backcopy, by name.
-
-    In `quick` the three full layers are trained longer than the others, for the growth of the
-    peak; compare structures at the steps of the shortest.
-    """
+def three_layers(settings: Settings) -> list[TrainingConfig]:
+    """Three full layers, trained by AdamW on Bigram-Backcopy (Figure 7)."""
     quick = settings.quick
     size = sizes(settings)
     task_config = bigram_backcopy(settings, length=32 if quick else size.length)
-    width = 48 if quick else size.width
-    configs = {}
-    for name, changes in STRUCTURES.items():
-        config = TrainingConfig(
-            task=task_config,
-            model=toy(settings, task_config, width=width, **changes),
-            learning_rate=size.learning_rate,
-            batch_size=size.batch_size,
-            steps=(1_000 if name == "3 × TF" else 400) if quick else size.steps,
-            evaluation_size=size.evaluation_size,
-            seed=42 + settings.seed,
-            measurements=40 if name == "3 × TF" or not quick else 12,
-        )
-        configs[name] = seeds_of(config, size.seeds)
-    return configs
-
-
-def three_layers(settings: Settings) -> list[TrainingConfig]:
-    """Three full layers, trained by AdamW on Bigram-Backcopy (Figure 7)."""
-    return structures(settings)["3 × TF"]
+    config = TrainingConfig(
+        task=task_config,
+        model=toy(settings, task_config, layers=3, width=48 if quick else size.width),
+        learning_rate=size.learning_rate,
+        batch_size=size.batch_size,
+        steps=size.steps,
+        evaluation_size=size.evaluation_size,
+        seed=42 + settings.seed,
+        measurements=40,
+    )
+    return seeds_of(config, size.seeds)
 
 
 def variation(settings: Settings, *, layers: int = 1, **changes) -> list[TrainingConfig]:
@@ -255,13 +230,17 @@ def variation(settings: Settings, *, layers: int = 1, **changes) -> list[Trainin
 
 
 def variations(settings: Settings) -> dict[str, list[TrainingConfig]]:
-    """Bigram-Backcopy and the languages that change one of its rules, by name."""
+    """Bigram-Backcopy and the languages that change one of its rules, by name.
+
+    In `quick` the one that takes three layers has two seeds.
+    """
+    count = 2 if settings.quick else None
     return {
         "Bigram-Backcopy": variation(settings),
         "no <s>": variation(settings, starts=0),
         "two starts": variation(settings, starts=2),
         "delimiters": variation(settings, delimiter_probability=0.1),
-        "in-context": variation(settings, rule="in-context", layers=3),
+        "in-context": variation(settings, rule="in-context", layers=3)[:count],
         "Bigram-backward": variation(settings, rule="backward"),
         "Markov": variation(settings, rule="markov"),
         "1 trigger": variation(settings, triggers=1),
@@ -270,37 +249,31 @@ def variations(settings: Settings) -> dict[str, list[TrainingConfig]]:
 
 
 # The paper's working notes find a jump between 0.7 and 0.8; 1 is Bigram-Backcopy itself.
-COPY_PROBABILITIES = (0.1, 0.5, 0.7, 0.8, 1.0)
+COPY_PROBABILITIES = (0.1, 0.3, 0.5, 0.7, 0.8, 1.0)
 
 
 def copy_probabilities(settings: Settings) -> dict[float, list[TrainingConfig]]:
-    """Bigram-Backcopy whose triggers ask for a copy only with some probability, by it."""
-    return {p: variation(settings, copy_probability=p) for p in COPY_PROBABILITIES}
+    """Bigram-Backcopy whose triggers ask for a copy only with some probability, by it.
+
+    In `quick` one seed each.
+    """
+    count = 1 if settings.quick else None
+    return {p: variation(settings, copy_probability=p)[:count] for p in COPY_PROBABILITIES}
 
 
 # The paper's two mitigations beside their control, by their names in figures and in the registry.
 TWO_WAYS = {"softmax, AdamW": "softmax", "ReLU, AdamW": "relu", "softmax, SGD": "sgd"}
-RATES = (1 / 3, 1.0, 3.0)  # learning rates, in those of the other chapters
 
 
-def two_ways(settings: Settings) -> dict[str, dict[float, list[TrainingConfig]]]:
-    """The methods of `TWO_WAYS` in three layers, by name and learning rate.
+def two_ways(settings: Settings, seeds: int | None = None) -> dict[str, list[TrainingConfig]]:
+    """The methods of `TWO_WAYS` in three layers, by name; the control is `three_layers`.
 
-    The control at the rate 1 is `three_layers`. In `quick` the other rates have one seed and
-    fewer steps.
+    Of the profile's seeds the first few, or all.
     """
-    sweep = {}
-    for label, name in TWO_WAYS.items():
-        sweep[label] = {}
-        for rate in RATES:
-            configs = [
-                MITIGATIONS[name].applied_to(replace(c, learning_rate=rate * c.learning_rate))
-                for c in three_layers(settings)
-            ]
-            if settings.quick and rate != 1:
-                configs = [replace(configs[0], steps=600)]
-            sweep[label][rate] = configs
-    return sweep
+    return {
+        label: [MITIGATIONS[name].applied_to(config) for config in three_layers(settings)[:seeds]]
+        for label, name in TWO_WAYS.items()
+    }
 
 
 # Of the league's methods, those that a chapter trains before the reader's eyes.

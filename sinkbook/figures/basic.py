@@ -225,25 +225,6 @@ def head_scatter(
     return ax
 
 
-def named_points(
-    points: dict[str, tuple[float, float, str]],
-    ax: Axes | None = None,
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-) -> Axes:
-    """A point for each label, given as x, y and a colour, with its label beside it."""
-    ax = axes_or_new(ax)
-    for i, (label, (x, y, colour)) in enumerate(points.items()):
-        ax.plot(x, y, "o", color=colour)
-        place = (6, 4 if i % 2 else -10)  # neighbours in the list often lie close together
-        ax.annotate(label, (x, y), xytext=place, textcoords="offset points", fontsize=9)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    ax.margins(x=0.25, y=0.15)
-    return ax
-
-
 def key_bars(
     attention: Float[xr.DataArray, "seed key"],
     ax: Axes | None = None,

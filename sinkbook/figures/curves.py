@@ -64,6 +64,26 @@ def by_optimizer(table: xr.Dataset, labels: dict[str, str]) -> list[Axes]:
     return list(axes)
 
 
+def height_by_distance(ends: xr.Dataset) -> list[Axes]:
+    """How high the peak ends against how far the first layer's attention has moved, seed by seed.
+
+    `ends` is an `optimizer_dynamics.optimizer_table` at its last step: a panel for each seed, a dot
+    for each optimizer.
+    """
+    _, axes = plt.subplots(1, ends.sizes["seed"], figsize=(7.8, 3.2), layout="constrained")
+    for ax, seed in zip(axes, ends.seed.values, strict=True):
+        for name in ends.optimizer.values.tolist():
+            one = ends.sel(seed=seed, optimizer=name)
+            dot = one.distance_moved, one.residual_peak_height
+            ax.plot(*dot, "o", color=OPTIMIZER_COLOURS[name], label=name, alpha=0.85)
+        ax.axhline(0, color=OTHER, lw=0.8)
+        ax.set(xlabel="distance moved", title=f"seed {seed}")
+    axes[0].set_ylabel("peak height at the end")
+    handles, names = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(handles, names, ncols=4, fontsize=8, loc="outside upper center")
+    return list(axes)
+
+
 def fan(
     x: Float[np.ndarray, " point"],
     lines: Float[np.ndarray, "point line"],

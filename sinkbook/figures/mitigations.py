@@ -54,58 +54,6 @@ def methods_by_layer(
     return ax
 
 
-def over_rates(
-    values: dict[str, dict[float, Float[np.ndarray, " seed"]]],
-    ax: Axes | None = None,
-    *,
-    colours: dict[str, str],
-    ylabel: str,
-    scale: str = "linear",
-    legend: bool = True,
-) -> Axes:
-    """A quantity against the learning rate: for each method the means, and a dot for every seed."""
-    ax = axes_or_new(ax)
-    for label, by_rate in values.items():
-        means = [np.mean(seeds) for seeds in by_rate.values()]
-        ax.plot(list(by_rate), means, "-", color=colours[label], label=label)
-        for rate, seeds in by_rate.items():
-            ax.plot(np.full(np.size(seeds), rate), seeds, ".", color=colours[label], ms=6)
-    ax.set(xlabel="learning rate, relative", ylabel=ylabel, xscale="log")
-    ax.set_xticks(list(by_rate), [f"{rate:.2g}" for rate in by_rate])
-    ax.minorticks_off()
-    ax.set_yscale(scale, **{"linthresh": 10} if scale == "symlog" else {})
-    if legend:
-        ax.legend(fontsize=8)
-    return ax
-
-
-def along_risk(
-    lines: dict[str, list[tuple[Float[np.ndarray, " step"], Float[np.ndarray, " step"]]]],
-    ax: Axes | None = None,
-    *,
-    colours: dict[str, str],
-    xlabel: str,
-    ylabel: str,
-    scale: str = "linear",
-    start: float = 1.0,
-    legend: bool = True,
-) -> Axes:
-    """A quantity against a falling risk, from `start` on: for each method a line a seed."""
-    ax = axes_or_new(ax)
-    for label, seeds in lines.items():
-        for number, (risk, values) in enumerate(seeds):
-            name = label if number == 0 else None
-            ax.plot(risk, values, color=colours[label], lw=1.2, alpha=0.8, label=name)
-    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
-    if scale == "symlog":
-        ax.set_yscale("symlog", linthresh=10)
-    lowest = min(risk.min() for seeds in lines.values() for risk, _ in seeds)
-    ax.set_xlim(start, lowest / 1.1)
-    if legend:
-        ax.legend(fontsize=8)
-    return ax
-
-
 def mitigation_points(
     x: Float[xr.DataArray, "mitigation seed"],
     y: Float[xr.DataArray, "mitigation seed"],
@@ -306,37 +254,3 @@ def marks_by_layer(ends: dict[str, xr.Dataset], *, colours: dict[str, str]) -> l
     handles, labels = panels[0].get_legend_handles_labels()
     panels[0].figure.legend(handles, labels, ncols=len(labels), loc="outside upper center")
     return list(panels)
-
-
-def marks_by_rate(
-    ends: dict[str, dict[float, xr.Dataset]], *, colours: dict[str, str]
-) -> list[Axes]:
-    """Risk, strongest sink and peaks of several methods against the learning rate, a panel each.
-
-    `ends` are the last measurements by method and rate, along `seed`.
-    """
-    _, panels = plt.subplots(2, 2, figsize=(7.4, 5.4), sharex=True)
-    quantities = {
-        "backcopy excess risk (nats)": ("log", lambda end: end.backcopy_excess),
-        "strongest sink": ("linear", lambda end: end.sink_attention.max(("layer", "head"))),
-        "peak after the first layer": (
-            "symlog",
-            lambda end: end.residual_peak_height.isel(residual_layer=1),
-        ),
-        "highest peak after any layer": (
-            "symlog",
-            lambda end: end.residual_peak_height.max("residual_layer"),
-        ),
-    }
-    for panel, (label, (scale, of)) in zip(panels.flat, quantities.items(), strict=True):
-        values = {
-            name: {rate: of(end).values for rate, end in by_rate.items()}
-            for name, by_rate in ends.items()
-        }
-        over_rates(values, panel, colours=colours, ylabel=label, scale=scale, legend=False)
-        panel.yaxis.set_minor_formatter("")
-    for panel in panels[0]:
-        panel.set_xlabel("")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    panels[0, 0].figure.legend(handles, labels, ncols=len(labels), loc="outside upper center")
-    return list(panels.flat)

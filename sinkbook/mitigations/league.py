@@ -229,29 +229,6 @@ def peak_writers(runs: list[Run]) -> xr.Dataset:
     return xr.concat(found, dim=xr.Variable("seed", [run.config.seed for run in runs]))
 
 
-def at_matched_risk(runs: dict[str, list[Run]]) -> xr.Dataset:
-    """Every run at the backcopy excess risk that the slowest of them ends with.
-
-    Over (mitigation, seed), seeds by number: `sink`, the mean attention on `<s>` in the layer with
-    most of it, `peak`, the height of the highest peak after any layer, and the `step`. `risk` is
-    the common excess risk, in nats.
-    """
-    risk = max(r.measurements.backcopy_excess.values[-1] for group in runs.values() for r in group)
-    columns = {"sink": "sink_attention", "peak": "residual_peak_height", "step": "step"}
-    found = {
-        column: [
-            [at_loss(run, variable, risk, risk="backcopy").max() for run in group]
-            for group in runs.values()
-        ]
-        for column, variable in columns.items()
-    }
-    seeds = [run.config.seed for run in next(iter(runs.values()))]
-    dataset = xr.Dataset(
-        {column: (("mitigation", "seed"), values) for column, values in found.items()}
-    )
-    return dataset.assign(risk=risk).assign_coords(mitigation=list(runs), seed=seeds)
-
-
 def registry() -> pd.DataFrame:
     """All mitigations with their family and source, as a table to read."""
     known = MITIGATIONS.values()

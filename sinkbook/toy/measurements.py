@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sinkbook.models.interventions import replace, zero
+from sinkbook.models.interventions import zero
 from sinkbook.models.token_labels import token_label
 from sinkbook.probe.attention_maps import attention_logits, attention_weights
 from sinkbook.probe.measure import measure
@@ -186,43 +186,6 @@ def measure_without(
             measured = measure_toy(run.model, run.task, run.evaluation_tokens)
         sink_logit = measured.sink_logit_by_token.isel(token=ordinary).mean("token")
         found.append(measured.assign(sink_logit=sink_logit))
-    return xr.concat(found, dim=_seeds(runs))
-
-
-@torch.no_grad()
-def with_transplanted_peak(runs: list[Run], *, position: int = 8) -> xr.Dataset:
-    """What becomes of a token that is given what the MLP of layer 0 writes at `<s>`.
-
-    Over (seed, written), where the MLP writes at `position` of every evaluation text what it does
-    by itself ("own"), its vector at `<s>` ("peak"), or one as long in a random direction
-    ("random"). Both in layer 1: `attention`, the mean from later tokens that are no triggers, and
-    `value_norm`.
-    """
-    found = []
-    for run in runs:
-        tokens, kept = run.evaluation_tokens, []
-        hook = run.model.layers[0].mlp.register_forward_hook(
-            lambda *call, kept=kept: kept.append(call)
-        )
-        run.model(tokens[:1])
-        hook.remove()
-        peak = kept[0][2][0, 0]
-        noise = torch.randn(peak.shape, generator=torch.Generator().manual_seed(run.config.seed))
-        vectors = {"own": None, "peak": peak, "random": noise / noise.norm() * peak.norm()}
-        later = ~run.task.at_triggers(tokens)
-        later[:, : position + 1] = False
-        attention, norms = [], []
-        for vector in vectors.values():
-            with ExitStack() as changes:
-                if vector is not None:
-                    there = {"layer": 0, "position": position}
-                    changes.enter_context(replace(run.model, "mlp", vector, **there))
-                weights = attention_weights(run.model, tokens, layer=1)[:, 0, :, position]
-                values = measure(run.model, tokens, ("value_norm",)).value_norm
-            attention.append(weights[later].mean().item())
-            norms.append(values.isel(layer=1, head=0, position=position).mean().item())
-        measured = {"attention": ("written", attention), "value_norm": ("written", norms)}
-        found.append(xr.Dataset(measured, coords={"written": list(vectors)}))
     return xr.concat(found, dim=_seeds(runs))
 
 

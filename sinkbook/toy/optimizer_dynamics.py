@@ -22,8 +22,15 @@ def step_norms(config: TrainingConfig, measurements: int = 24, many: int = 256) 
     weights are those of the config's own run.
     """
     detailed = replace(config, details=True, measurements=measurements, evaluation_size=many)
-    norms = train(detailed).measurements[["gradient_norm", "batch_gradient_norm", "update_norm"]]
-    # What is measured after so many steps is the step that follows; none follows the last.
+    return norms_of_steps(train(detailed).measurements)
+
+
+def norms_of_steps(measurements: xr.Dataset) -> xr.Dataset:
+    """The three norms of `step_norms` from a training with `details`, or from a record of some.
+
+    What is measured after so many steps is the step that follows; none follows the last.
+    """
+    norms = measurements[["gradient_norm", "batch_gradient_norm", "update_norm"]]
     taken = norms.isel(step=slice(None, -1))
     return taken.assign_coords(step=taken.step + 1)
 
@@ -48,16 +55,13 @@ def distance_moved(run: Run, layer: int) -> float:
     return sum((end[name] - start[name]).square().sum().item() for name in end) ** 0.5
 
 
-def at_loss(
-    run: Run, variable: str, loss: float, *, risk: str = "all"
-) -> Float64[np.ndarray, "*rest"]:
+def at_loss(run: Run, variable: str, loss: float) -> Float64[np.ndarray, "*rest"]:
     """A measurement of a run at the moment when its excess risk first falls to `loss`, in nats.
 
-    The excess risk is the mean over "all" positions, or the "backcopy" or "bigram" one; between
-    measurements it is interpolated. NaN if the run never gets there.
+    The excess risk is the mean over all positions; between measurements it is interpolated. NaN if
+    the run never gets there.
     """
-    risks = excess_risk(run) if risk == "all" else run.measurements[f"{risk}_excess"].values
-    return _first_below(risks, run.measurements[variable].values, loss)
+    return _first_below(excess_risk(run), run.measurements[variable].values, loss)
 
 
 def _first_below(
@@ -104,18 +108,3 @@ def optimizer_table(runs: dict[str, list[Run]]) -> xr.Dataset:
         more = {"excess_risk": (("seed", "step"), risks), "distance_moved": ("seed", moved)}
         found.append(measured.assign(more).transpose("seed", "step", ...))
     return xr.concat(found, dim=xr.Variable("optimizer", list(runs)), join="exact")
-
-
-def at_equal_loss(table: xr.Dataset, variable: str) -> xr.DataArray:
-    """A variable of an `optimizer_table` where each optimizer reaches the excess risk that the
-    slowest one of the table ends with, seed by seed."""
-    losses = table.excess_risk.isel(step=-1).max("optimizer")
-    values = table[variable].transpose(..., "step")
-    return xr.apply_ufunc(
-        _first_below,
-        table.excess_risk,
-        values,
-        losses,
-        input_core_dims=[["step"], ["step"], []],
-        vectorize=True,
-    )

@@ -171,8 +171,7 @@ def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
     - `emptied`, `emptied_at_random`: that token's value norm over what it was, the mean at random.
     """
     end = record.isel(step=-1, drop=True)
-    inner = end.residual_peak_height.isel(residual_layer=slice(1, -1))
-    layer = inner.argmax("residual_layer").drop_vars("residual_layer", errors="ignore")
+    layer = _peak_layer(end)
     after = {"residual_layer": layer + 1}
     height = record.residual_peak_height.isel(after)
     late = height.sel(step=slice(growing_from, None)).transpose("seed", "step")
@@ -189,7 +188,8 @@ def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
         "r_squared": ("seed", [line.r_squared for line in lines]),
         "slope": ("seed", [line.slope for line in lines]),
         "attention_share": attention / (attention + mlp),
-        "peak_left": cut.cut_residual_peak.isel(after) / end.whole_residual_peak.isel(after),
+        "peak_left": cut.cut_residual_peak_height.isel(after)
+        / end.whole_residual_peak_height.isel(after),
         "logit_kept": cut.cut_sink_logit.isel(sink) / end.whole_sink_logit.isel(sink),
         "attention_kept": cut.cut_sink_attention.isel(sink) / end.whole_sink_attention.isel(sink),
         "value_filled": cut.cut_value_norm.isel(sink) / end.whole_value_norm.isel(sink),
@@ -203,6 +203,26 @@ def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
         for name, values in found.items()
     }
     return xr.Dataset(plain, {"seed": record.seed.values})
+
+
+def heights_without(record: xr.Dataset) -> dict[str, Float[xr.DataArray, " seed"]]:
+    """Height of each seed's peak with a part of its layer cut at the first token, by what is cut.
+
+    `record` is what `at_the_peak` takes; so is the layer. "whole" is the model as it is.
+    """
+    end = record.isel(step=-1, drop=True)
+    layer = _peak_layer(end)
+    cut = end.cut_residual_peak_height.sel(place="at the first token")
+    at_peak = cut.isel(cut_layer=layer, residual_layer=layer + 1)
+    whole = end.whole_residual_peak_height.isel(residual_layer=layer + 1)
+    names = {"no attention": "attention", "no MLP": "MLP", "neither": "both"}
+    return {"whole": whole} | {name: at_peak.sel(part=part) for name, part in names.items()}
+
+
+def _peak_layer(end: xr.Dataset) -> Int[xr.DataArray, " seed"]:
+    """The layer after which the peak is highest, the last apart."""
+    inner = end.residual_peak_height.isel(residual_layer=slice(1, -1))
+    return inner.argmax("residual_layer").drop_vars("residual_layer", errors="ignore")
 
 
 def heights_by_method(

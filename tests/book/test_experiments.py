@@ -33,14 +33,23 @@ def untrained(seed=0, layers=1, **changes) -> Run:
     return Run(config, model, xr.Dataset(), {})
 
 
-@pytest.mark.parametrize("profile", ["quick", "paper"])
-def test_every_structure_and_variation_has_a_run_for_each_seed(profile):
-    groups = experiments.structures(Settings(profile, 5)) | experiments.variations(
-        Settings(profile, 5)
-    )
-    groups |= experiments.copy_probabilities(Settings(profile, 5))
-    for configs in groups.values():
+def of_seed_five(profile):
+    settings = Settings(profile, 5)
+    groups = {"3 × TF": experiments.three_layers(settings)} | experiments.variations(settings)
+    return groups | experiments.copy_probabilities(settings)
+
+
+def test_three_layers_and_every_variation_have_a_run_for_each_seed():
+    for configs in of_seed_five("paper").values():
         assert [config.seed for config in configs] == [47, 48, 49]
+
+
+def test_a_page_trains_the_first_seeds_of_what_takes_long_or_is_a_point_of_a_curve():
+    counts = {name: len(configs) for name, configs in of_seed_five("quick").items()}
+    assert counts.pop("in-context") == 2
+    assert {counts.pop(p) for p in experiments.COPY_PROBABILITIES} == {1}
+    assert set(counts.values()) == {3}
+    assert {configs[0].seed for configs in of_seed_five("quick").values()} == {47}
 
 
 def test_variations_differ_from_bigram_backcopy_in_the_task_alone():
@@ -56,19 +65,12 @@ def test_variations_differ_from_bigram_backcopy_in_the_task_alone():
 
 def test_certain_copying_is_bigram_backcopy_itself():
     plain = experiments.variations(Settings("quick"))["Bigram-Backcopy"]
-    assert experiments.copy_probabilities(Settings("quick"))[1.0] == plain
-
-
-def test_three_layers_are_shared_with_the_structures():
-    assert (
-        experiments.three_layers(Settings("quick"))
-        == experiments.structures(Settings("quick"))["3 × TF"]
-    )
+    assert experiments.copy_probabilities(Settings("quick"))[1.0] == plain[:1]
 
 
 def test_unknown_profiles_are_named():
     with pytest.raises(SinkbookError, match="fast"):
-        experiments.structures(Settings("fast"))
+        experiments.three_layers(Settings("fast"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"starts": 0}, {"starts": 2}, {"triggers": 1}])
@@ -163,17 +165,6 @@ def test_a_cut_at_one_position_spares_the_others():
     cut = measurements.measure_without([run], "mlp", layer=0, position=0)
     assert not np.allclose(cut.residual_norm, whole.residual_norm)
     np.testing.assert_allclose(cut.other_residual_norm, whole.other_residual_norm)
-
-
-def test_a_transplanted_peak_changes_its_token_and_leaves_the_model_whole():
-    run = untrained(layers=2)
-    before = run.model(run.evaluation_tokens)
-    found = measurements.with_transplanted_peak([run], position=3).isel(seed=0)
-    own, given = (found.sel(written=vector) for vector in ("own", "peak"))
-    values = measurements.measure(run.model, run.evaluation_tokens, ("value_norm",)).value_norm
-    assert own.value_norm == pytest.approx(values[:, 1, 0, 3].mean().item())
-    assert own.value_norm != given.value_norm
-    assert torch.equal(run.model(run.evaluation_tokens), before)
 
 
 def test_key_bars_show_the_first_kind_even_if_nobody_looks_at_it():

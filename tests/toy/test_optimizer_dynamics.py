@@ -53,17 +53,11 @@ def test_a_run_has_moved_as_far_as_its_weights_say_and_reached_its_losses():
     )
 
 
-def test_a_table_of_optimizers_compares_them_where_they_are_equally_good():
+def test_a_table_of_optimizers_holds_every_seed_and_how_far_it_has_moved():
     configs = {"fast": SMALL, "slow": replace(SMALL, learning_rate=1e-3)}
     runs = {name: train_all(seeds_of(config, 2)) for name, config in configs.items()}
     table = optimizer_dynamics.optimizer_table(runs)
     sizes = {"optimizer": 2, "seed": 2, "step": 7, "residual_layer": 3, "layer": 2}
     assert table.sizes == sizes
-    at = optimizer_dynamics.at_equal_loss(table, "residual_peak_height")
-    for seed in range(2):
-        reached = max(optimizer_dynamics.excess_risk(group[seed])[-1] for group in runs.values())
-        for name, group in runs.items():
-            expected = optimizer_dynamics.at_loss(group[seed], "residual_peak_height", reached)
-            np.testing.assert_allclose(at.sel(optimizer=name)[seed], expected, rtol=1e-6)
     moved = optimizer_dynamics.distance_moved(runs["slow"][1], layer=0)
     assert table.distance_moved.sel(optimizer="slow")[1] == pytest.approx(moved)

@@ -34,6 +34,8 @@ WITH_WEIGHTS = ("one-layer", "three-layers")
 # Records are never edited: a variable that has another name today is renamed when it is read.
 RENAMED = {
     "residual_peak": "residual_peak_height",
+    "cut_residual_peak": "cut_residual_peak_height",
+    "whole_residual_peak": "whole_residual_peak_height",
     "peak_height": "residual_peak_height",
     "peak_ratio": "residual_peak_ratio",
     "peak_ratio_at_loss": "residual_peak_ratio_at_loss",

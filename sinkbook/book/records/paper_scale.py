@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import xarray as xr
 
-from sinkbook.book.experiments import STRUCTURES, bigram_backcopy, toy
+from sinkbook.book.experiments import bigram_backcopy, toy
 from sinkbook.book.settings import Settings
 from sinkbook.mitigations.registry import MITIGATIONS
 from sinkbook.toy.peak_tests import cuts, transplants
@@ -63,15 +63,22 @@ def loop() -> Groups:
     }
 
 
+# What the layers of the paper's minimal structures lack.
+STRUCTURES: dict[str, dict] = {
+    "2 × TF": {"layers": 2},
+    "2 × TF + MLP": {"layers": 3, "without_attention": (2,)},
+    "MLP + TF + MLP": {"layers": 3, "without_attention": (0, 2)},
+    "Attn + TF + MLP": {"layers": 3, "without_attention": (2,), "without_mlp": (0,)},
+}
+
+
 def structures() -> Groups:
     """The paper's minimal structures; three full layers are in `three_layers`."""
-    names = ("2 × TF", "2 × TF + MLP", "MLP + TF + MLP", "Attn + TF + MLP")
     return {
         name: _training(
-            layers=STRUCTURES[name]["layers"],
-            model={k: v for k, v in STRUCTURES[name].items() if k != "layers"},
+            layers=lacks["layers"], model={k: v for k, v in lacks.items() if k != "layers"}
         )
-        for name in names
+        for name, lacks in STRUCTURES.items()
     }
 
 
