@@ -238,7 +238,9 @@ def marks_by_layer(ends: dict[str, xr.Dataset], *, colours: dict[str, str]) -> l
     _, panels = plt.subplots(1, 3, figsize=(7.8, 3.3))
     quantities = {
         "attention on <s>": lambda end: end.sink_attention.isel(head=0),
-        "value norm of <s>, relative": lambda end: end.value_drain_ratio.isel(head=0),
+        "value norm of <s>, relative": lambda end: (end.value_norm / end.other_value_norm).isel(
+            head=0
+        ),
         "height of the peak": lambda end: end.residual_peak_height,
     }
     for panel, (label, of) in zip(panels, quantities.items(), strict=True):

@@ -99,7 +99,8 @@ def test_marks_are_drawn_as_they_were_measured():
     end = xr.Dataset(
         {
             "sink_attention": xr.DataArray([[[0.7], [0.6]]], **of_heads),
-            "value_drain_ratio": xr.DataArray([[[0.2], [0.1]]], **of_heads),
+            "value_norm": xr.DataArray([[[0.4], [0.25]]], **of_heads),
+            "other_value_norm": xr.DataArray([[[2.0], [2.5]]], **of_heads),
             "residual_peak_height": xr.DataArray(
                 [[0.0, 5.0, 9.0]],
                 dims=("seed", "residual_layer"),
