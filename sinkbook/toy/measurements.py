@@ -295,6 +295,19 @@ def dormant_characters(runs: list[Run], cutoff: float = 0.89) -> Float[np.ndarra
     return np.array(shares)
 
 
+def sink_logit_spread(run: Run, *, layer: int = 0) -> float:
+    """The standard deviation of logits towards the first token, over that towards other keys.
+
+    Both over queries that are no triggers, on the evaluation texts; the first query has no other
+    key. Concentration (Theorem 2c of arXiv 2410.13835) makes it small.
+    """
+    tokens = run.evaluation_tokens
+    logits = attention_logits(run.model, tokens, layer=layer)[:, 0]
+    asking = logits[:, 1:][~run.task.at_triggers(tokens[:, 1:])]
+    others = asking[:, 1:]
+    return (asking[:, 0].std() / others[torch.isfinite(others)].std()).item()
+
+
 def _seeds(runs: list[Run]) -> xr.Variable:
     return xr.Variable("seed", [run.config.seed for run in runs])
 
