@@ -1,0 +1,51 @@
+"""Cuts at the peak take away what was written there and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from sinkbook.toy.measurements import measure_toy
+from sinkbook.toy.peak_tests import cuts, heights_without
+from sinkbook.toy.runs import Run, TrainingConfig
+from sinkbook.toy.tasks import TaskConfig, task
+from sinkbook.toy.transformer import Transformer, TransformerConfig
+
+
+def untrained(seed: int) -> Run:
+    task_config = TaskConfig(characters=16, length=16)
+    model = TransformerConfig(
+        vocab_size=task(task_config).vocab_size, length=16, width=32, layers=3
+    )
+    config = TrainingConfig(task=task_config, model=model, evaluation_size=16, seed=seed)
+    torch.manual_seed(seed)
+    return Run(config, Transformer(model).eval().requires_grad_(False), xr.Dataset(), {})
+
+
+@pytest.fixture(scope="module")
+def record() -> xr.Dataset:
+    """Two untrained models, as a record has its trainings: one step, and what cuts find."""
+    found = []
+    for run in (untrained(0), untrained(1)):
+        measured = measure_toy(run.model, run.task, run.evaluation_tokens)
+        found.append(xr.merge([measured.expand_dims(step=[0]), cuts(run)], join="exact"))
+    return xr.concat(found, xr.Variable("seed", [0, 1]))
+
+
+def test_without_both_parts_the_first_token_is_as_long_as_before_the_layer(record):
+    found = heights_without(record)
+    for seed in (0, 1):
+        one = record.sel(seed=seed)
+        heights = one.residual_peak_height.isel(step=0)
+        layer = int(heights.values[1:-1].argmax())
+        others = one.whole_residual_norm[layer + 1] - heights[layer + 1]
+        assert found["whole"].sel(seed=seed) == pytest.approx(heights[layer + 1].item(), abs=1e-4)
+        before = (one.whole_residual_norm[layer] - others).item()
+        assert found["neither"].sel(seed=seed) == pytest.approx(before, abs=1e-4)
+
+
+def test_each_part_alone_is_cut_at_the_first_token(record):
+    found = heights_without(record)
+    for name in ("no attention", "no MLP"):
+        assert not np.allclose(found[name], found["whole"])
+        assert not np.allclose(found[name], found["neither"])
