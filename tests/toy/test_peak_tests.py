@@ -28,7 +28,8 @@ def record() -> xr.Dataset:
     found = []
     for run in (untrained(0), untrained(1)):
         measured = measure_toy(run.model, run.task, run.evaluation_tokens)
-        found.append(xr.merge([measured.expand_dims(step=[0]), cuts(run)], join="exact"))
+        parts = [measured.expand_dims(step=[0]), cuts(run)]
+        found.append(xr.merge(parts, compat="no_conflicts", join="exact"))
     return xr.concat(found, xr.Variable("seed", [0, 1]))
 
 
