@@ -130,7 +130,9 @@ def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
         damped.append(measure_toy(changed, run.task, run.evaluation_tokens).residual_peak_height)
     table = optimizer_dynamics.optimizer_table(runs)
     norms_of_seeds = xr.concat(norms, dim=table.seed)
-    found = table.merge(norms_of_seeds).assign(damped_peak=xr.concat(damped, dim=table.seed))
+    found = table.merge(norms_of_seeds, compat="no_conflicts").assign(
+        damped_peak=xr.concat(damped, dim=table.seed)
+    )
     config = {name: asdict(configs[0]) for name, configs in sweep.items()}
     seconds = sum(run.seconds for group in runs.values() for run in group)
     return found.assign_attrs(_provenance(config, runs["AdamW"][0].facts, seconds))
