@@ -103,7 +103,7 @@ def trainings_of_chapters() -> dict[str, list[Config]]:
         "08 · Adam and peaks": [[experiments.optimizer_sweep(paper)["AdamW"]]],
         "09 · ReLU and SGD": experiments.two_ways(paper).values(),
         "10 · league table": experiments.league(paper).values(),
-        "14 · pretraining": experiments.pretraining(paper).values(),
+        "14 · pretraining": [[experiments.pretraining(paper)]],
     }
     return {
         chapter: list(dict.fromkeys(config for group in groups for config in group))

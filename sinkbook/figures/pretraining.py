@@ -14,23 +14,25 @@ from sinkbook.figures.basic import axes_or_new
 from sinkbook.figures.curves import over_training
 from sinkbook.figures.style import DRAIN, OTHER, PEAK, SINK, TRIGGER
 from sinkbook.fits import Plateau
-from sinkbook.llm.shakespeare_pretraining import Pretraining
 from sinkbook.models.token_labels import token_label
 
 COPYING = TRIGGER
 
 
-def every_head(runs: list[Pretraining], *, kind: str = "plain") -> list[Axes]:
-    """Attention on the sink of each head along training: a panel a run, a colour a layer."""
-    _, axes = plt.subplots(1, len(runs), figsize=(2.5 * len(runs), 2.7), sharey=True, squeeze=False)
-    for ax, run in zip(axes[0], runs, strict=True):
-        attention = run.measurements.sink_attention.sel(kind=kind)
-        layers = attention.sizes["layer"]
+def every_head(measured: xr.Dataset, *, kind: str = "plain") -> list[Axes]:
+    """Attention on the sink of each head along training: a panel a seed, a colour a layer.
+
+    `measured` is what `shakespeare_pretraining.together` gives.
+    """
+    attention = measured.sink_attention.sel(kind=kind).transpose("seed", "layer", "step", "head")
+    count, layers = attention.sizes["seed"], attention.sizes["layer"]
+    _, axes = plt.subplots(1, count, figsize=(2.5 * count, 2.7), sharey=True, squeeze=False)
+    for ax, of_seed in zip(axes[0], attention, strict=True):
         for layer in range(layers):
             colour = plt.get_cmap("viridis_r")((layer + 1) / (layers + 0.5))
-            drawn = ax.plot(attention.step, attention.isel(layer=layer), color=colour, lw=1.3)
+            drawn = ax.plot(of_seed.step, of_seed.isel(layer=layer), color=colour, lw=1.3)
             drawn[0].set_label(f"layer {layer}")
-        ax.set(title=f"seed {run.config.seed}", ylim=(0, 1), xlabel="training step")
+        ax.set(title=f"seed {int(of_seed.seed)}", ylim=(0, 1), xlabel="training step")
     axes[0, 0].set_ylabel("attention on <s>")
     axes[0, -1].legend(fontsize=8)
     return list(axes[0])

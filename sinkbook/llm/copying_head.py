@@ -6,7 +6,12 @@ import torch.nn.functional as F
 import xarray as xr
 
 from sinkbook.data.shakespeare import SYMBOLS
-from sinkbook.llm.shakespeare_pretraining import Characters, Pretraining, copying_head
+from sinkbook.llm.shakespeare_pretraining import (
+    Characters,
+    Pretraining,
+    copying_head,
+    together,
+)
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.token_labels import token_label
 from sinkbook.probe.attention_maps import attention_weights
@@ -19,7 +24,7 @@ def attention_by_character(run: Pretraining) -> xr.Dataset:
     character together; `share` is the character's share of the tokens. `<s>`, if the texts begin
     with it, is a character as well. They add up to 1.
     """
-    layer, head = copying_head(run)
+    layer, head = copying_head(run.measurements)
     characters = Characters(run.config)
     tokens = characters.held_out()["plain"][:, :-1]
     weights = attention_weights(run.model, tokens, layer=layer)[:, head, characters.half + 1 :]
@@ -43,7 +48,7 @@ def other_distances(runs: list[Pretraining]) -> xr.Dataset:
     """
     found = []
     for run in runs:
-        layer, head = copying_head(run)
+        layer, head = copying_head(run.measurements)
         characters = Characters(run.config)
         plain, half = characters.held_out()["plain"], characters.half
         starts = int(run.config.starts)
@@ -66,3 +71,22 @@ def other_distances(runs: list[Pretraining]) -> xr.Dataset:
         found.append(xr.Dataset(variables, coords={"distance": distances}))
     seeds = xr.Variable("seed", [run.config.seed for run in runs])
     return xr.concat(found, dim=seeds)
+
+
+def compared(groups: dict[str, list[Pretraining]]) -> xr.Dataset:
+    """Pretrainings and their controls, over (training, seed); NaN for seeds that a control lacks.
+
+    Beside the measurements `other_distances` of the first group, with its names, and along
+    `character` what `attention_by_character` finds in each group's first run.
+    """
+    names = xr.Variable("training", list(groups))
+    measured = xr.concat([together(runs) for runs in groups.values()], dim=names, join="outer")
+    characters = xr.concat([attention_by_character(runs[0]) for runs in groups.values()], dim=names)
+    first = next(iter(groups.values()))
+    elsewhere = other_distances(first).rename(sink="resting").drop_vars("loss")
+    return measured.merge(characters).merge(elsewhere)
+
+
+def of_training(record: xr.Dataset, name: str) -> xr.Dataset:
+    """The seeds of one training of what `compared` gives."""
+    return record.sel(training=name, drop=True).dropna("seed", how="all", subset=["copying"])

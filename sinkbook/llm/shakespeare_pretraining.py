@@ -51,7 +51,7 @@ class PretrainingConfig:
 
     repeated: float = 0.5  # share of the texts whose second half repeats their first
     starts: bool = True  # whether texts begin with <s>
-    length: int = 64  # T, positions of a text
+    length: int = 32  # T, positions of a text
     width: int = 64
     layers: int = 2
     heads: int = 2
@@ -60,10 +60,10 @@ class PretrainingConfig:
     learning_rate: float = 3e-3  # constant, no warm-up
     weight_decay: float = 1e-4
     batch_size: int = 32
-    steps: int = 2_500
+    steps: int = 1_500
     seed: int = 0  # of the initial weights and of the batches
     measurements: int = 16  # on a logarithmic schedule
-    measure_every: int = 100  # steps, besides
+    measure_every: int = 50  # steps, besides
     evaluation_size: int = 32  # held-out texts of each kind
 
     @property
@@ -203,7 +203,12 @@ class Pretraining(NamedTuple):
     config: PretrainingConfig
     model: Transformer
     measurements: xr.Dataset
-    seconds: float
+    facts: dict  # seconds, device, versions, date
+
+    @property
+    def seconds(self) -> float:
+        """How long the training took."""
+        return self.facts["seconds"]
 
 
 def pretrain(config: PretrainingConfig, *, device: str = "auto") -> Pretraining:
@@ -226,7 +231,7 @@ def pretrain(config: PretrainingConfig, *, device: str = "auto") -> Pretraining:
     )
     model.load_state_dict(weights)
     model = model.cpu().eval().requires_grad_(False)
-    return Pretraining(config, model, measurements, facts["seconds"])
+    return Pretraining(config, model, measurements, facts)
 
 
 def pretrain_all(configs: list[PretrainingConfig]) -> list[Pretraining]:
@@ -287,24 +292,30 @@ def _train(config: PretrainingConfig, device: str) -> None:
 # --- The head that learns to be dormant ------------------------------------------------------
 
 
-def copying_head(run: Pretraining) -> tuple[int, int]:
-    """Layer and head with the highest copying score at the end of a run."""
-    scores = run.measurements.copying.isel(step=-1).transpose("layer", "head").values
+def together(runs: list[Pretraining]) -> xr.Dataset:
+    """The measurements of several pretrainings, over seed."""
+    seeds = xr.Variable("seed", [run.config.seed for run in runs])
+    return xr.concat([run.measurements for run in runs], dim=seeds)
+
+
+def copying_head(measured: xr.Dataset) -> tuple[int, int]:
+    """Layer and head with the highest copying score at the end of one pretraining."""
+    scores = measured.copying.isel(step=-1).transpose("layer", "head").values
     layer, head = np.unravel_index(scores.argmax(), scores.shape)
     return int(layer), int(head)
 
 
-def follow_copying_head(runs: list[Pretraining]) -> xr.Dataset:
-    """The variables of each run's copying head, over (seed, step), and (kind) where it matters.
+def follow_copying_head(measured: xr.Dataset) -> xr.Dataset:
+    """The variables of each seed's copying head, over (seed, step), and (kind) where it matters.
 
-    The head is chosen by its copying score on repeated texts alone. Residual states are those
-    that its layer reads. `value_drain_ratio` and `residual_peak_ratio` compare `<s>` with other
-    tokens.
+    `measured` is what `together` gives. The head is chosen by its copying score on repeated texts
+    alone. Residual states are those that its layer reads. `value_drain_ratio` and
+    `residual_peak_ratio` compare `<s>` with other tokens.
     """
     found = []
-    for run in runs:
-        layer, head = copying_head(run)
-        whole = run.measurements
+    for seed in measured.seed:
+        whole = measured.sel(seed=seed)
+        layer, head = copying_head(whole)
         of_head = whole.isel(layer=layer, head=head, residual_layer=layer)
         found.append(
             of_head.assign(
@@ -312,5 +323,4 @@ def follow_copying_head(runs: list[Pretraining]) -> xr.Dataset:
                 residual_peak_ratio=residual_peak_ratio(of_head),
             ).reset_coords(drop=True)
         )
-    seeds = xr.Variable("seed", [run.config.seed for run in runs])
-    return xr.concat(found, dim=seeds)
+    return xr.concat(found, dim=measured.seed)

@@ -182,9 +182,11 @@ def test_a_changed_config_is_another_run(change):
 def test_the_followed_head_is_the_one_with_the_highest_copying_score():
     run = shakespeare_pretraining.pretrain(TINY)
     scores = run.measurements.copying.isel(step=-1).values
-    layer, head = shakespeare_pretraining.copying_head(run)
+    layer, head = shakespeare_pretraining.copying_head(run.measurements)
     assert scores[layer, head] == scores.max()
-    followed = shakespeare_pretraining.follow_copying_head([run, run])
+    other = run._replace(config=replace(TINY, seed=1))
+    both = shakespeare_pretraining.together([run, other])
+    followed = shakespeare_pretraining.follow_copying_head(both)
     whole = run.measurements
     np.testing.assert_array_equal(
         followed.sink_attention.isel(seed=1).transpose("step", "kind"),
@@ -202,7 +204,7 @@ def test_attention_by_character_adds_up_and_is_that_of_the_weights():
     found = copying_head.attention_by_character(run)
     assert float(found.attention.sum()) == pytest.approx(1, abs=1e-5)
     assert float(found.share.sum()) == pytest.approx(1, abs=1e-5)
-    layer, head = shakespeare_pretraining.copying_head(run)
+    layer, head = shakespeare_pretraining.copying_head(run.measurements)
     tokens = Characters(TINY).held_out()["plain"][:, :-1]
     weights = attention_weights(run.model, tokens, layer=layer)[:, head, 9:]
     assert float(found.attention.sel(character="<s>")) == pytest.approx(
@@ -221,9 +223,25 @@ def test_at_the_distance_trained_on_the_two_ways_to_copy_look_at_the_same_token(
     usual = found.isel(distance=-1)
     np.testing.assert_allclose(usual.by_content, usual.by_place, rtol=1e-6)
     texts = Characters(TINY).held_out()["repeated"]
-    layer, head = shakespeare_pretraining.copying_head(run)
+    layer, head = shakespeare_pretraining.copying_head(run.measurements)
     weights = attention_weights(run.model, texts[:, :-1], layer=layer)[:, head]
     queries = torch.arange(12, 16)
     looking_back = weights[:, queries, queries - 7].mean().item()
     assert usual.by_content.values == pytest.approx([looking_back] * 2, rel=1e-5)
     assert not np.allclose(found.by_content[:, 0], found.by_place[:, 0], rtol=1e-4)
+
+
+def test_a_control_of_one_seed_stands_in_one_table_and_comes_out_as_it_went_in():
+    run = shakespeare_pretraining.pretrain(TINY)
+    other = run._replace(config=replace(TINY, seed=1))
+    record = copying_head.compared({"as it is": [run, other], "control": [other]})
+    assert record.training.values.tolist() == ["as it is", "control"]
+    alone = copying_head.of_training(record, "control")
+    assert alone.seed.values.tolist() == [1]
+    np.testing.assert_array_equal(alone.copying.isel(seed=0), run.measurements.copying)
+    assert copying_head.of_training(record, "as it is").sizes["seed"] == 2
+    spaces = record.attention.sel(training="control", character="␣")
+    assert spaces == copying_head.attention_by_character(run).attention.sel(character="␣")
+    np.testing.assert_array_equal(
+        record.resting.isel(seed=0), copying_head.other_distances([run]).sink.isel(seed=0)
+    )

@@ -25,6 +25,7 @@ EARLIER = (  # than those at the paper's scale, or of other models
     "small-llama",
     "reemergence",
     "optimizers",
+    "shakespeare",
 )
 NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 

@@ -21,6 +21,7 @@ from sinkbook.book.experiments import (
     league_base,
     one_layer,
     optimizer_sweep,
+    pretrainings,
     train_groups,
     train_sweep,
 )
@@ -106,6 +107,20 @@ def _reemergence() -> xr.Dataset:
     return peak_recovery.record()
 
 
+def _shakespeare() -> xr.Dataset:
+    """Pretrainings on Shakespeare and their controls, all of the same length."""
+    from sinkbook.llm import copying_head, shakespeare_pretraining
+
+    configs = pretrainings()
+    runs = shakespeare_pretraining.pretrain_groups(configs)
+    config = {name: asdict(of_group[0]) for name, of_group in configs.items()}
+    every = [run for group in runs.values() for run in group]
+    return copying_head.compared(runs).assign_attrs(
+        _provenance(config, every[0].facts, sum(run.seconds for run in every)),
+        trainings=len(every),
+    )
+
+
 def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
     """The optimizers of chapter 08 for the paper's number of steps, on the chapter's small model.
 
@@ -158,6 +173,7 @@ MAKERS: dict[str, Callable[[], xr.Dataset]] = {
     "small-llama": _small_llama,
     "reemergence": _reemergence,
     "optimizers": _optimizers,
+    "shakespeare": _shakespeare,
 }
 
 
