@@ -311,17 +311,15 @@ def league_base(settings: Settings, *, layers: int = 3) -> TrainingConfig:
 PRETRAINING_CONTROLS = {
     "no repeats": {"repeated": 0.0},
     "no <s>": {"starts": False},
-    "ReLU": {"attention": "relu"},
-    "SGD": {"optimizer": "sgd", "learning_rate": 0.1},
 }
 
 
 def pretraining(settings: Settings) -> PretrainingConfig:
-    """The pretraining on Shakespeare that a chapter begins: in `quick` the record's, and shorter.
+    """The pretraining on Shakespeare that a chapter makes: in `quick` one on shorter texts.
 
     The paper has none of this size: the larger one, too, is ours.
     """
-    quick = PretrainingConfig(seed=settings.seed, steps=1_000)
+    quick = PretrainingConfig(seed=settings.seed, length=32, steps=1_000)
     larger = replace(
         quick, length=256, width=256, layers=4, heads=8, batch_size=128, learning_rate=1e-3,
         steps=20_000, measure_every=500, evaluation_size=64,

@@ -51,7 +51,7 @@ class PretrainingConfig:
 
     repeated: float = 0.5  # share of the texts whose second half repeats their first
     starts: bool = True  # whether texts begin with <s>
-    length: int = 32  # T, positions of a text
+    length: int = 64  # T, positions of a text
     width: int = 64
     layers: int = 2
     heads: int = 2
@@ -60,10 +60,10 @@ class PretrainingConfig:
     learning_rate: float = 3e-3  # constant, no warm-up
     weight_decay: float = 1e-4
     batch_size: int = 32
-    steps: int = 1_500
+    steps: int = 2_500
     seed: int = 0  # of the initial weights and of the batches
     measurements: int = 16  # on a logarithmic schedule
-    measure_every: int = 50  # steps, besides
+    measure_every: int = 100  # steps, besides
     evaluation_size: int = 32  # held-out texts of each kind
 
     @property

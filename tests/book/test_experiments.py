@@ -173,3 +173,10 @@ def test_key_bars_show_the_first_kind_even_if_nobody_looks_at_it():
     )
     ax = figures.key_bars(values, colours={}, count=3)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["<s>", "a", "c"]
+
+
+def test_controls_of_the_pretraining_are_trained_as_long_and_differ_in_what_they_are_called_after():
+    groups = experiments.pretrainings()
+    base = groups["as it is"][0]
+    for name, changes in experiments.PRETRAINING_CONTROLS.items():
+        assert groups[name] == [dataclasses.replace(base, **changes)]

@@ -242,3 +242,46 @@ def test_the_record_of_the_optimizers_is_made_of_its_runs(elsewhere, monkeypatch
     assert made.damped_peak.dims == ("seed", "residual_layer")
     assert np.isfinite(made.damped_peak).all() and (made.update_norm > 0).all()
     xr.testing.assert_identical(records.load("optimizers"), made)
+
+
+@pytest.fixture
+def shakespeare(elsewhere, monkeypatch):
+    """The record of the pretrainings on Shakespeare, small, with one control."""
+    groups = experiments.pretrainings()
+    sizes = {"length": 16, "width": 16, "batch_size": 4, "steps": 6, "evaluation_size": 4}
+    sizes |= {"measurements": 3, "measure_every": 3}
+    small = {
+        name: [replace(config, **sizes) for config in groups[name]]
+        for name in ("as it is", "no <s>")
+    }
+    for module in (makers, spot_checks):
+        monkeypatch.setattr(module, "pretrainings", lambda: small)
+    makers.make("shakespeare")
+    return elsewhere
+
+
+def test_the_record_of_shakespeare_holds_seeds_controls_and_what_was_asked_of_them(shakespeare):
+    record = records.load("shakespeare")
+    assert record.training.values.tolist() == ["as it is", "no <s>"] and record.sizes["seed"] == 3
+    assert np.isfinite(record.copying.sel(training="as it is")).all()
+    assert record.copying.sel(training="no <s>").isnull().any(("step", "layer", "head")).sum() == 2
+    assert np.isfinite(record.by_content).all() and np.isfinite(record.attention).all()
+    assert record.attrs["trainings"] == 4
+    assert json.loads(record.attrs["config"])["no <s>"]["starts"] is False
+
+
+def test_a_pretraining_begun_again_meets_its_record_and_an_altered_number_is_found(shakespeare):
+    check = spot_checks.spot_check("shakespeare", "as it is")
+    assert check.furthest < 1 and "first 3 steps" in str(check)
+    path = records.path_of("shakespeare")
+    record = xr.load_dataset(path, engine="h5netcdf")
+    record.value_norm[{"training": 0, "seed": 0, "step": 1}] *= 1.01
+    record.to_netcdf(path, engine="h5netcdf")
+    with pytest.raises(SinkbookError, match=": value_norm at step 1 differs by"):
+        spot_checks.spot_check("shakespeare", "as it is")
+
+
+def test_the_record_of_shakespeare_has_the_trainings_of_today():
+    configs = json.loads(kept.whole_file("shakespeare").attrs["config"])
+    today = {name: asdict(group[0]) for name, group in experiments.pretrainings().items()}
+    assert configs == today
