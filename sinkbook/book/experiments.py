@@ -311,8 +311,6 @@ def league_base(settings: Settings, *, layers: int = 3) -> TrainingConfig:
 PRETRAINING_CONTROLS = {
     "no repeats": {"repeated": 0.0},
     "no <s>": {"starts": False},
-    "ReLU": {"attention": "relu"},
-    "SGD": {"optimizer": "sgd", "learning_rate": 0.1},
 }
 
 
