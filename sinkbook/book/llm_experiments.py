@@ -50,7 +50,7 @@ class Consequences:
 def dormant_heads(settings: Settings) -> DormantHeads:
     """How many texts and heads the search for dormant heads has at a profile."""
     if settings.quick:
-        return DormantHeads(texts=16, trial_texts=4, candidates=5, shortlist=4, random_heads=12)
+        return DormantHeads(texts=12, trial_texts=3, candidates=4, shortlist=2, random_heads=8)
     return DormantHeads(texts=256, trial_texts=32, candidates=24, shortlist=16, random_heads=64)
 
 
