@@ -10,6 +10,7 @@ Limits of time end what would never end, and nothing else: a machine a fifth as 
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,22 @@ def pages(place, executions) -> Path:
     except SinkbookError as error:
         problem = str(error)
     pytest.fail(problem, pytrace=False)
+
+
+@pytest.fixture
+def sinkbook(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: exit status, stdout, stderr."""
+
+    from sinkbook import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["sinkbook", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from matplotlib.colors import to_hex
 from rich.console import Console
 from transformers import BertConfig, BertForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sinkbook import cli
 from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
 from sinkbook.models import load, token_windows
@@ -79,20 +79,9 @@ def document(tmp_path) -> Path:
 
 
 @pytest.fixture
-def sinkbook(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sinkbook", "probe", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capfd.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+def sinkbook(sinkbook) -> Callable[..., tuple[int, str, str]]:
+    """Run `sinkbook probe` in this process: exit status, stdout, stderr."""
+    return partial(sinkbook, "probe")
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from sinkbook import cli
 
 CLAIMS = """
 - id: two
@@ -68,23 +65,6 @@ def repository(tmp_path, monkeypatch) -> Repository:
     monkeypatch.chdir(repository.root)
     monkeypatch.setenv("SINKBOOK_CACHE", str(tmp_path / "cache"))
     return repository
-
-
-@pytest.fixture
-def sinkbook(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
-    """Run the command line in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["sinkbook", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        captured = capfd.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
