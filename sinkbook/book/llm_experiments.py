@@ -50,13 +50,13 @@ class Consequences:
 def dormant_heads(settings: Settings) -> DormantHeads:
     """How many texts and heads the search for dormant heads has at a profile."""
     if settings.quick:
-        return DormantHeads(texts=12, trial_texts=3, candidates=4, shortlist=2, random_heads=8)
+        return DormantHeads(texts=16, trial_texts=4, candidates=5, shortlist=4, random_heads=12)
     return DormantHeads(texts=256, trial_texts=32, candidates=24, shortlist=16, random_heads=64)
 
 
 def anatomy(settings: Settings) -> Anatomy:
     """How many texts, and how long, a pretrained model is taken apart on at a profile."""
-    quick = Anatomy(cut_texts=3, cut_length=48, texts=6, length=96)
+    quick = Anatomy(cut_texts=4, cut_length=48, texts=8, length=96)
     paper = Anatomy(cut_texts=16, cut_length=128, texts=128, length=128)
     return {"quick": quick, "paper": paper}[settings.profile]
 
