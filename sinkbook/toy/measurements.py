@@ -167,25 +167,32 @@ def bigram_excess(
     return found
 
 
+def measure_with_sink_logit(
+    model: Transformer, task: Task, tokens: Int[Tensor, "text position"]
+) -> xr.Dataset:
+    """`measure_toy`, and `sink_logit`: the mean of `sink_logit_by_token` over the characters that
+    are no triggers."""
+    characters = torch.arange(task.config.characters)
+    ordinary = characters[~task.at_triggers(characters)].numpy()
+    measured = measure_toy(model, task, tokens)
+    sink_logit = measured.sink_logit_by_token.isel(token=ordinary).mean("token")
+    return measured.assign(sink_logit=sink_logit)
+
+
 def measure_without(
     runs: list[Run], *parts: str, layer: int = 0, position: int | None = None
 ) -> xr.Dataset:
-    """`measure_toy` of every run on its evaluation texts, along `seed`, with parts of a layer cut.
+    """`measure_with_sink_logit` of every run, along `seed`, with parts of a layer cut.
 
     The `parts`, "attention" or "mlp", write zeros at one position or at all of them; without any
-    part the models are measured as they are (Figure 7b of arXiv 2410.13835). One variable more is
-    `sink_logit`: the mean of `sink_logit_by_token` over the characters that are no triggers.
+    part the models are measured as they are (Figure 7b of arXiv 2410.13835).
     """
     found = []
     for run in runs:
-        characters = torch.arange(run.task.config.characters)
-        ordinary = characters[~run.task.at_triggers(characters)].numpy()
         with ExitStack() as cuts:
             for part in parts:
                 cuts.enter_context(zero(run.model, part, layer=layer, position=position))
-            measured = measure_toy(run.model, run.task, run.evaluation_tokens)
-        sink_logit = measured.sink_logit_by_token.isel(token=ordinary).mean("token")
-        found.append(measured.assign(sink_logit=sink_logit))
+            found.append(measure_with_sink_logit(run.model, run.task, run.evaluation_tokens))
     return xr.concat(found, dim=_seeds(runs))
 
 

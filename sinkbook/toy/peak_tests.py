@@ -18,7 +18,7 @@ from sinkbook import fits
 from sinkbook.models.interventions import replace, zero
 from sinkbook.probe import measure
 from sinkbook.probe.attention_maps import attention_weights
-from sinkbook.toy.measurements import measure_toy
+from sinkbook.toy.measurements import measure_with_sink_logit
 from sinkbook.toy.runs import Run
 from sinkbook.toy.transformer import Transformer
 
@@ -38,10 +38,9 @@ MEASURED = (
 def cuts(run: Run, *, texts: int = 16) -> xr.Dataset:
     """The phenomena of a run with a part of a layer cut, on some of its evaluation texts.
 
-    Variables of `measure_toy` along `cut_layer`, `part` ("attention", "MLP", "both") and `place`
-    ("at the first token", "everywhere"), under names that begin with `cut_`; those that begin with
-    `whole_` are of the model as it is. `sink_logit` is the mean of `sink_logit_by_token` over the
-    characters that are no triggers. NaN where the layer has no such part.
+    Variables of `measure_with_sink_logit` along `cut_layer`, `part` ("attention", "MLP", "both")
+    and `place` ("at the first token", "everywhere"), under names that begin with `cut_`; those that
+    begin with `whole_` are of the model as it is. NaN where the layer has no such part.
     """
     tokens, layers = run.evaluation_tokens[:texts], range(len(run.model.layers))
     whole = _phenomena(run, tokens)
@@ -68,11 +67,8 @@ def cuts(run: Run, *, texts: int = 16) -> xr.Dataset:
 
 
 def _phenomena(run: Run, tokens: Int[Tensor, "text position"]) -> xr.Dataset:
-    characters = torch.arange(run.task.config.characters)
-    ordinary = characters[~run.task.at_triggers(characters)].numpy()
-    measured = measure_toy(run.model, run.task, tokens)
-    sink_logit = measured.sink_logit_by_token.isel(token=ordinary).mean("token")
-    return measured.assign(sink_logit=sink_logit)[list(MEASURED)].squeeze("head", drop=True)
+    measured = measure_with_sink_logit(run.model, run.task, tokens)
+    return measured[list(MEASURED)].squeeze("head", drop=True)
 
 
 @torch.no_grad()
