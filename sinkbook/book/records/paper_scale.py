@@ -16,6 +16,7 @@ import xarray as xr
 from sinkbook.book.experiments import bigram_backcopy, toy
 from sinkbook.book.settings import Settings
 from sinkbook.mitigations.registry import MITIGATIONS
+from sinkbook.toy.measurements import attention_by_key, dormant_characters, sink_logit_spread
 from sinkbook.toy.peak_tests import cuts, transplants
 from sinkbook.toy.runs import Run, TrainingConfig, seeds_of
 from sinkbook.toy.tasks import task
@@ -100,23 +101,37 @@ def relu_seeds() -> Groups:
     return {"ReLU": seeds_of(replace(first, seed=first.seed + 3, steps=3_000, measurements=40), 7)}
 
 
+def one_layer_seeds() -> Groups:
+    """Ten seeds of one layer of softmax attention: where does it look, besides `<s>`?"""
+    return {"softmax": _training(seeds=10)}
+
+
+def rivals() -> Groups:
+    """What another account of the peak changes; its control is AdamW in `three_layers`."""
+    base = _training(layers=3)
+    return {"post-norm": [MITIGATIONS["post-norm"].applied_to(config) for config in base]}
+
+
 def writers() -> Groups:
     """Three layers by width, length, rate and batch: with which does the writer of the peak go?"""
     found = {}
-    for width in (64, 128, 256):
-        for length in (64, 256):
-            for rate in (3e-4, 1e-3):
-                for batch in (32, 128):
-                    found[f"d = {width}, T = {length}, rate {rate:g}, batch {batch}"] = _training(
-                        seeds=2,
-                        layers=3,
-                        task={"length": length},
-                        model={"width": width},
-                        learning_rate=rate,
-                        batch_size=batch,
-                        measurements=20,
-                    )
+    for length, width in itertools.product((256, 64), (256, 128, 64)):
+        for rate, batch in itertools.product((3e-4, 1e-3), (128, 32)):
+            found[f"d = {width}, T = {length}, rate {rate:g}, batch {batch}"] = _training(
+                seeds=2,
+                layers=3,
+                task={"length": length},
+                model={"width": width},
+                learning_rate=rate,
+                batch_size=batch,
+                measurements=20,
+            )
     return found
+
+
+def concentration() -> Groups:
+    """One layer for as long as the paper's figure of its logits was trained (Theorem 2c)."""
+    return {"softmax": _training(steps=100_000, measurements=60)}
 
 
 GROUPS: dict[str, Callable[[], Groups]] = {
@@ -126,7 +141,10 @@ GROUPS: dict[str, Callable[[], Groups]] = {
     "structures": structures,
     "relu-seeds": relu_seeds,
     "variations": variations,
+    "one-layer-seeds": one_layer_seeds,
+    "rivals": rivals,
     "writers": writers,
+    "concentration": concentration,
 }
 
 
@@ -136,12 +154,25 @@ Trainings = dict[tuple[str, int], tuple[xr.Dataset, dict]]
 
 
 def measured(name: str, label: str, run: Run) -> xr.Dataset:
-    """What a record keeps of a run: its measurements, and for some those of `peak_tests`."""
-    if label not in WITH_PEAK_TESTS.get(name, ()):
-        return run.measurements
-    return xr.merge(
-        [run.measurements, cuts(run), transplants(run)], compat="no_conflicts", join="exact"
-    )
+    """What a record keeps of a run: its measurements, and of its end what the record is made for.
+
+    Some have their peak cut and transplanted (`peak_tests`); `variations` and `one-layer-seeds`
+    have the attention by kind of key, as `key_...`, in the layer of the strongest sink, and the
+    share of `dormant_characters` where the language has `<s>`; `concentration` the
+    `sink_logit_spread`.
+    """
+    found = [run.measurements]
+    if label in WITH_PEAK_TESTS.get(name, ()):
+        found += [cuts(run), transplants(run)]
+    if name in ("variations", "one-layer-seeds"):
+        strongest = run.measurements.sink_attention.isel(step=-1, head=0).argmax("layer").item()
+        by_key = attention_by_key([run], layer=strongest).squeeze("seed", drop=True)
+        found.append(by_key.rename({kept: f"key_{kept}" for kept in by_key.data_vars}))
+        if run.task.start is not None:
+            found.append(xr.Dataset({"dormant_characters": dormant_characters([run]).item()}))
+    if name == "concentration":
+        found.append(xr.Dataset({"sink_logit_spread": sink_logit_spread(run)}))
+    return xr.merge(found, compat="no_conflicts", join="exact")
 
 
 def together(groups: Groups, trainings: Trainings) -> xr.Dataset:
