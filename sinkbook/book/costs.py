@@ -96,10 +96,7 @@ def trainings_of_chapters() -> dict[str, list[Config]]:
             experiments.one_layer(paper, experiments.sizes(paper).dynamics_seeds)
         ],
         "05 · residual peaks": [experiments.three_layers(paper)],
-        "06 · variations": [
-            *experiments.variations(paper).values(),
-            *experiments.copy_probabilities(paper).values(),
-        ],
+        "06 · variations": experiments.variations(paper).values(),
         "08 · Adam and peaks": [[experiments.optimizer_sweep(paper)["AdamW"]]],
         "09 · ReLU and SGD": experiments.two_ways(paper).values(),
         "10 · league table": experiments.league(paper).values(),

@@ -232,9 +232,9 @@ def variation(settings: Settings, *, layers: int = 1, **changes) -> list[Trainin
 def variations(settings: Settings) -> dict[str, list[TrainingConfig]]:
     """Bigram-Backcopy and the languages that change one of its rules, by name.
 
-    In `quick` the one that takes three layers has two seeds.
+    In `quick` the one that takes three layers has one seed.
     """
-    count = 2 if settings.quick else None
+    count = 1 if settings.quick else None
     return {
         "Bigram-Backcopy": variation(settings),
         "no <s>": variation(settings, starts=0),
@@ -246,19 +246,6 @@ def variations(settings: Settings) -> dict[str, list[TrainingConfig]]:
         "1 trigger": variation(settings, triggers=1),
         "8 triggers": variation(settings, triggers=8),
     }
-
-
-# The paper's working notes find a jump between 0.7 and 0.8; 1 is Bigram-Backcopy itself.
-COPY_PROBABILITIES = (0.1, 0.3, 0.5, 0.7, 0.8, 1.0)
-
-
-def copy_probabilities(settings: Settings) -> dict[float, list[TrainingConfig]]:
-    """Bigram-Backcopy whose triggers ask for a copy only with some probability, by it.
-
-    In `quick` one seed each.
-    """
-    count = 1 if settings.quick else None
-    return {p: variation(settings, copy_probability=p)[:count] for p in COPY_PROBABILITIES}
 
 
 # The paper's two mitigations beside their control, by their names in figures and in the registry.

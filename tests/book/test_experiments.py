@@ -35,8 +35,7 @@ def untrained(seed=0, layers=1, **changes) -> Run:
 
 def of_seed_five(profile):
     settings = Settings(profile, 5)
-    groups = {"3 × TF": experiments.three_layers(settings)} | experiments.variations(settings)
-    return groups | experiments.copy_probabilities(settings)
+    return {"3 × TF": experiments.three_layers(settings)} | experiments.variations(settings)
 
 
 def test_three_layers_and_every_variation_have_a_run_for_each_seed():
@@ -44,10 +43,9 @@ def test_three_layers_and_every_variation_have_a_run_for_each_seed():
         assert [config.seed for config in configs] == [47, 48, 49]
 
 
-def test_a_page_trains_the_first_seeds_of_what_takes_long_or_is_a_point_of_a_curve():
+def test_a_page_trains_the_first_seeds_of_what_takes_long():
     counts = {name: len(configs) for name, configs in of_seed_five("quick").items()}
-    assert counts.pop("in-context") == 2
-    assert {counts.pop(p) for p in experiments.COPY_PROBABILITIES} == {1}
+    assert counts.pop("in-context") == 1
     assert set(counts.values()) == {3}
     assert {configs[0].seed for configs in of_seed_five("quick").values()} == {47}
 
@@ -61,11 +59,6 @@ def test_variations_differ_from_bigram_backcopy_in_the_task_alone():
         vocab_size = plain.model.vocab_size
         model = dataclasses.replace(config.model, vocab_size=vocab_size)
         assert dataclasses.replace(config, task=plain.task, model=model) == plain
-
-
-def test_certain_copying_is_bigram_backcopy_itself():
-    plain = experiments.variations(Settings("quick"))["Bigram-Backcopy"]
-    assert experiments.copy_probabilities(Settings("quick"))[1.0] == plain[:1]
 
 
 def test_unknown_profiles_are_named():

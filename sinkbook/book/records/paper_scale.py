@@ -101,6 +101,19 @@ def relu_seeds() -> Groups:
     return {"ReLU": seeds_of(replace(first, seed=first.seed + 3, steps=3_000, measurements=40), 7)}
 
 
+def languages() -> Groups:
+    """The other languages of chapter 06, and the one in context for the paper's 10,000 steps."""
+    return {
+        "two starts": _training(task={"starts": 2}),
+        "delimiters": _training(task={"delimiter_probability": 0.1}),
+        "Bigram-backward": _training(task={"rule": "backward"}),
+        "Markov": _training(task={"rule": "markov"}),
+        "1 trigger": _training(task={"triggers": 1}),
+        "8 triggers": _training(task={"triggers": 8}),
+        "in-context": _training(task={"rule": "in-context"}, layers=3, steps=10_000),
+    }
+
+
 def one_layer_seeds() -> Groups:
     """Ten seeds of one layer of softmax attention: where does it look, besides `<s>`?"""
     return {"softmax": _training(seeds=10)}
@@ -144,6 +157,7 @@ GROUPS: dict[str, Callable[[], Groups]] = {
     "one-layer-seeds": one_layer_seeds,
     "rivals": rivals,
     "writers": writers,
+    "languages": languages,
     "concentration": concentration,
 }
 
@@ -156,15 +170,15 @@ Trainings = dict[tuple[str, int], tuple[xr.Dataset, dict]]
 def measured(name: str, label: str, run: Run) -> xr.Dataset:
     """What a record keeps of a run: its measurements, and of its end what the record is made for.
 
-    Some have their peak cut and transplanted (`peak_tests`); `variations` and `one-layer-seeds`
-    have the attention by kind of key, as `key_...`, in the layer of the strongest sink, and the
-    share of `dormant_characters` where the language has `<s>`; `concentration` the
-    `sink_logit_spread`.
+    Some have their peak cut and transplanted (`peak_tests`). `variations`, `languages` and
+    `one-layer-seeds` have the attention by kind of key, as `key_...`, in the layer of the strongest
+    sink, and the share of `dormant_characters` where the language has `<s>`. `concentration` has
+    the `sink_logit_spread`.
     """
     found = [run.measurements]
     if label in WITH_PEAK_TESTS.get(name, ()):
         found += [cuts(run), transplants(run)]
-    if name in ("variations", "one-layer-seeds"):
+    if name in ("variations", "one-layer-seeds", "languages"):
         strongest = run.measurements.sink_attention.isel(step=-1, head=0).argmax("layer").item()
         by_key = attention_by_key([run], layer=strongest).squeeze("seed", drop=True)
         found.append(by_key.rename({kept: f"key_{kept}" for kept in by_key.data_vars}))
