@@ -4,6 +4,7 @@ Both ask what the sink token's residual state causes (Figure 7b of arXiv 2410.13
 that could have written it, and with as many random directions as a control needs.
 """
 
+import json
 from contextlib import ExitStack
 from itertools import product
 
@@ -213,6 +214,30 @@ def heights_without(record: xr.Dataset) -> dict[str, Float[xr.DataArray, " seed"
     whole = end.whole_residual_peak_height.isel(residual_layer=layer + 1)
     names = {"no attention": "attention", "no MLP": "MLP", "neither": "both"}
     return {"whole": whole} | {name: at_peak.sel(part=part) for name, part in names.items()}
+
+
+def writers_by_size(
+    record: xr.Dataset,
+) -> Float[xr.DataArray, "seed width length rate batch"]:
+    """The attention's share of what is written at the first token in the layer of the peak.
+
+    It is the norm of its write over the sum of its norm and the MLP's, at the end of training.
+    `record` holds trainings that differ in all four sizes, each of them once.
+    """
+    end = record.isel(step=-1, drop=True)
+    at_peak = {"layer": _peak_layer(end)}
+    attention, mlp = (end[f"{part}_write"].isel(at_peak) for part in ("attention", "mlp"))
+    configs = json.loads(record.attrs["config"])
+    sizes = pd.MultiIndex.from_tuples(
+        [
+            (c["model"]["width"], c["task"]["length"], c["learning_rate"], c["batch_size"])
+            for c in map(configs.get, record.training.values.tolist())
+        ],
+        names=("width", "length", "rate", "batch"),
+    )
+    by_size = xr.Coordinates.from_pandas_multiindex(sizes, "training")
+    shares = (attention / (attention + mlp)).drop_vars("layer", errors="ignore")
+    return shares.drop_vars("training").assign_coords(by_size).unstack("training")
 
 
 def _peak_layer(end: xr.Dataset) -> Int[xr.DataArray, " seed"]:

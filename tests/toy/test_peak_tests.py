@@ -1,12 +1,14 @@
 """Cuts at the peak take away what was written there and nothing else."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 
 from sinkbook.toy.measurements import measure_toy
-from sinkbook.toy.peak_tests import cuts, heights_without
+from sinkbook.toy.peak_tests import cuts, heights_without, writers_by_size
 from sinkbook.toy.runs import Run, TrainingConfig
 from sinkbook.toy.tasks import TaskConfig, task
 from sinkbook.toy.transformer import Transformer, TransformerConfig
@@ -50,3 +52,34 @@ def test_each_part_alone_is_cut_at_the_first_token(record):
     for name in ("no attention", "no MLP"):
         assert not np.allclose(found[name], found["whole"])
         assert not np.allclose(found[name], found["neither"])
+
+
+def test_shares_of_writers_are_ordered_by_the_sizes_of_the_trainings():
+    sizes = [(width, length) for width in (32, 64) for length in (16, 8)]
+    configs = {
+        f"{width} {length}": {
+            "model": {"width": width},
+            "task": {"length": length},
+            "learning_rate": 1e-3,
+            "batch_size": 4,
+        }
+        for width, length in sizes
+    }
+    # The peak is after layer 1; there the attention writes as much as the texts are long.
+    heights = np.tile([0.0, 1.0, 3.0, 9.0], (4, 1, 1, 1))
+    lengths = np.array([length for _, length in sizes], dtype=float)[:, None, None, None]
+    writes = np.concatenate([np.full_like(lengths, 99.0), lengths, lengths], axis=-1)
+    of_trainings = ("training", "seed", "step")
+    record = xr.Dataset(
+        {
+            "residual_peak_height": ((*of_trainings, "residual_layer"), heights),
+            "attention_write": ((*of_trainings, "layer"), writes),
+            "mlp_write": ((*of_trainings, "layer"), np.full_like(writes, 8.0)),
+        },
+        {"training": list(configs), "seed": [42], "step": [0]},
+        {"config": json.dumps(configs)},
+    )
+    shares = writers_by_size(record)
+    for width, length in sizes:
+        share = shares.sel(width=width, length=length, rate=1e-3, batch=4, seed=42)
+        assert share.item() == length / (length + 8)
