@@ -240,7 +240,7 @@ def writers_by_size(
     return shares.drop_vars("training").assign_coords(by_size).unstack("training")
 
 
-def _peak_layer(end: xr.Dataset) -> Int[xr.DataArray, " seed"]:
+def _peak_layer(end: xr.Dataset) -> Int[xr.DataArray, "*training"]:
     """The layer after which the peak is highest, the last apart."""
     inner = end.residual_peak_height.isel(residual_layer=slice(1, -1))
     return inner.argmax("residual_layer").drop_vars("residual_layer", errors="ignore")
