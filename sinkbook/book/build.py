@@ -181,8 +181,10 @@ def run_chapters(
                     kept[path.stem] = found
         for execution in kept.values():
             _remember(execution)
+        # The later chapters read large models and take longest: they begin, and no core waits.
+        turns = sorted(reversed(notebooks), key=lambda path: path.stem in APPENDICES)
         done = execute(
-            notebooks,
+            turns,
             kept=kept,
             last=APPENDICES,
             folder=place.executed,
