@@ -24,6 +24,7 @@ from sinkbook.models.interventions import zero
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.partial_forward import can_resume, given, kept, logits_of
 from sinkbook.models.pretrained import LanguageModel
+from sinkbook.models.wrappers import computing_device
 from sinkbook.probe.measure import measure
 from sinkbook.progress import progress
 
@@ -124,7 +125,7 @@ def scan(model: nn.Module, tokens: Int[xr.DataArray, "domain text position"]) ->
 
 def _batches(model: nn.Module, tokens: Int[xr.DataArray, "text position"]) -> list[Tensor]:
     """Token ids on the model's device, a few texts at a time."""
-    device = next(model.parameters()).device
+    device = computing_device(model)
     return list(torch.as_tensor(tokens.values, device=device).split(BATCH))
 
 

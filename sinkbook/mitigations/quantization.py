@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import blocks
+from sinkbook.models.wrappers import computing_device
 from sinkbook.models.losses import token_losses
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
@@ -108,7 +109,7 @@ def layer_errors(
             error = int8_error(hidden, ranges=ranges, first=first)
             errors[number, rows, layer] = error.float().cpu()
 
-    input_ids = input_ids.to(next(model.parameters()).device)
+    input_ids = input_ids.to(computing_device(model))
     for start in range(0, len(input_ids), batch_size):
         rows = slice(start, start + batch_size)
         with ExitStack() as hooks:

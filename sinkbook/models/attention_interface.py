@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from sinkbook.models.wrappers import unwrapped
+
 
 @contextmanager
 def attending_by(model: nn.Module, name: str, attend: Callable | None = None) -> Iterator[None]:
@@ -17,6 +19,7 @@ def attending_by(model: nn.Module, name: str, attend: Callable | None = None) ->
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
+    model = unwrapped(model)
     if attend is not None:
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, sdpa_mask)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import Layer, layers
+from sinkbook.models.wrappers import uncompiled
 
 PARTS = ("attention", "head", "value", "mlp", "residual")
 
@@ -52,7 +53,7 @@ def replace(
             f"part {part!r} got head={head}; the part 'head' needs one, 'value' takes one."
         )
     found = layers(model)
-    with ExitStack() as hooks:
+    with uncompiled(), ExitStack() as hooks:
         for index in _indices(layer):
             if not 0 <= index < len(found):
                 raise SinkbookError(f"layer {index} is not there; 0 to {len(found) - 1} are.")

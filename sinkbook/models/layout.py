@@ -47,6 +47,7 @@ from typing import Protocol, get_type_hints
 from torch import nn
 
 from sinkbook.errors import SinkbookError
+from sinkbook.models.wrappers import unwrapped
 
 
 class Model(Protocol):
@@ -114,7 +115,7 @@ class Layer:
 
 def of_transformers(model: nn.Module) -> bool:
     """Whether a model is one of transformers, or wraps one: read by structure, not by names."""
-    return hasattr(model, "set_attn_implementation")
+    return hasattr(unwrapped(model), "set_attn_implementation")
 
 
 def layers(model: nn.Module) -> list[Layer]:
@@ -123,6 +124,7 @@ def layers(model: nn.Module) -> list[Layer]:
     Raises `SinkbookError` for a model of transformers that has no list of layers, and for any
     other that lacks one of the names in this module; all that are missing are named.
     """
+    model = unwrapped(model)
     if of_transformers(model):
         config = model.config.get_text_config()
         return [_found_layer(block, config) for block in blocks(model)]
@@ -131,12 +133,11 @@ def layers(model: nn.Module) -> list[Layer]:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that the residual state passes through one after the other."""
+    model = unwrapped(model)
     if not of_transformers(model):
         return _named_blocks(model)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    of_depth = [m for m in lists if len(m) == depth]
-    found = [m for m in of_depth if any(_attention(block) for block in m)] or of_depth
+    found = _lists_of_text(model, depth)
     if not found:
         raise SinkbookError(
             f"{type(model).__name__} has no list of {depth} layers. "
@@ -202,6 +203,27 @@ def _named_layer(block: nn.Module) -> Layer:
 
 
 # --- Models of transformers, by structure ----------------------------------------------------
+
+
+def _lists_of_text(model: nn.Module, depth: int | None) -> list[nn.ModuleList]:
+    """Lists of as many modules as the text model has layers, likeliest first.
+
+    Those that attend go before those that do not, and of these the ones that stand in a model
+    with the text's configuration: a tower for images or sound may be as deep.
+    """
+    of_text = type(model.config.get_text_config())
+    lists: dict[nn.ModuleList, bool] = {}
+
+    def collect(module: nn.Module, config) -> None:
+        config = getattr(module, "config", config)
+        if isinstance(module, nn.ModuleList) and len(module) == depth and depth:
+            lists.setdefault(module, type(config) is of_text)
+        for child in module.children():
+            collect(child, config)
+
+    collect(model, model.config)
+    attending = [m for m in lists if any(_attention(block) for block in m)] or list(lists)
+    return [m for m in attending if lists[m]] or attending
 
 
 def _found_layer(block: nn.Module, config) -> Layer:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.partial_forward import logits_of
+from sinkbook.models.wrappers import computing_device, unwrapped
 
 Tokens = Int[Tensor, "text position"]
 
@@ -54,7 +55,8 @@ def token_losses(
     `model` is any that `measure` takes.
     """
     last = input_ids.shape[1] - 1 if last is None else last
-    losses, device = [], next(model.parameters()).device
+    model = unwrapped(model)
+    losses, device = [], computing_device(model)
     cut_short = "logits_to_keep" in signature(model.forward).parameters
     for rows in input_ids.to(device).split(max(1, AT_ONCE // input_ids.shape[1])):
         if cut_short:

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkbook.models.layout import blocks
+from sinkbook.models.wrappers import uncompiled, unwrapped
 
 Output = Tensor | tuple | list  # the states alone, or first of several
 
@@ -27,6 +28,7 @@ def logits_of(
     model: nn.Module, tokens: Int[Tensor, "text position"]
 ) -> Float[Tensor, "text position vocab"]:
     """The next-token logits of a causal language model, without a key-value cache."""
+    model = unwrapped(model)
     cacheless = "use_cache" in inspect.signature(model.forward).parameters
     output = model(tokens, **({"use_cache": False} if cacheless else {}))
     return state_of(getattr(output, "logits", output))
@@ -49,7 +51,7 @@ def residual_states(model: nn.Module) -> Iterator[list[Float[Tensor, "batch posi
     """Keep the residual states while the body runs the model once, the embedding first."""
     states: list[Tensor] = []
     found = blocks(model)
-    with ExitStack() as hooks:
+    with uncompiled(), ExitStack() as hooks:
         first = found[0].register_forward_pre_hook(
             lambda _, arguments, keywords: states.append(state_into(arguments, keywords)),
             with_kwargs=True,
@@ -65,7 +67,7 @@ def residual_states(model: nn.Module) -> Iterator[list[Float[Tensor, "batch posi
 def kept(model: nn.Module) -> Iterator[list[Output]]:
     """Keep what each layer gives while the body runs the model once."""
     outputs: list[Output] = []
-    with ExitStack() as hooks:
+    with uncompiled(), ExitStack() as hooks:
         for block in blocks(model):
             handle = block.register_forward_hook(lambda *call: outputs.append(call[2]))
             hooks.callback(handle.remove)
@@ -79,7 +81,7 @@ def given(model: nn.Module, outputs: Sequence[Output], *, below: int) -> Iterato
     `outputs` is what `kept` found for the same tokens. Whether that is the same as running all
     layers depends on the architecture: ask `can_resume`.
     """
-    with ExitStack() as undo:
+    with uncompiled(), ExitStack() as undo:
         for block, output in zip(blocks(model)[:below], outputs, strict=False):
             undo.callback(partial(_restore, block, vars(block).get("forward")))
             block.forward = partial(_again, output)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import layers
+from sinkbook.models.wrappers import computing_device
 from sinkbook.probe.masks import Scope
 from sinkbook.probe.recorder import Recorder
 
@@ -65,7 +66,7 @@ def attention_maps(
             weights = [r.weights.masked_fill(~r.visible, 0.0) for r in rows]
             found[number] = AttentionMap(torch.cat(hidden, dim=2), torch.cat(weights, dim=2))
 
-    input_ids = input_ids.to(next(model.parameters()).device)
+    input_ids = input_ids.to(computing_device(model))
     real = torch.ones_like(input_ids, dtype=torch.bool)
     scope = Scope(torch.zeros_like(input_ids[:, 0]), real, real, frozenset())
     Recorder(model, scope, look).run({"input_ids": input_ids}, with_logits=False)

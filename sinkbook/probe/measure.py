@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
+from sinkbook.models.wrappers import computing_device
 from sinkbook.probe.listening import HIDDEN
 from sinkbook.probe.masks import Scope
 from sinkbook.probe.recorder import Recorder
@@ -99,7 +100,7 @@ def measure(
     """
     started = time.perf_counter()
     _check(variables, input_ids)
-    input_ids = input_ids.to(next(model.parameters()).device)
+    input_ids = input_ids.to(computing_device(model))
     real = _real_tokens(input_ids, attention_mask)
     counted = real if queries is None else real & queries.to(real.device)
     scope = Scope(_sink_positions(sink, real), counted, real, frozenset(variables))

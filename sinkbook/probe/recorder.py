@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import layers, of_transformers
 from sinkbook.models.partial_forward import logits_of, state_into, state_of
+from sinkbook.models.wrappers import uncompiled, unwrapped
 from sinkbook.probe import explicit, fused
 from sinkbook.probe.listening import HIDDEN, active, named_attention, transformers_attention
 from sinkbook.probe.masks import (
@@ -42,6 +43,7 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module, scope: Scope, look: Look | None = None):
+        model = unwrapped(model)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise SinkbookError(
                 f"{type(model).__name__} has an encoder and a decoder. The probe measures causal "
@@ -62,12 +64,14 @@ class Recorder:
     def run(self, inputs: dict[str, Tensor], with_logits: bool) -> Tensor | None:
         """One forward pass; returns the logits if they are wanted, else leaves out the head."""
         with contextlib.ExitStack() as undo:
+            undo.enter_context(uncompiled())
             undo.enter_context(_evaluating(self.model))
             undo.enter_context(self._listening())
             token = active.set(self)
             undo.callback(active.reset, token)
             if of_transformers(self.model):
-                forward = self.model if with_logits else self.model.base_model
+                whole = with_logits or _replaced(self.model)
+                forward = self.model if whole else self.model.base_model
                 accepted = inspect.signature(forward.forward).parameters
                 if "use_cache" in accepted:
                     inputs = {**inputs, "use_cache": False}
@@ -232,7 +236,7 @@ class Recorder:
         projection = self.layers[self.layer].output
         if projection is None or not self.scope.asks_for("value_norm", "head_output_norm"):
             return
-        factor = write_factor(projection, heads, value.shape[-1])
+        factor = write_factor(projection, heads, value)
         if factor is not None and "value_norm" in wanted:
             written = value[:, :, None].to(exact) @ factor.unflatten(0, (-1, groups)).mT
             kept["value_norm"] = torch.linalg.vector_norm(written, dim=-1).flatten(1, 2)
@@ -266,26 +270,37 @@ class Recorder:
 
 
 def write_factor(
-    projection: nn.Module, heads: int, width: int
+    projection: nn.Module, heads: int, value: Float[Tensor, "*states width"]
 ) -> Float[Tensor, "head rank width"] | None:
     """`R` of each head with `|R v| = |W_O^h v|`: the triangular root of `W_O^h`'s Gram matrix.
 
     By QR and not by squaring, which would lose half of the digits of a drained value. `None` if
-    the projection does not take the heads one after the other.
+    the projection does not take the heads one after the other. `value` are states of these heads.
     """
-    weight = getattr(projection, "weight", None)
-    if isinstance(projection, nn.Linear) and weight.is_floating_point():
+    width, weight = value.shape[-1], getattr(projection, "weight", None)
+    plain = type(projection).forward is nn.Linear.forward and not _replaced(projection)
+    if plain and weight.is_floating_point():
         weight = weight.T
-    elif type(projection).__name__ != "Conv1D":  # quantised or adapted: try it on unit vectors
-        parameter = next(projection.parameters())
-        dtype = parameter.dtype if parameter.is_floating_point() else torch.float16
-        units = torch.eye(heads * width + 1, heads * width, dtype=dtype, device=parameter.device)
+    elif type(projection).__name__ != "Conv1D" or _replaced(projection):
+        # Quantised, adapted or replaced: try it on unit vectors of the kind that it is called with.
+        if next(projection.parameters(), next(projection.buffers(), None)) is None:
+            raise SinkbookError(
+                f"{type(projection).__module__}.{type(projection).__name__} keeps W_O packed and "
+                "rounds what it reads in one range for all texts, so what a head writes depends on "
+                "the others. Leave value_norm and head_output_norm out of the variables."
+            )
+        units = torch.eye(heads * width + 1, heads * width, dtype=value.dtype, device=value.device)
         written = projection.forward(units)
         weight = written[:-1] - written[-1]
     if len(weight) != heads * width:
         return None
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return torch.linalg.qr(weight.unflatten(0, (heads, width)).mT, mode="r").R
+
+
+def _replaced(module: nn.Module) -> bool:
+    """Whether somebody has put a forward function of their own on this one module."""
+    return "forward" in vars(module)
 
 
 @contextlib.contextmanager

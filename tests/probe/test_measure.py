@@ -229,7 +229,7 @@ def test_a_drained_value_keeps_its_digits():
     projection = nn.Linear(8, 64, bias=False)
     projection.weight.data = (basis * stretch @ rotation).float()
     value = rotation[-1].float()  # the direction that is written a million times weaker
-    factor = recorder.write_factor(projection, 1, 8)[0]
+    factor = recorder.write_factor(projection, 1, value)[0]
     exact = (projection.weight.double() @ value.double()).norm()
     torch.testing.assert_close((factor @ value).norm().double(), exact, rtol=0.2, atol=0)
 
@@ -245,10 +245,11 @@ def test_a_projection_that_hides_its_weights_is_tried_on_unit_vectors():
 
     adapted, plain = Adapted(), nn.Linear(12, 20)
     plain.weight.data = adapted.base.weight.data + adapted.update.weight.data
-    value = torch.randn(12).unflatten(0, (3, 4, 1))
+    value = torch.randn(3, 4)
     with torch.no_grad():
         norms = [
-            (recorder.write_factor(module, 3, 4) @ value).norm(dim=1) for module in (adapted, plain)
+            (recorder.write_factor(module, 3, value) @ value[..., None]).norm(dim=1)
+            for module in (adapted, plain)
         ]
     torch.testing.assert_close(*norms)
 

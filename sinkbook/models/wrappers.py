@@ -1,0 +1,97 @@
+"""The model inside what training scripts and tools put around it, and where it computes.
+
+One place knows them: `torch.compile`, data parallelism, PEFT's adapters. What cannot be taken off
+without changing what the model computes, such as a trained prompt, is refused here.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sinkbook.errors import SinkbookError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that computes, out of all that stands around it.
+
+    Adapters inside its layers stay where they are and count. Raises `SinkbookError` for weights
+    that are sharded over processes and for a trained prompt before the text.
+    """
+    while (inner := _inside(model)) is not model:
+        model = inner
+    return model
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens.
+
+    Raises `SinkbookError` if its weights are not in this process's memory: offloaded, not loaded
+    yet or sharded over processes.
+    """
+    model = unwrapped(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise SinkbookError(
+                f"{name} of {type(model).__name__} is not in memory: it is offloaded, or was never "
+                "loaded. Load the model whole, without `device_map` and offloading."
+            )
+        if type(parameter).__name__ == "DTensor":
+            raise _sharded(model)
+    held = next(model.parameters(), None)
+    held = next(model.buffers(), torch.empty(0)) if held is None else held
+    return held.device
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """In the body compiled models run as they are written: a graph made before skips our hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """What one wrapper holds; the model itself if it is none."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return model.module
+    if "_orig_mod" in model._modules:  # `torch.compile`
+        return model._orig_mod
+    if "_fsdp_wrapped_module" in model._modules:
+        raise _sharded(model)
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        return _adapted(model)
+    return model
+
+
+def _adapted(model: nn.Module) -> nn.Module:
+    """The model whose layers PEFT has adapted, if calling it is the same as calling the wrapper."""
+    from peft import AdaLoraModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    # AdaLoRA only adds to the loss. Others read a prompt before the text, or the text twice.
+    alike = (BaseTuner.forward, AdaLoraModel.forward)
+    configs = model.peft_config.values()
+    of_tokens = any(getattr(config, "alora_invocation_tokens", None) for config in configs)
+    tuner = model.base_model
+    if isinstance(tuner, BaseTuner) and type(tuner).forward in alike and not of_tokens:
+        return tuner.model
+    kinds = ", ".join(str(getattr(config.peft_type, "value", "")) for config in configs)
+    raise SinkbookError(
+        f"{type(model).__name__} carries {kinds}, which is more than adapted layers: a trained "
+        "prompt before the text, or adapters that depend on the text. sinkbook reads models with "
+        "LoRA and other adapters inside their layers. Merge it, or give model.get_base_model(), "
+        "which is the model without."
+    )
+
+
+def _sharded(model: nn.Module) -> SinkbookError:
+    return SinkbookError(
+        f"the weights of {type(model).__name__} are sharded over processes. Gather them, save the "
+        "model, and load it whole in one process."
+    )
