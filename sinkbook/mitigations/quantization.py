@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import blocks
-from sinkbook.models.wrappers import computing_device
 from sinkbook.models.losses import token_losses
+from sinkbook.models.wrappers import computing_device
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
 

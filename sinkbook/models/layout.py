@@ -138,12 +138,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         return _named_blocks(model)
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = _lists_of_text(model, depth)
-    if not found:
+    if len(found) != 1:
+        several = ", ".join(found) or "none"
         raise SinkbookError(
-            f"{type(model).__name__} has no list of {depth} layers. "
-            "sinkbook reads decoder-only language models."
+            f"{type(model).__name__} should have one list of {depth} layers that attend to text; "
+            f"found: {several}. sinkbook reads decoder-only language models: give the one inside."
         )
-    return list(found[0])
+    return list(*found.values())
 
 
 # --- Models that name their parts ------------------------------------------------------------
@@ -205,25 +206,23 @@ def _named_layer(block: nn.Module) -> Layer:
 # --- Models of transformers, by structure ----------------------------------------------------
 
 
-def _lists_of_text(model: nn.Module, depth: int | None) -> list[nn.ModuleList]:
-    """Lists of as many modules as the text model has layers, likeliest first.
+def _lists_of_text(model: nn.Module, depth: int | None) -> dict[str, nn.ModuleList]:
+    """Lists of as many modules as the text model has layers, by name: there should be one.
 
-    Those that attend go before those that do not, and of these the ones that stand in a model
-    with the text's configuration: a tower for images or sound may be as deep.
+    Those that attend count before those that do not, and those in a part with the configuration of
+    the text before others: a tower for images or sound may be as deep.
     """
-    of_text = type(model.config.get_text_config())
-    lists: dict[nn.ModuleList, bool] = {}
-
-    def collect(module: nn.Module, config) -> None:
-        config = getattr(module, "config", config)
-        if isinstance(module, nn.ModuleList) and len(module) == depth and depth:
-            lists.setdefault(module, type(config) is of_text)
-        for child in module.children():
-            collect(child, config)
-
-    collect(model, model.config)
-    attending = [m for m in lists if any(_attention(block) for block in m)] or list(lists)
-    return [m for m in attending if lists[m]] or attending
+    of_text, configs = type(model.config.get_text_config()), {"": type(model.config)}
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        above = configs[name.rpartition(".")[0]]
+        own = getattr(module, "config", None)
+        configs[name] = type(own) if hasattr(own, "get_text_config") else above
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            found[name] = module
+    names = [name for name in found if any(_attention(b) for b in found[name])] or list(found)
+    names = [name for name in names if configs[name] is of_text] or names
+    return {name: found[name] for name in names}
 
 
 def _found_layer(block: nn.Module, config) -> Layer:

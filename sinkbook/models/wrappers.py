@@ -7,6 +7,7 @@ without changing what the model computes, such as a trained prompt, is refused h
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -65,28 +66,25 @@ def _inside(model: nn.Module) -> nn.Module:
         raise _sharded(model)
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
-        return _adapted(model)
+        return _adapted(model, peft)
     return model
 
 
-def _adapted(model: nn.Module) -> nn.Module:
+def _adapted(model: nn.Module, peft: ModuleType) -> nn.Module:
     """The model whose layers PEFT has adapted, if calling it is the same as calling the wrapper."""
-    from peft import AdaLoraModel
-    from peft.tuners.tuners_utils import BaseTuner
-
+    plain = peft.tuners.tuners_utils.BaseTuner
     # AdaLoRA only adds to the loss. Others read a prompt before the text, or the text twice.
-    alike = (BaseTuner.forward, AdaLoraModel.forward)
+    alike = (plain.forward, peft.AdaLoraModel.forward)
     configs = model.peft_config.values()
     of_tokens = any(getattr(config, "alora_invocation_tokens", None) for config in configs)
     tuner = model.base_model
-    if isinstance(tuner, BaseTuner) and type(tuner).forward in alike and not of_tokens:
+    if isinstance(tuner, plain) and type(tuner).forward in alike and not of_tokens:
         return tuner.model
     kinds = ", ".join(str(getattr(config.peft_type, "value", "")) for config in configs)
     raise SinkbookError(
         f"{type(model).__name__} carries {kinds}, which is more than adapted layers: a trained "
         "prompt before the text, or adapters that depend on the text. sinkbook reads models with "
-        "LoRA and other adapters inside their layers. Merge it, or give model.get_base_model(), "
-        "which is the model without."
+        "LoRA and other adapters inside their layers. Give the model that it was trained on."
     )
 
 
