@@ -212,11 +212,7 @@ def checkpoints(
     if out is not None:
         from sinkbook import files
 
-        files.write(
-            out,
-            lambda part: dataset.to_netcdf(part, engine="h5netcdf"),
-            otherwise="name another file with --out",
-        )
+        files.write_netcdf(out, dataset, otherwise="name another file with --out")
         print(out)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,13 +50,40 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        if error.errno is None:  # not from the file system: transformers raises such ones
+    except Exception as error:
+        if (refused := refusal(error)) is None:  # transformers raises OSErrors of its own
             raise
         raise SinkbookError(
-            f"cannot write to the cache folder {folder}: {error.strerror}. "
-            "Set SINKBOOK_CACHE to a folder that you can write to."
+            f"cannot write to the cache folder {folder}: {refused.strerror}. "
+            "Set SINKBOOK_CACHE to a folder that you can write to, with room in it."
         ) from error
+
+
+# What the file system answers where there is no room: the disk, the quota, the largest file.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Who writes through another library than Python's own has its words, with the number in them:
+# safetensors and tokenizers those of Rust, netCDF 4 those of HDF5.
+_NUMBER = re.compile(r"\(os error (\d+)\)|\berrno = (\d+)")
+
+
+def refusal(error: BaseException) -> OSError | None:
+    """What the file system refused, if it is that which an error tells of, in whatever class."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    found = _NUMBER.search(str(error))
+    if found is None or isinstance(error, SinkbookError):
+        return None
+    number = int(found[1] or found[2])
+    return OSError(number, os.strerror(number))
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, tells of a full disk or of a quota."""
+    while error is not None:
+        if (refused := refusal(error)) is not None and refused.errno in NO_ROOM:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
@@ -72,14 +100,26 @@ def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
-        advice = "Free some space" if error.errno == errno.ENOSPC else "Make it writable"
-        raise SinkbookError(
-            f"cannot write {path}: {error.strerror or error}. {advice}, or {otherwise}."
-        ) from error
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None and not isinstance(error, OSError):
+            raise
+        advice = "Free some space" if no_room(error) else "Make it writable"
+        reason = error if refused is None else refused.strerror
+        raise SinkbookError(f"cannot write {path}: {reason}. {advice}, or {otherwise}.") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def write_netcdf(path: Path, dataset, *, otherwise: str, encoding: dict | None = None) -> None:
+    """Write an xarray dataset as netCDF 4 in one step, by `write`.
+
+    It is made in memory: HDF5 ends the whole process, minutes after, where its own file is cut off
+    by a full disk.
+    """
+    made = dataset.to_netcdf(engine="h5netcdf", encoding=encoding)
+    write(path, lambda part: part.write_bytes(made), otherwise=otherwise)
 
 
 IN_ANOTHER_CACHE = "name another cache folder in SINKBOOK_CACHE"

@@ -1,6 +1,8 @@
 """Independent work, on all CPU cores or on many machines.
 
 Here: one process a core, each computing with one thread. Elsewhere: the executor of a Dask cluster.
+Either way a failure is that of one item, whatever raised it: the others go on to their end, and
+then all that failed are named in one error.
 """
 
 import os
@@ -10,7 +12,7 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -19,11 +21,13 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from sinkbook.errors import SinkbookError
+from sinkbook.files import NOTICES
 from sinkbook.progress import progress
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+KILLED = "as processes are when the memory is full: make room, or work on fewer at once"
 SECONDS_TO_END = 5  # that a process is given between being told to end and being killed
 
 
@@ -36,35 +40,99 @@ def in_processes(
 ) -> list[Made]:
     """What `work` makes of every item, in as many processes as there are cores; shows progress.
 
-    There are at most `most` processes. The first error that `work` raises is raised here at once,
-    and so is an interruption: what is waiting never begins, what is running is ended. The processes
-    end with this one, too, however that ends.
-    Raises `SinkbookError` for a process that died, with the item that it worked on.
+    There are at most `most` processes. They end with this one, too, however that ends; after an
+    interruption what is waiting never begins, and what is running is ended.
+    Raises `SinkbookError` when all others are done, with every item whose work raised an error, or
+    whose process died, and why; the first error is its cause.
     """
     # Not forked from here: a process that has used torch's threads can hang in its fork. The
     # server imports torch once, for this call and for later ones.
     context = get_context("forkserver")
     context.set_forkserver_preload([_function(work).__module__])
     made: dict[int, Made] = {}
+    failures: dict[int, Exception] = {}
     waiting = iter(enumerate(items))
     workers: dict[Connection, BaseProcess] = {}
     working: dict[Connection, int] = {}
+
+    def hand_out(here: Connection) -> None:
+        """Give a process the next item that waits and can be sent."""
+        for place, item in waiting:
+            try:
+                here.send(item)
+            except Exception as error:  # the item cannot be pickled, or the process is gone
+                failures[place] = error
+                _tell(item, error)
+            else:
+                working[here] = place
+                return
+
     with progress(label, len(items)) as show:
         try:
             for _ in range(min(len(items), os.cpu_count() or 1, most or len(items))):
                 here, process = _start(context, work)
                 workers[here] = process
-                working[here] = _hand_out(here, waiting)
+                hand_out(here)
             while working:
                 for here in wait(list(working)):
                     place = working.pop(here)
-                    made[place] = _result(here, workers[here], items[place])
-                    show(len(made))
-                    if (next_one := _hand_out(here, waiting)) is not None:
-                        working[here] = next_one
+                    try:
+                        made[place] = _result(here, workers[here])
+                    except Exception as error:
+                        failures[place] = error
+                        _tell(items[place], error)
+                        if isinstance(error, _DiedError):
+                            _end({here: workers.pop(here)})
+                            if len(made) + len(failures) + len(working) < len(items):
+                                here, process = _start(context, work)
+                                workers[here] = process
+                    show(len(made) + len(failures))
+                    if here in workers:
+                        hand_out(here)
         finally:
             _end(workers)
+    if failures:
+        raise _failed(label, len(items), [(items[p], failures[p]) for p in sorted(failures)])
     return [made[place] for place in range(len(items))]
+
+
+class _DiedError(SinkbookError):
+    """A process is no more; another one has to take its place."""
+
+
+def _named(item: object) -> str:
+    return textwrap.shorten(repr(item), 400)
+
+
+def _tell(item: object, error: BaseException) -> None:
+    """Say at once what will be raised at the end, which may be long after."""
+    NOTICES.warning("%s failed, the others go on: %s", _named(item), in_words(error))
+
+
+def in_words(error: BaseException) -> str:
+    """An error as it stands in a list of failures: without its class, if it is meant for users."""
+    if isinstance(error, SinkbookError):
+        return str(error)
+    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":
+        words += f" ({KILLED})"
+    return words
+
+
+def _failed(label: str, count: int, failures: list[tuple[object, Exception]]) -> SinkbookError:
+    return all_failures(
+        f"{label}: {len(failures)} of {count} failed. The others are done; what they keep in the "
+        "store is kept, and the same call goes on with the rest.",
+        {_named(item): error for item, error in failures},
+    )
+
+
+def all_failures(happened: str, failures: dict[str, BaseException]) -> SinkbookError:
+    """One error for all items of some work that failed, by their names; the first is its cause."""
+    told = "".join(f"\n  {name}: {in_words(error)}" for name, error in failures.items())
+    error = SinkbookError(f"{happened}{told}")
+    error.__cause__ = next(iter(failures.values()))
+    return error
 
 
 def _function(work: Callable) -> Callable:
@@ -82,26 +150,14 @@ def _start(context, work: Callable) -> tuple[Connection, BaseProcess]:
     return here, process
 
 
-def _hand_out(to: Connection, waiting: Iterator[tuple[int, Item]]) -> int | None:
-    """Give a process the next item that waits; returns the item's place, None if none waits."""
-    place, item = next(waiting, (None, None))
-    if place is not None:
-        to.send(item)
-    return place
-
-
-def _result(here: Connection, process: BaseProcess, item: Item) -> Made:
+def _result(here: Connection, process: BaseProcess) -> Made:
     try:
         made, error = here.recv()
     except (EOFError, ConnectionError) as ended:
         process.join(SECONDS_TO_END)
-        why = f"exit status {process.exitcode}"
-        if process.exitcode == -signal.SIGKILL:
-            why = "killed, as processes are when the memory is full: make room, or work on fewer"
-        raise SinkbookError(
-            f"the process that worked on {textwrap.shorten(repr(item), 400)} ended before it was "
-            f"done ({why}). What had finished is kept; the same call goes on with the rest."
-        ) from ended
+        killed = process.exitcode == -signal.SIGKILL
+        why = f"killed: {KILLED}" if killed else f"exit status {process.exitcode}"
+        raise _DiedError(f"its process ended before it was done ({why}).") from ended
     if error is not None:
         raise error
     return made
@@ -140,7 +196,10 @@ def _work(there: Connection, work: Callable, settings: dict[str, str]) -> None:
             made, error = work(item), None
         except Exception as raised:
             made, error = None, _sendable(raised)
-        there.send((made, error))
+        try:
+            there.send((made, error))
+        except Exception as raised:  # what was made cannot be pickled
+            there.send((None, _sendable(raised)))
 
 
 def _end_with_parent() -> None:
@@ -165,22 +224,47 @@ def on_executor(
     calls: dict[Item, tuple],
     *,
     label: str,
+    stop: tuple[type[Exception], ...] = (),
+    failures: dict[Item, Exception] | None = None,
 ) -> Iterator[tuple[Item, Made]]:
     """Items and what `work` makes of the arguments of each, as they come; shows progress.
 
-    After the first error, or an interruption, no call begins that has not begun.
+    Whatever a call raises, or the executor for it, is a failure of that item. They are put into
+    `failures`, if it is given; else `SinkbookError` is raised when all others are done, with every
+    item that failed and why. Errors of the classes in `stop` are raised at once. After one of them,
+    or an interruption, no call begins that has not begun.
     """
-    futures = {}
+    failed: dict[Item, Exception] = {} if failures is None else failures
+    futures: dict[Future, Item] = {}
     with progress(label, len(calls)) as show:
         try:
             for item, arguments in calls.items():
-                futures[executor.submit(work, *arguments)] = item
-            for done, future in enumerate(as_completed(futures), start=1):
-                yield futures[future], future.result()
-                show(done)
+                try:
+                    future = executor.submit(work, *arguments)
+                except Exception as error:  # its workers have died, or an argument is not sent
+                    failed[item] = error
+                    continue
+                futures[future] = item
+                if future.done() and not future.cancelled():
+                    if isinstance(future.exception(), stop):
+                        break
+                    show(sum(future.done() for future in futures))
+            for future in as_completed(futures):
+                try:
+                    made = future.result()
+                except stop:
+                    raise
+                except Exception as error:
+                    failed[futures[future]] = error
+                    _tell(futures[future], error)
+                else:
+                    yield futures[future], made
+                show(sum(future.done() for future in futures))
         finally:
             for future in futures:
                 future.cancel()
+    if failed and failures is None:
+        raise _failed(label, len(calls), list(failed.items()))
 
 
 # The environment variable that names the cluster's scheduler; `sinkbook run --dask` sets it.

@@ -10,11 +10,12 @@ trained again. An unfinished run is `checkpoint.safetensors`. Files are written 
 and moved into place, so that a kill leaves the old one or the new one.
 """
 
+import errno
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sinkbook.errors import SinkbookError
 from sinkbook.files import NOTICES, cache_folder, write
 
 # Writes netCDF 3, which is read in a twentieth of the time of netCDF 4.
@@ -55,20 +57,40 @@ def runs_folder() -> Path:
 
 @contextmanager
 def locked(folder: Path):
-    """Hold a run's folder: a second process that asks for the same run waits for the first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold a run's folder: a second process that asks for the same run waits for the first.
+
+    Raises `SinkbookError` for a folder that cannot be made, or lies where there are no locks.
+    """
     lock = filelock.FileLock(folder / "lock")
+    with _refusals(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0.1)
+        except filelock.Timeout:
+            NOTICES.warning("Run %s is being made by another process: waiting for it.", folder.name)
+            lock.acquire()
     try:
-        lock.acquire(timeout=0.1)
-    except filelock.Timeout:
-        NOTICES.warning("Run %s is being made by another process: waiting for it.", folder.name)
-        lock.acquire()
-    try:
-        for leftover in folder.glob("*.part"):
-            leftover.unlink()
+        with _refusals(folder):
+            for leftover in folder.glob("*.part"):
+                leftover.unlink()
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """What the file system refuses in a run's folder, as a message that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+            reason = f"its file system has no locks ({reason})"
+        raise SinkbookError(
+            f"the run store cannot use {folder}: {reason}. Set SINKBOOK_RUNS to a folder on a "
+            "local disk, or on one that you can write to."
+        ) from error
 
 
 def set_aside(folder: Path, why: str) -> None:
@@ -77,9 +99,10 @@ def set_aside(folder: Path, why: str) -> None:
     They go to `<folder>/damaged-<time>`, for whoever wants to look at them.
     """
     attic = folder / f"damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
-    attic.mkdir()
-    for file in [f for f in folder.iterdir() if f.is_file() and f.name != "lock"]:
-        file.rename(attic / file.name)
+    with _refusals(folder):
+        attic.mkdir()
+        for file in [f for f in folder.iterdir() if f.is_file() and f.name != "lock"]:
+            file.rename(attic / file.name)
     NOTICES.warning("Run %s is damaged (%s): set aside in %s, made again.", folder.name, why, attic)
 
 

@@ -1,11 +1,13 @@
 """Work in several processes: its results, and how it ends when something goes wrong."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -44,27 +46,24 @@ def mark(folder, item):
     (folder / f"{item}.part").rename(folder / str(item))
 
 
-def fail_first(folder, item):
-    """The first item fails once the second one runs; all others run for long."""
-    mark(folder, item)
-    if item == 0:
-        until(lambda: len(started(folder)) == 2)
-        raise ValueError("the first one fails")
-    time.sleep(LONG)
-
-
 def test_results_come_in_the_order_of_the_items():
     assert in_processes(double, range(7), label="doubling", most=2) == [0, 2, 4, 6, 8, 10, 12]
     assert in_processes(double, [], label="doubling") == []
 
 
-def test_an_error_is_raised_while_the_others_run_and_ends_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(ValueError, match="the first one fails") as failure:
-        in_processes(partial(fail_first, tmp_path), range(8), label="failing")
-    assert "in fail_first" in failure.value.__notes__[0]
-    assert started(tmp_path).keys() == {0, 1}
-    assert not any(is_running(pid) for pid in started(tmp_path).values())
+def fail_at(folder, failing, item):
+    mark(folder, item)
+    if item in failing:
+        raise ValueError(f"not {item}")
+    return item
+
+
+def test_an_error_is_that_of_one_item_and_the_others_go_on(tmp_path):
+    with pytest.raises(SinkbookError, match="^failing: 2 of 6 failed") as failure:
+        in_processes(partial(fail_at, tmp_path, (0, 4)), range(6), label="failing", most=2)
+    assert str(failure.value).endswith("\n  0: ValueError: not 0\n  4: ValueError: not 4")
+    assert "in fail_at" in failure.value.__cause__.__notes__[0]
+    assert started(tmp_path).keys() == set(range(6))
 
 
 def test_an_interruption_ends_what_runs_and_what_waits_never_begins(tmp_path, monkeypatch):
@@ -86,14 +85,32 @@ def mark_and_stay(folder, item):
     time.sleep(LONG)
 
 
-def die(item):
-    if item == "the second":
+def die(folder, item):
+    mark(folder, item)
+    if item == 2:
         os.kill(os.getpid(), signal.SIGKILL)
+    if item == 3:
+        os._exit(7)
 
 
-def test_a_process_that_was_killed_is_an_error_that_names_its_item():
-    with pytest.raises(SinkbookError, match="worked on 'the second' .*killed.* memory is full"):
-        in_processes(die, ["the first", "the second", "the third"], label="dying", most=1)
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_process_that_died_is_an_error_that_names_its_item_and_the_others_go_on(tmp_path, most):
+    with pytest.raises(SinkbookError, match="2 of 5 failed") as failure:
+        in_processes(partial(die, tmp_path), range(1, 6), label="dying", most=most)
+    assert re.search("2: its process .*killed.* memory is full", str(failure.value))
+    assert re.search("3: its process .*exit status 7", str(failure.value))
+    assert started(tmp_path).keys() == {1, 2, 3, 4, 5}
+
+
+def unsendable(item):
+    return (lambda: item) if item == 1 else item
+
+
+def test_what_cannot_be_sent_is_the_failure_of_its_item():
+    with pytest.raises(SinkbookError, match="(?s)1 of 3 failed.*\n  1: .*pickle"):
+        in_processes(unsendable, range(3), label="making", most=1)
+    with pytest.raises(SinkbookError, match="(?s)1 of 2 failed.*lambda.*pickle"):
+        in_processes(str, [lambda: 0, 1], label="asking", most=1)
 
 
 class UnsendableError(Exception):
@@ -106,7 +123,7 @@ def raise_unsendable(item):
 
 
 def test_an_error_that_cannot_be_sent_arrives_in_words():
-    with pytest.raises(RuntimeError, match="this and that"):
+    with pytest.raises(SinkbookError, match="RuntimeError: this and that"):
         in_processes(raise_unsendable, [1], label="failing")
 
 
@@ -128,21 +145,61 @@ def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path):
     until(lambda: not any(is_running(pid) for pid in started(tmp_path).values()))
 
 
-class Queue(Executor):
-    """Takes calls and runs none; the test ends them."""
+class AtOnce(Executor):
+    """Runs each call at once, or raises in the place of the executor."""
 
     def __init__(self):
         self.futures = []
 
+    def submit(self, work, /, item):
+        future = Future()
+        self.futures.append(future)
+        if item == 0:
+            raise BrokenProcessPool("no worker is left")
+        try:
+            future.set_result(work(item))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def invert(number):
+    return 1 / (number - 2)
+
+
+def test_an_executors_failures_are_those_of_their_items():
+    calls = {n: (n,) for n in (0, 1, 2, 4)}
+    found = on_executor(AtOnce(), invert, calls, label="inverting")
+    assert dict(next(found) for _ in range(2)) == {1: -1.0, 4: 0.5}
+    with pytest.raises(SinkbookError, match="2 of 4 failed") as failure:
+        next(found)
+    assert "\n  0: BrokenProcessPool: no worker is left (as processes are" in str(failure.value)
+    assert "\n  2: ZeroDivisionError: " in str(failure.value)
+
+
+class Queue(Executor):
+    """Takes calls and runs none; the first one's ends as it is told."""
+
+    def __init__(self, error):
+        self.futures, self.error = [], error
+
     def submit(self, work, /, *arguments):
         self.futures.append(Future())
-        if len(self.futures) == 1:
-            self.futures[0].set_exception(ValueError("the first one fails"))
+        if len(self.futures) == 2:
+            self.futures[0].set_exception(self.error)
         return self.futures[-1]
 
 
-def test_after_an_error_no_call_waits_in_an_executor_from_outside():
-    queue = Queue()
-    with pytest.raises(ValueError, match="the first one fails"):
-        list(on_executor(queue, double, {n: (n,) for n in range(4)}, label="failing"))
+def test_after_an_error_that_stops_all_no_call_waits_in_an_executor_from_outside():
+    queue = Queue(OSError("the disk is full"))
+    calls = {n: (n,) for n in range(4)}
+    with pytest.raises(OSError, match="the disk is full"):
+        list(on_executor(queue, double, calls, label="failing", stop=(OSError,)))
     assert [future.cancelled() for future in queue.futures] == [False, True, True, True]
+
+
+def test_after_an_error_that_stops_all_no_call_is_made():
+    executor, calls = AtOnce(), {n: (n,) for n in (1, 2, 4, 5)}
+    with pytest.raises(ZeroDivisionError):
+        list(on_executor(executor, invert, calls, label="", stop=(ZeroDivisionError,)))
+    assert len(executor.futures) == 2

@@ -8,14 +8,14 @@ kept in the store, so that an interrupted sweep goes on where it stopped. Any
 `concurrent.futures.Executor` can run it; without one the calling process does.
 """
 
-import errno
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, Future, as_completed
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,9 +29,10 @@ from sinkbook import store
 from sinkbook.data import corpora
 from sinkbook.dependencies import code_hash
 from sinkbook.errors import SinkbookError
+from sinkbook.files import no_room
 from sinkbook.llm.checkpoint_metrics import measure_checkpoint
 from sinkbook.models import pretrained
-from sinkbook.progress import progress
+from sinkbook.parallel import all_failures, on_executor
 from sinkbook.provenance import provenance
 
 CHARACTERS_PER_TOKEN = 8  # more than a word piece has on average, so that texts are long enough
@@ -125,6 +126,7 @@ def measure_checkpoints(
         )
         for revision in _chosen(model_id, revisions)
     ]
+    jobs = [replace(job, asked_as=job.folder.name) for job in jobs]
     results = _run(jobs, executor or _InProcess())
     return _together(jobs, results)
 
@@ -219,6 +221,7 @@ class _Job:
     dtype: str | None
     trust_remote_code: bool
     free: bool
+    asked_as: str = ""  # the name under which the machine that asks keeps it
 
     @property
     def folder(self) -> Path:
@@ -233,30 +236,36 @@ class _Job:
         return store.runs_folder() / f"checkpoint-{digest[:16]}"
 
 
-def _measure(job: _Job, name: str) -> xr.Dataset:
-    """The measurement of a job: from the store, or else made and kept there.
-
-    `name` is the one under which the machine that asks keeps it.
-    """
-    if job.folder.name != name:
+def _measure(job: _Job) -> xr.Dataset:
+    """The measurement of a job: from the store, or else made and kept there."""
+    if job.folder.name != job.asked_as:
         raise SinkbookError(
             "a worker has another version of sinkbook's measuring code, of torch or of "
             "transformers, than the machine that asks. Install the same on all of them."
         )
-    try:
+    with _stopped_by_full_disk(job):
         with _one_model:
             _, result, _ = store.finished(job.folder, lambda: _keep(job, _measure_now(job)))
         if job.free:
             _free(job)
         return result
-    except (OSError, SinkbookError) as error:
-        if _no_space(error):
-            raise DiskFullError(
-                f"the disk was full at {job.revision.name} of {job.model_id!r} ({error}). Free "
-                "some space and run the same again: what was measured is kept. To remove each "
-                "checkpoint once it is measured, add `free=True`."
-            ) from error
+
+
+@contextmanager
+def _stopped_by_full_disk(job: _Job) -> Iterator[None]:
+    """Whatever is raised for lack of room, by whomever, says so: it ends the whole sweep."""
+    try:
+        yield
+    except DiskFullError:
         raise
+    except Exception as error:
+        if not no_room(error):
+            raise
+        raise DiskFullError(
+            f"the disk was full at {job.revision.name} of {job.model_id!r} ({error}). Free "
+            "some space and run the same again: what was measured is kept. To remove each "
+            "checkpoint once it is measured, add `free=True`."
+        ) from error
 
 
 def _measure_now(job: _Job) -> xr.Dataset:
@@ -303,14 +312,6 @@ def _free(job: _Job) -> None:
                         file.blob_path.unlink(missing_ok=True)
 
 
-def _no_space(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 # --- The sweep -------------------------------------------------------------------------------
 
 
@@ -328,35 +329,28 @@ class _InProcess(Executor):
 
 def _run(jobs: list[_Job], executor: Executor) -> dict[_Job, xr.Dataset]:
     """The measurement of every job, each kept in this process's store as soon as it is there."""
-    futures: dict[Future, _Job] = {}
     results: dict[_Job, xr.Dataset] = {}
-    failures: dict[_Job, SinkbookError] = {}
-    with progress("measuring checkpoints", len(jobs)) as show:
+    failures: dict[_Job, Exception] = {}
+    calls = {job: (job,) for job in jobs}
+    label = "measuring checkpoints"
+    for job, result in on_executor(
+        executor, _measure, calls, label=label, stop=(DiskFullError,), failures=failures
+    ):
         try:
-            for job in jobs:
-                future = executor.submit(_measure, job, job.folder.name)
-                futures[future] = job
-                if future.done() and isinstance(future.exception(), DiskFullError):
-                    break
-                show(sum(future.done() for future in futures))
-            for future in as_completed(futures):
-                try:
-                    results[futures[future]] = result = future.result()
-                except DiskFullError:
-                    raise
-                except SinkbookError as error:
-                    failures[futures[future]] = error
-                else:
-                    _bring_home(futures[future], result)
-                show(len(results) + len(failures))
-        finally:
-            for future in futures:
-                future.cancel()
+            with _stopped_by_full_disk(job):
+                _bring_home(job, result)
+        except DiskFullError:
+            raise
+        except Exception as error:
+            failures[job] = error
+        else:
+            results[job] = result
     if failures:
-        told = "".join(f"\n  {job.revision.name}: {error}" for job, error in failures.items())
-        raise SinkbookError(
+        named = {job.revision.name: failures[job] for job in jobs if job in failures}
+        raise all_failures(
             f"{len(failures)} of {len(jobs)} checkpoints could not be measured; the measurements "
-            f"of the others are kept.{told}"
+            "of the others are kept, and the same call measures only what is missing.",
+            named,
         )
     return results
 

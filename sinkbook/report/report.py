@@ -6,6 +6,7 @@ Everything that is said comes from one dataset, which `result.nc` keeps.
 import os
 import shlex
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sinkbook import provenance
+from sinkbook import files, provenance
 from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
 from sinkbook.figures import style
@@ -173,20 +174,20 @@ def check_folder(folder: Path, *, force: bool) -> None:
 def write(result: xr.Dataset, folder: Path, *, force: bool = False) -> None:
     """Write `FILES` to a folder, which is made if need be.
 
-    Raises SinkbookError as `check_folder` does, and if the file system refuses.
+    Each is whole or absent. Raises SinkbookError as `check_folder` does, and if the file system
+    refuses.
     """
     check_folder(folder, force=force)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        result.to_netcdf(folder / "result.nc", engine="h5netcdf")
-        table = summary.head_table(result)
-        table.to_csv(folder / "summary.csv", index=False, float_format="%.6g")
-        for name, draw in figures.FIGURES.items():
-            figure = draw(result)
-            figure.savefig(folder / f"{name}.png", dpi=150)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        (folder / "report.html").write_text(html_page(result), encoding="utf-8")
-    except OSError as error:
-        raise SinkbookError(
-            f"cannot write to {str(folder)!r}: {error.strerror or error}. Name another folder."
-        ) from error
+    page, table = html_page(result), summary.head_table(result)
+    to_write = partial(files.write, otherwise="name another folder")
+    files.write_netcdf(folder / "result.nc", result, otherwise="name another folder")
+    to_write(
+        folder / "summary.csv",
+        lambda part: table.to_csv(part, index=False, float_format="%.6g"),
+    )
+    for name, draw in figures.FIGURES.items():
+        figure = draw(result)
+        for kind, how in {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}.items():
+            save = partial(figure.savefig, format=kind, **how)
+            to_write(folder / f"{name}.{kind}", save)
+    to_write(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))

@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
@@ -212,10 +214,10 @@ def test_any_executor_gives_the_same(hub):
 def test_what_a_worker_with_another_store_has_measured_comes_home(hub, monkeypatch, tmp_path):
     measure = checkpoints._measure
 
-    def elsewhere(job, name):
+    def elsewhere(job):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SINKBOOK_RUNS", str(tmp_path / "elsewhere"))
-            return measure(job, name)
+            return measure(job)
 
     monkeypatch.setattr(checkpoints, "_measure", elsewhere)
     measure_checkpoints("someone/tiny", [0, 500], TEXTS, **SMALL)
@@ -224,7 +226,8 @@ def test_what_a_worker_with_another_store_has_measured_comes_home(hub, monkeypat
 
 def test_a_worker_with_other_measuring_code_is_refused(hub, monkeypatch):
     measure = checkpoints._measure
-    monkeypatch.setattr(checkpoints, "_measure", lambda job, name: measure(job, "checkpoint-0123"))
+    other = "checkpoint-0123"
+    monkeypatch.setattr(checkpoints, "_measure", lambda j: measure(replace(j, asked_as=other)))
     with pytest.raises(SinkbookError, match="a worker has another version of sinkbook"):
         measure_checkpoints("someone/tiny", [0], TEXTS, **SMALL)
     assert measurements_kept() == []
@@ -298,6 +301,45 @@ def test_a_revision_without_weights_does_not_stop_the_others(hub):
     assert told.startswith("1 of 4 checkpoints could not be measured; the measurements of the oth")
     assert "\n  step500-tokens2B: " in told and "weights" in told.split("step500-tokens2B: ")[1]
     assert measurements_kept() == ["step0", "step1000-tokens4B", "step10000-tokens40B"]
+
+
+class OneDies(Executor):
+    """As a cluster does it: one future holds what became of its worker, the others go on."""
+
+    def __init__(self, revision, error, when_asked=False):
+        self.revision, self.error, self.when_asked = revision, error, when_asked
+
+    def submit(self, measure, job):
+        future = Future()
+        if job.revision.name != self.revision:
+            future.set_result(measure(job))
+        elif self.when_asked:
+            raise self.error
+        elif self.error is None:
+            future.cancel()
+            future.set_running_or_notify_cancel()
+        else:
+            future.set_exception(self.error)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("error", "when_asked", "told"),
+    [
+        (BrokenProcessPool("a worker was killed"), False, "memory is full"),
+        (BrokenProcessPool("a worker was killed"), True, "memory is full"),
+        (MemoryError(), False, "MemoryError"),
+        (KeyError("lm_head"), False, "KeyError: 'lm_head'"),
+        (None, False, "CancelledError"),
+    ],
+)
+def test_what_becomes_of_one_worker_is_the_failure_of_one_revision(hub, error, when_asked, told):
+    dying = OneDies("step500-tokens2B", error, when_asked)
+    with pytest.raises(SinkbookError, match="^1 of 4 checkpoints could not be") as failure:
+        measure_checkpoints("someone/tiny", None, TEXTS, executor=dying, **SMALL)
+    assert told in str(failure.value).split("\n  step500-tokens2B: ")[1]
+    assert measurements_kept() == ["step0", "step1000-tokens4B", "step10000-tokens40B"]
+    assert measure_checkpoints("someone/tiny", None, TEXTS, **SMALL).sizes["revision"] == 4
 
 
 def test_a_model_that_is_nowhere_or_has_no_steps_is_an_error_that_says_so(hub, tmp_path):

@@ -36,7 +36,7 @@ from sinkbook.book.records.kept import (
     whole_file,
 )
 from sinkbook.book.settings import Settings
-from sinkbook.files import write
+from sinkbook.files import write, write_netcdf
 from sinkbook.mitigations.registry import MITIGATIONS, under_mitigations, under_slot_controls
 from sinkbook.toy.measurements import measure_toy
 from sinkbook.toy.runs import stored
@@ -230,11 +230,7 @@ def _write(name: str, record: xr.Dataset) -> Path:
     record = record.assign({n: record[n].astype(np.float32) for n in numbers})
     packed = {n: {"zlib": True, "complevel": 9} for n in numbers if record[n].ndim}
     path.parent.mkdir(exist_ok=True)
-    write(
-        path,
-        lambda part: record.to_netcdf(part, engine="h5netcdf", encoding=packed),
-        otherwise=IN_ANOTHER_COPY,
-    )
+    write_netcdf(path, record, encoding=packed, otherwise=IN_ANOTHER_COPY)
     return path
 
 
