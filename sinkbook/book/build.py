@@ -27,7 +27,8 @@ import filelock
 from sinkbook import provenance
 from sinkbook.book import claims
 from sinkbook.book.chapters import status_folder
-from sinkbook.book.execution import Execution, execute, is_code, read_notebook
+from sinkbook.book.execution import Execution, execute
+from sinkbook.book.notebooks import is_code, read_notebook
 from sinkbook.book.settings import check_profile
 from sinkbook.dependencies import Closure, closure
 from sinkbook.errors import SinkbookError

@@ -4,7 +4,6 @@ A copy is executed under another name and takes its place only once every cell h
 error and without a word on stderr.
 """
 
-import ast
 import copy
 import json
 import math
@@ -13,13 +12,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from sinkbook.book.notebooks import (
+    assigned,
+    check_parameters,
+    first_complaint,
+    place_of,
+    read_notebook,
+    sources,
+    tags,
+)
 from sinkbook.errors import SinkbookError
+from sinkbook.files import write_json
+from sinkbook.parallel import in_words
 
 # Chapters run side by side, so each computes on one core, unless the environment says otherwise;
 # and a progress bar has no place on a page. glibc keeps the memory that tensors free: asking for
@@ -31,59 +42,6 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "SINKBOOK_PROGRESS": "0",
 }
-
-
-def tags(cell: dict) -> list[str]:
-    """A cell's tags."""
-    return cell["metadata"].get("tags", [])
-
-
-def is_code(cell: dict) -> bool:
-    """Whether a cell is run."""
-    return cell["cell_type"] == "code"
-
-
-def assigned(source: str) -> dict[str, object]:
-    """Names that a parameters cell assigns, with their literal values (None: not a literal).
-
-    >>> assigned('profile = "quick"  # or "paper"\\nseed = 0')
-    {'profile': 'quick', 'seed': 0}
-    """
-    found: dict[str, object] = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            value = node.value.value if isinstance(node.value, ast.Constant) else None
-            found.update({target.id: value for target in targets if isinstance(target, ast.Name)})
-    return found
-
-
-def read_notebook(path: Path) -> dict:
-    """A notebook as plain data. One that is no notebook raises `SinkbookError`."""
-    try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        notebook["cells"][0]["source"]
-    except (ValueError, KeyError, IndexError) as error:
-        raise SinkbookError(f"{path} is not a notebook that can be read: {error}.") from error
-    for cell in notebook["cells"]:
-        cell["source"] = "".join(cell["source"])
-    return notebook
-
-
-def check_parameters(path: Path, names: Collection[str]) -> None:
-    """Raise `SinkbookError` unless the notebook declares these parameters.
-
-    Papermill itself only warns about an unknown name, and without a `parameters` cell it injects
-    above the defaults, which then win: a run at another profile would silently be a quick one.
-    """
-    cells = [cell for cell in read_notebook(path)["cells"] if "parameters" in tags(cell)]
-    declared = assigned(cells[0]["source"]) if cells else {}
-    if missing := [name for name in names if name not in declared]:
-        what = "has no cell tagged 'parameters'" if not cells else f"declares no {missing[0]!r}"
-        raise SinkbookError(
-            f"{path.stem} {what}. Its first code cell carries the tag 'parameters' and assigns "
-            f"{' and '.join(names)}, or it cannot be run at another profile."
-        )
 
 
 @dataclass(frozen=True)
@@ -146,6 +104,31 @@ class Execution:
         return json.dumps(notebook)
 
 
+# The name of the kernel that is the Python at work. Others may have one named "python3" anywhere
+# on Jupyter's path, with other packages than those whose versions a copy is kept under.
+KERNEL = "sinkbook-this-python"
+
+
+@contextmanager
+def _kernel_of_this_python() -> Iterator[dict[str, str]]:
+    """The environment in which `KERNEL` is the Python that runs this, for the body."""
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    with TemporaryDirectory(prefix="sinkbook-kernel-") as folder:
+        path = Path(folder) / "kernels" / KERNEL / "kernel.json"
+        write_json(path, spec, otherwise="name another folder for such files in TMPDIR")
+        places = [folder, os.environ.get("JUPYTER_PATH")]
+        yield {"JUPYTER_PATH": os.pathsep.join(filter(None, places))}
+
+
+def _unformatted(path: Path) -> str:
+    """A path that is itself again when papermill has put parameters where it has braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 class _Run:
     """One chapter being executed: papermill in a process of its own."""
 
@@ -156,6 +139,7 @@ class _Run:
         logs: Path,
         parameters: Mapping[str, object],
         limit: float,
+        kernels: Mapping[str, str],
     ):
         self.notebook = notebook
         self.limit = limit  # in seconds
@@ -163,9 +147,10 @@ class _Run:
         self.target = folder / notebook.name
         self.draft = logs / notebook.name
         self.log = logs / f"{notebook.stem}.log"
-        command = [sys.executable, "-m", "papermill", str(notebook), str(self.draft)]
+        paths = [_unformatted(notebook), _unformatted(self.draft)]
+        command = [sys.executable, "-m", "papermill", *paths]
         command += ["--no-progress-bar", "--cwd", str(notebook.parent)]
-        command += ["--kernel", "python3", "--language", "python"]  # whatever editor saved it last
+        command += ["--kernel", KERNEL, "--language", "python"]  # whatever editor saved it last
         for name, value in parameters.items():
             command += ["-p", name, str(value)]
         self.draft.unlink(missing_ok=True)
@@ -176,7 +161,7 @@ class _Run:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                env={**_ENVIRONMENT, **os.environ},
+                env={**_ENVIRONMENT, **os.environ, **kernels},
             )
 
     @property
@@ -212,6 +197,8 @@ class _Run:
                 f"{self.draft}"
             )
         if self.process.returncode:
+            if died := self._died(notebook):
+                raise SinkbookError(died)
             words = self.log.read_text(encoding="utf-8").strip().splitlines()
             last = words[-1] if words else f"papermill ended with status {self.process.returncode}"
             raise SinkbookError(f"{self.notebook.stem} could not be run: {last}\nSee {self.log}.")
@@ -222,6 +209,25 @@ class _Run:
         os.replace(self.draft, self.target)
         return Execution(self.target, seconds)
 
+    def _died(self, notebook: dict) -> str | None:
+        """Where the kernel, or papermill itself, was ended from outside; None if neither was."""
+        words = self.log.read_text(encoding="utf-8", errors="replace")
+        kernel = "DeadKernelError" in words
+        if not kernel and self.process.returncode != -signal.SIGKILL:
+            return None
+        unfinished = (
+            (number, cell)
+            for number, cell in enumerate(sources(notebook), start=1)
+            if "shell.execute_reply" not in cell["metadata"].get("execution", {})
+        )
+        number, cell = next(unfinished, (None, None))
+        where = "before its first cell" if cell is None else f"in {place_of(number, cell)}"
+        return (
+            f"{self.notebook.stem} stopped {where}: its {'kernel' if kernel else 'process'} died. "
+            "Mostly that is for lack of memory: close other programs, or run fewer chapters at "
+            f"once with `jobs`.\nThe copy with its outputs so far: {self.draft}\nSee {self.log}."
+        )
+
     def stop(self) -> None:
         """Interrupt papermill, which shuts its kernel down, and wait for it."""
         if self.process.poll() is None:
@@ -230,28 +236,6 @@ class _Run:
                 self.process.wait(timeout=15)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-
-
-def first_complaint(notebook: dict) -> str | None:
-    """Where and why an executed notebook failed, in words; None if it did not.
-
-    Cells are counted as in the source: code cells only, papermill's own left out. A warning or
-    anything else on stderr counts as a failure, since it would stand on the page.
-    """
-    sources = [
-        cell
-        for cell in notebook["cells"]
-        if cell["cell_type"] == "code" and "injected-parameters" not in tags(cell)
-    ]
-    for number, cell in enumerate(sources, start=1):
-        first_line = next(iter(cell["source"].strip().splitlines()), "")
-        where = f"code cell {number} ({first_line})"
-        for output in cell["outputs"]:
-            if output["output_type"] == "error":
-                return f"{where}: {output['ename']}: {output['evalue']}"
-            if output.get("name") == "stderr":
-                return f"{where}, which wrote to stderr: {''.join(output['text']).strip()}"
-    return None
 
 
 def execute(
@@ -284,11 +268,17 @@ def execute(
     done = dict(kept)
     waiting = [path for path in sound if path.stem not in kept]
     running: list[_Run] = []
-    with Progress(kept.values()) as progress, _terminated_like_interrupted():
+    with (
+        Progress(kept.values()) as progress,
+        _terminated_like_interrupted(),
+        _kernel_of_this_python() as kernels,
+    ):
         try:
             while waiting or running:
                 while waiting and len(running) < jobs and not (running and waiting[0].stem in last):
-                    running.append(_Run(waiting.pop(0), folder, logs, parameters, limit))
+                    path = waiting.pop(0)
+                    with _told(failed, path.stem):
+                        running.append(_Run(path, folder, logs, parameters, limit, kernels))
                 for run in list(running):
                     if not run.ended():
                         progress.show(run)
@@ -308,13 +298,14 @@ def execute(
 
 @contextmanager
 def _told(failed: Callable[[str, SinkbookError], None] | None, chapter: str):
-    """Tell `failed` of a chapter's error and go on; without it, raise."""
+    """Tell `failed` of a chapter's error, whatever it is, and go on; without it, raise."""
     try:
         yield
-    except SinkbookError as error:
+    except Exception as error:
         if failed is None:
             raise
-        failed(chapter, error)
+        known = isinstance(error, SinkbookError)
+        failed(chapter, error if known else SinkbookError(f"{chapter}: {in_words(error)}"))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from sinkbook.book import claims
 from sinkbook.book.build import APPENDICES, chapters
-from sinkbook.book.execution import first_complaint
+from sinkbook.book.notebooks import first_complaint
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(chapters(ROOT))

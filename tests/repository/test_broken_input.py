@@ -1,5 +1,7 @@
 """What a user may get wrong: each gives one message that says what to do, and a non-zero exit."""
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -168,3 +170,79 @@ def test_chapters_that_fail_take_no_other_along(repository):
     assert "ZeroDivisionError" in failures["02_broken"]
     assert "no cell tagged 'parameters'" in failures["03_without_parameters"]
     assert "had not ended after 15 seconds" in failures["04_endless"]
+
+
+def kernelspec(folder, python, **environment):
+    """A kernel named python3, as a shared machine may have one on Jupyter's path."""
+    place = folder / "kernels" / "python3"
+    place.mkdir(parents=True)
+    argv = [python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": "Python 3", "language": "python", "env": environment}
+    (place / "kernel.json").write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize("python", [sys.executable, "/bin/false"])
+def test_a_kernel_of_that_name_elsewhere_is_not_taken(repository, monkeypatch, tmp_path, python):
+    from sinkbook.book import build
+
+    kernelspec(tmp_path / "shared", python, OTHER="1")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "shared"))
+    own = f"assert sys.executable == {sys.executable!r} and 'OTHER' not in os.environ"
+    path = repository.chapter("01_good", "import os, sys", own)
+    other = json.loads(path.read_text())
+    other["metadata"]["kernelspec"] = {"name": "an-environment", "display_name": "Mine"}
+    path.write_text(json.dumps(other))
+    (execution,) = build.run_chapters(place=build.workplace("quick"))
+    assert execution.chapter == "01_good"
+
+
+@pytest.mark.parametrize("folder", ["run{1}", "{{cookiecutter.slug}}", "{", "}{seed}"])
+def test_braces_in_a_path_are_no_parameters(repository, tmp_path, monkeypatch, folder):
+    from sinkbook.book import build
+
+    repository = type(repository)(tmp_path / folder)
+    monkeypatch.chdir(repository.root)
+    repository.chapter("01_good", "import pathlib", "pathlib.Path('here').touch()")
+    (execution,) = build.run_chapters(place=build.workplace("quick"))
+    assert execution.path == repository.executed("01_good")
+    assert (repository.root / "book" / "here").exists()
+
+
+KILL = "import os, signal; os.kill({who}, signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    ("who", "what"), [("os.getpid()", "its kernel died"), ("os.getppid()", "its process died")]
+)
+def test_a_chapter_that_was_killed_names_the_cell_and_what_it_mostly_is(repository, who, what):
+    from sinkbook.book import build
+
+    kill = KILL.format(who=who) + "\nimport time; time.sleep(60)"
+    repository.chapter("01_killed", "x = 1", kill, "x = 2")
+    repository.chapter("02_good", "x = 1")
+    failures = {}
+    done = build.run_chapters(
+        place=build.workplace("quick"), failed=lambda name, error: failures.update({name: error})
+    )
+    assert [execution.chapter for execution in done] == ["02_good"]
+    told = str(failures["01_killed"])
+    assert told.startswith("01_killed stopped in code cell 3 (import os, signal; os.kill(")
+    assert what in told and "lack of memory" in told
+
+
+def test_whatever_is_raised_about_a_chapter_is_its_failure(repository, monkeypatch):
+    from sinkbook.book import build
+
+    def remember(execution):
+        if execution.chapter == "01_good":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(build, "_remember", remember)
+    repository.chapter("01_good", "x = 1")
+    repository.chapter("02_good", "x = 1")
+    failures = {}
+    done = build.run_chapters(
+        place=build.workplace("quick"), failed=lambda name, error: failures.update({name: error})
+    )
+    assert [execution.chapter for execution in done] == ["02_good"]
+    assert "01_good: OSError: " in str(failures["01_good"])

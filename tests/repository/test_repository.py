@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from sinkbook.book import build, claims, sphinx_ext
-from sinkbook.book.execution import check_parameters
+from sinkbook.book.notebooks import check_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sinkbook import provenance
 from sinkbook.book import build, claims
-from sinkbook.book.execution import Execution, read_notebook
+from sinkbook.book.execution import Execution
+from sinkbook.book.notebooks import read_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
 
