@@ -5,6 +5,7 @@ of 131,072 tokens and a pass through 7 billion parameters take no time and no me
 Attention counts as if no key were masked.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from sinkbook.book import experiments
 from sinkbook.book.chapters import Table
+from sinkbook.book.records import paper_scale
+from sinkbook.book.records.kept import path_of, whole_file
 from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.models.losses import next_token_loss
@@ -132,6 +135,36 @@ def training_table() -> Table:
             row[f"hours, {name}"] = _short(operations / (UTILISATION * device.float32) / 3600)
         rows.append(row)
     return Table(pd.DataFrame(rows).set_index("chapter"))
+
+
+def measured_table() -> Table:
+    """A row for each record of the paper's scale that is there: what its trainings took.
+
+    Minutes are the median of one training's, while up to `RUNS_ON_A_GPU` ran side by side.
+    """
+    rows = []
+    for name, groups in paper_scale.GROUPS.items():
+        if not path_of(name).exists():
+            continue
+        facts = paper_scale.finished(whole_file(name)).values()
+        configs = [config for of_label in groups().values() for config in of_label]
+        rows.append(
+            {
+                "record": name,
+                "trainings": len(facts),
+                "layers": _range([config.model.layers for config in configs]),
+                "batch": _range([config.batch_size for config in configs]),
+                "steps": _range([config.steps for config in configs]),
+                "minutes": _short(statistics.median(f["seconds"] for f in facts) / 60),
+                "device": ", ".join(dict.fromkeys(f["device"] for f in facts)),
+            }
+        )
+    return Table(pd.DataFrame(rows).set_index("record"))
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def reading_table(*, tokens: int = 1024, texts: int = 128, checkpoints: int = 31) -> Table:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from sinkbook.book import costs, experiments
+from sinkbook.book.records import paper_scale
+from sinkbook.book.records.kept import path_of
 from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.toy.transformer import Transformer
@@ -50,3 +52,15 @@ def test_a_seven_billion_model_is_counted_without_its_memory():
         2 * 16 * 6.7e9, rel=0.05
     )
     assert torch.empty(0).device.type == "cpu"  # the meta device was left
+
+
+def test_the_table_of_times_has_a_row_for_every_record_that_is_there():
+    table = costs.measured_table().rows
+    assert list(table.index) == [n for n in paper_scale.GROUPS if path_of(n).exists()]
+    assert set(table.device) == {"NVIDIA H200"}
+    assert (table.minutes.astype(float) > 0).all()
+    assert table.loc["three-layers", ["trainings", "layers", "steps"]].tolist() == [
+        9,
+        "3",
+        "10,000",
+    ]
