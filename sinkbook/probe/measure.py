@@ -87,7 +87,8 @@ def measure(
     - `key_importance`: over the queries that can see the key.
 
     `value_norm` is `|W_O^h v|`, one per query head also where heads share their values;
-    `head_output_norm` is `|W_O^h o|` of what reaches W_O, gates included.
+    `head_output_norm` is `|W_O^h o|` of what reaches W_O, gates included. `residual_max_abs` is
+    the largest magnitude among a state's entries: what overflows, and what sets an int8 range.
 
     Attention variables have the dimension `layer`, 0 for the first block. There is one residual
     state more than there are blocks: `residual_layer` 0 is the embedding, `l` the state after `l`

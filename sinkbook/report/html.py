@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from sinkbook.figures import style
-from sinkbook.report import figures, summary
+from sinkbook.report import figures, headroom, summary
 from sinkbook.report.svg import embedded
 
 LEFT_ALIGNED = ' class="left"'
@@ -35,6 +35,7 @@ def html_page(result: xr.Dataset) -> str:
         *_section("Which heads have a sink", *head_map(result)),
         *_section("Where the residual state peaks", *residual_trace(result)),
         *_section("Whose value is drained", *value_scatter(result)),
+        *_section("What is left in float16 and int8", *headroom_table(result)),
         *_section("Which tokens are sinks", *token_table(result)),
         *_section("Layer by layer", *layer_table(result)),
         *_section("How this was measured", provenance(result)),
@@ -160,6 +161,18 @@ def token_table(result: xr.Dataset) -> tuple[str, ...]:
     return _table(titles, rows, left=(0, 1, 4)), f'<p class="note">{note}</p>'
 
 
+def headroom_table(result: xr.Dataset) -> tuple[str, ...]:
+    """The largest residual entry, what it leaves, and what to do about it."""
+    room = headroom.headroom(result)
+    advice = headroom.advice(room, summary.has_sinks(result))
+    words = (f"<p>{escape(headroom.sentence(room))}</p>", f"<p>{escape(advice)}</p>")
+    if room is None:
+        return words
+    rows = [tuple(map(escape, row)) for row in headroom.rows(room)]
+    note = f'<p class="note">{headroom.NOTE}</p>'
+    return *words, _table(headroom.COLUMNS, rows, left=(0, 2)), note
+
+
 def layer_table(result: xr.Dataset) -> tuple[str, ...]:
     """What the terminal shows: a row for each layer."""
     rows = [
@@ -169,18 +182,19 @@ def layer_table(result: xr.Dataset) -> tuple[str, ...]:
             ", ".join(f"{head} ({attention:.2f})" for head, attention in row.strongest) or "–",
             _number(row.value_drain_ratio, 2),
             _number(row.residual_peak_ratio, 2),
+            headroom.magnitude(row.residual_max_abs),
         )
         for layer, row in summary.layer_table(result).iterrows()
     ]
-    titles = ("layer", "sink rate", "strongest heads", "value ratio", "residual ratio")
     note = (
         "Sink rate: share of heads whose attention on the first token exceeds "
         f"{summary.THRESHOLD}. Value ratio: the first token's value norm over the mean of the "
         "others', median over heads. Residual ratio: its residual norm after the layer over the "
-        "median of the others'. "
+        "median of the others'. Largest entry: the largest magnitude in any token's residual state "
+        "after the layer. "
         "<code>summary.csv</code> has every head, <code>result.nc</code> every token."
     )
-    return _table(titles, rows, left=(2,)), f'<p class="note">{note}</p>'
+    return _table(summary.LAYER_COLUMNS, rows, left=(2,)), f'<p class="note">{note}</p>'
 
 
 def _table(titles: Iterable[str], rows: list[tuple[str, ...]], left: tuple[int, ...]) -> str:

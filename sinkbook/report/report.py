@@ -23,12 +23,12 @@ from sinkbook.models import token_windows
 from sinkbook.models.pretrained import LanguageModel, load
 from sinkbook.probe.measure import VARIABLES, measure
 from sinkbook.progress import progress
-from sinkbook.report import figures, summary
+from sinkbook.report import figures, headroom, summary
 from sinkbook.report.html import html_page
 
 MEASURED = ("sink_attention", "sink_logit", "attention_entropy", "key_importance")
 # Not every architecture has these: not differential attention, nor several residual streams.
-NORMS = ("value_norm", "head_output_norm", "residual_norm")
+NORMS = ("value_norm", "head_output_norm", "residual_norm", "residual_max_abs")
 TOKENS_AT_ONCE = 1024
 
 
@@ -72,7 +72,8 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
     """Measure a model on windows of tokens, a few at a time; shows progress.
 
     Returns the variables in `MEASURED` and `NORMS`, those that the model does not have as NaN,
-    and `token` (batch, position), the tokens as text.
+    and `token` (batch, position), the tokens as text. Raises SinkbookError where residual states
+    are no finite numbers.
     """
     present = [name for name in NORMS if _has(language_model, tokens[:1, :2], name)]
     results = []
@@ -96,6 +97,8 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
         "sinkbook": provenance.versions()["sinkbook"],
         "date": date.today().isoformat(),
     }
+    if "residual_max_abs" in present:
+        headroom.refuse_overflow(result)
     return result
 
 
@@ -113,18 +116,25 @@ def terminal(result: xr.Dataset) -> Group:
         title=f"{result.attrs['model']}: {describe_texts(result)}",
         title_justify="left",
         title_style="bold",
-        caption="value ratio: median over heads. residual ratio: after the layer.",
+        caption="value ratio: median over heads. residual ratio and largest entry of any token: "
+        "after the layer.",
         caption_justify="left",
     )
-    titles = ("layer", "sink rate", "strongest heads", "value ratio", "residual ratio")
-    for title in titles:
-        table.add_column(title, justify="left" if title == "strongest heads" else "right")
+    for title in summary.LAYER_COLUMNS:
+        words = title == "strongest heads"
+        table.add_column(title, justify="left" if words else "right", no_wrap=words)
     for layer, row in summary.layer_table(result).iterrows():
         heads = "  ".join(f"{head:2} ({attention:.2f})" for head, attention in row.strongest)
         numbers = (row.sink_rate, row.value_drain_ratio, row.residual_peak_ratio)
         rate, value, residual = ("-" if np.isnan(x) else f"{x:.2f}" for x in numbers)
-        table.add_row(str(layer), rate, heads or "-", value, residual)
-    lines = [Text(summary.verdict(result), style="bold")]
+        largest = headroom.magnitude(row.residual_max_abs)
+        table.add_row(str(layer), rate, heads or "-", value, residual, largest)
+    room = headroom.headroom(result)
+    lines = [
+        Text(summary.verdict(result), style="bold"),
+        Text(headroom.sentence(room)),
+        Text(headroom.advice(room, summary.has_sinks(result))),
+    ]
     others = summary.sink_positions(result)
     others = others[~others["first"]]
     if len(others):

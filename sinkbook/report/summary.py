@@ -25,6 +25,14 @@ HEAD_COLUMNS = {
     "value_drain_ratio": "norm of the sink token's value state over the mean of the others'",
     "head_output_norm": "mean norm of the head's write to the residual stream",
 }
+LAYER_COLUMNS = (
+    "layer",
+    "sink rate",
+    "strongest heads",
+    "value ratio",
+    "residual ratio",
+    "largest entry",
+)
 
 
 def head_table(result: xr.Dataset) -> pd.DataFrame:
@@ -63,6 +71,7 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
     - `value_drain_ratio`: the median over heads of the drain ratio.
     - `residual_peak_ratio`: the sink token's residual norm after the layer over the median of the
       other tokens', median over texts.
+    - `residual_max_abs`: the largest magnitude in any token's residual state after the layer.
     """
     heads = head_table(result).groupby("layer")
     table = pd.DataFrame(
@@ -70,6 +79,7 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
             "sink_rate": sink_rate(result, THRESHOLD).mean("batch").to_series(),
             "value_drain_ratio": heads.value_drain_ratio.median(),
             "residual_peak_ratio": median_peak_ratio(result).values[1:],
+            "residual_max_abs": result.residual_max_abs.max(("batch", "position")).values[1:],
         }
     )
     largest = {}
@@ -190,6 +200,11 @@ def first_token(result: xr.Dataset) -> str:
     """The token that every text begins with, or words for it where they differ."""
     first = {str(token) for token in result.token.sel(position=result.sink).values}
     return repr(first.pop()) if len(first) == 1 else "the first token"
+
+
+def has_sinks(result: xr.Dataset) -> bool:
+    """Whether some head is a sink in some text."""
+    return bool((result.sink_attention > THRESHOLD).any())
 
 
 def verdict(result: xr.Dataset) -> str:

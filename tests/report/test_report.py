@@ -387,7 +387,8 @@ def test_layers_without_attention_are_shown_as_such():
 
 def test_a_model_with_several_residual_streams_is_reported_without_a_peak():
     result = measured(tiny_model())
-    result["residual_norm"] = result.residual_norm * np.nan
+    for name in ("residual_norm", "residual_max_abs"):
+        result[name] = result[name] * np.nan
     assert "residual" not in summary.verdict(result)
     page = shown(result)
     assert "Where the residual state peaks" not in page and "Whose value is drained" in page
