@@ -10,10 +10,10 @@ other. `streaming` is its twin for measuring: one forward pass over a whole text
 query sees what it would have seen in the cache.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import index
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sinkbook.errors import SinkbookError
+from sinkbook.mitigations.rotation import Rotation, evaluating, rotations, seen_tokens, visible
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.losses import token_losses
+from sinkbook.models.partial_forward import logits_of, state_of
 from sinkbook.progress import progress
 from sinkbook.toy.transformer import Transformer
 
@@ -35,49 +37,7 @@ KeyStates = Float[Tensor, "batch key_head position width"]
 Held = Float[Tensor, "batch key_head held width"]
 
 NAME = "sinkbook-streaming"  # of the twin's attention function in transformers' registries
-
-
-class Rotation:
-    """How a model's rotary positions turn a head's states.
-
-    `rotation(states, steps)` moves states by a number of positions, one for all or one for each.
-    Raises `SinkbookError` for a model without rotary positions, or with some that turn otherwise
-    than Llama's, which is tried out.
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        rotary = getattr(model.base_model, "rotary_emb", None)
-        self.frequencies = getattr(rotary, "inv_freq", None)
-        apply = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
-        if self.frequencies is None or apply is None or not self._agrees(model, rotary, apply):
-            raise SinkbookError(
-                f"{type(model).__name__} has no rotary positions of Llama's kind, so its keys "
-                "cannot be moved. Stream a model of the Llama, Qwen, Mistral or Pythia families."
-            )
-
-    def __call__(self, states: States, steps: int | Int[Tensor, " position"]) -> States:
-        steps = torch.as_tensor(steps, device=states.device)
-        # In double precision, since angles of far positions are many turns.
-        angle = steps.double()[..., None] * self.frequencies.to(states.device, torch.float64)
-        cos, sin = (torch.cat([f, f], -1).to(states.dtype) for f in (angle.cos(), angle.sin()))
-        turning, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
-        first, second = turning.chunk(2, dim=-1)
-        turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
-        return torch.cat([turned, rest], dim=-1)
-
-    def _agrees(self, model: PreTrainedModel, rotary: nn.Module, apply) -> bool:
-        """Whether moving a state from position 3 to 8 is what the model does itself."""
-        config = model.config.get_text_config()
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        if width < 2 * len(self.frequencies):
-            return False
-        generator = torch.Generator().manual_seed(0)
-        states = torch.randn(width, generator=generator).to(self.frequencies.device)
-        states = states.expand(1, 1, 2, width)
-        positions = torch.tensor([[3, 8]], device=states.device)
-        at_both, _ = apply(states, states, *rotary(states, positions))
-        return torch.allclose(self(at_both[:, :, :1], 5), at_both[:, :, 1:], atol=1e-4)
+SHORT = 6  # tokens of the text on which a model's attention is tried
 
 
 class SinkLayer(DynamicLayer):
@@ -153,26 +113,37 @@ class SinkCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, *, sinks: int = 4, window: int):
-        _check(window, [sinks])
-        rotation = Rotation(model)
-        config = model.config.get_text_config()
-        own = getattr(config, "sliding_window", None)
-        if own is not None and sinks + window > own:
+        window, kept = _checked(window, sinks)
+        turns = rotations(model)
+        seen = seen_tokens(model, len(turns), len(kept) + window)
+        if seen < len(kept) + window:
             raise SinkbookError(
-                f"the model itself sees {own} tokens back, so {sinks} first ones and a window of "
-                f"{window} cannot all be seen. Give {own} at most, together."
+                f"the model itself sees {seen} tokens back, so {len(kept)} first ones and a window "
+                f"of {window} cannot all be seen. Give {seen} at most, together."
             )
-        super().__init__(
-            layers=[SinkLayer(rotation, sinks, window) for _ in range(config.num_hidden_layers)]
-        )
+        super().__init__(layers=[SinkLayer(turn, len(kept), window) for turn in turns.values()])
 
 
-def _check(window: int, kept: Sequence[int]) -> None:
-    if window < 1 or min(kept, default=0) < 0:
+def _checked(window: int, kept: int | Sequence[int]) -> tuple[int, list[int]]:
+    """The window, and the positions that are kept: those given, or as many first ones."""
+    try:
+        if isinstance(window, bool) or isinstance(kept, bool):
+            raise TypeError
+        window = index(window)
+        first = None if np.iterable(kept) and not isinstance(kept, str) else index(kept)
+        chosen = sorted({index(k) for k in kept}) if first is None else range(first)
+    except TypeError:
         raise SinkbookError(
-            f"a window of {window} with {list(kept)} kept. "
+            f"a window of {window!r} with {kept!r} kept. Give whole numbers: a window of at least "
+            "1 token, and a number of first tokens or a list of positions from 0 on."
+        ) from None
+    if window < 1 or (min(chosen, default=0) if first is None else first) < 0:
+        shown = list(chosen) if first is None else [first]
+        raise SinkbookError(
+            f"a window of {window} with {shown} kept. "
             "Give a window of at least 1 token, and numbers or positions from 0 on."
         )
+    return window, list(chosen)
 
 
 @contextmanager
@@ -183,11 +154,51 @@ def streaming(model: nn.Module, *, window: int, kept: int | Sequence[int] = 4) -
     what `SinkCache` gives token by token; with toy transformers, whose positions are added to the
     embeddings, keys stay where they are. Whole texts without padding only, and no cache
     (`use_cache=False`). The model is left as it was found, also after an exception.
-    Raises `SinkbookError` for models whose attention cannot be replaced, or is no plain softmax.
+    Takes the toys of `sinkbook.toy.transformer` and models of transformers. Raises `SinkbookError`
+    for any other module, for models whose attention cannot be replaced or is no plain softmax, and
+    for those whose keys cannot be moved, which is tried out: see `rotations`.
     """
-    _check(window, [kept] if isinstance(kept, int) else kept)
-    chosen = range(kept) if isinstance(kept, int) else sorted(set(kept))
-    positions = torch.tensor(list(chosen), dtype=torch.long)
+    window, chosen = _checked(window, kept)
+    with _streaming(model, window, chosen, tried(model)):
+        yield
+
+
+def tried(model: nn.Module) -> dict[nn.Module, Rotation]:
+    """How the keys of a model's layers turn, for `streaming`; none for a toy.
+
+    Raises `SinkbookError` if the model cannot be streamed. Each of its attention modules is run
+    twice on a short text, as it is and with everything within the window, and must give the same.
+    """
+    if isinstance(model, Transformer):
+        return {}
+    turns, calls = rotations(model), {}
+
+    def keep(module, *call) -> None:
+        calls.setdefault(module, call)
+
+    with evaluating(model), ExitStack() as hooks:
+        for module in turns:
+            hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
+        text = torch.arange(1, SHORT + 1) * (model.get_input_embeddings().num_embeddings - 1)
+        logits_of(model, text[None].to(model.device) // SHORT)
+    with evaluating(model), _streaming(model, SHORT, [], turns):
+        for module, (arguments, keywords, output) in calls.items():
+            own, again = state_of(output), state_of(module(*arguments, **keywords))
+            tolerance = 1e-3 if own.dtype in (torch.float32, torch.float64) else 0.2
+            if not (own - again).float().norm() <= tolerance * own.float().norm():
+                raise SinkbookError(
+                    f"{type(module).__name__} computes something else than softmax attention of "
+                    "its queries, keys and values. Stream a model with plain softmax attention."
+                )
+    return turns
+
+
+@contextmanager
+def _streaming(
+    model: nn.Module, window: int, kept: list[int], turns: dict[nn.Module, Rotation]
+) -> Iterator[None]:
+    """`streaming` of a model that has been `tried`."""
+    positions = torch.tensor(kept, dtype=torch.long)
     with ExitStack() as undo:
         if isinstance(model, Transformer):
             for module in model.modules():
@@ -196,12 +207,7 @@ def streaming(model: nn.Module, *, window: int, kept: int | Sequence[int] = 4) -
                     undo.callback(setattr, module, "attention_function", own)
                     module.attention_function = partial(_attend_masked, own, window, positions)
         else:
-            how = {"window": window, "kept": positions, "rotation": Rotation(model)}
-            if not model._can_set_attn_implementation():
-                raise SinkbookError(
-                    f"{type(model).__name__} does not let its attention be replaced. "
-                    "Take a model whose attention goes through transformers' AttentionInterface."
-                )
+            how = {"window": window, "kept": positions, "turns": turns}
             undo.enter_context(attending_by(model, NAME, partial(_attend_streaming, **how)))
         yield
 
@@ -228,11 +234,11 @@ def _attend_streaming(
     key: KeyStates,
     value: KeyStates,
     attention_mask,
-    scaling: float,
+    scaling: float | None = None,
     *,
     window: int,
     kept: Int[Tensor, " kept"],
-    rotation: Rotation,
+    turns: dict[nn.Module, Rotation],
     **keywords,
 ) -> tuple[Float[Tensor, "batch position head width"], None]:
     """Attention as from a sink cache, `window` queries at a time, in memory linear in the text.
@@ -247,15 +253,33 @@ def _attend_streaming(
                 "Stream a model with plain softmax attention."
             )
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    if key.shape[2] != length or (attention_mask is not None and _hides_past(attention_mask)):
+    hides = attention_mask is not None and bool((~visible(attention_mask)).tril().any())
+    if key.shape[2] != length or hides or module not in turns:
         raise SinkbookError(
             "streaming takes whole texts: no padding, no cache, and no window of the model's own. "
             "Give texts of one length, with use_cache=False."
         )
-    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    kept = kept[kept < length].to(query.device)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        key, value = (s.to(wide).repeat_interleave(groups, dim=1) for s in (key, value))
+        output = _streamed(
+            query.to(wide) * scaling, key, value, window, kept.to(query.device), turns[module]
+        )
+    return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+def _streamed(
+    query: States,
+    key: States,
+    value: Float[Tensor, "batch head position value_width"],
+    window: int,
+    kept: Int[Tensor, " kept"],
+    rotation: Rotation,
+) -> Float[Tensor, "batch head position value_width"]:
+    length, outputs = query.shape[2], []
+    kept = kept[kept < length]
     kept_key = rotation(key[:, :, kept], torch.arange(len(kept), device=kept.device) - kept)
-    outputs = []
     for rows in torch.arange(length, device=query.device).split(window):
         recent = torch.arange(max(0, int(rows[0]) - window + 1), int(rows[-1]) + 1).to(rows)
         age = rows[:, None] - recent
@@ -264,17 +288,11 @@ def _attend_streaming(
         own = query[:, :, rows]
         to_kept = rotation(own, from_position - rows) @ kept_key.mT
         to_recent = own @ key[:, :, recent].mT
-        logits = scaling * torch.cat([to_kept, to_recent], dim=-1)
+        logits = torch.cat([to_kept, to_recent], dim=-1)
         seen = torch.cat([has_left, (age >= 0) & (age < window)], dim=-1)
         weights = logits.masked_fill(~seen, float("-inf")).softmax(-1)
         outputs.append(weights @ torch.cat([value[:, :, kept], value[:, :, recent]], dim=2))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _hides_past(mask: Tensor) -> bool:
-    """Whether a mask hides more than what is later than the query."""
-    visible = mask if mask.dtype == torch.bool else mask == 0
-    return bool((~visible).tril().any())
+    return torch.cat(outputs, dim=2)
 
 
 def streaming_losses(
@@ -299,6 +317,7 @@ def streaming_losses(
     - "random": the window and `random` early tokens, drawn for each text from those that no number
       of first tokens includes and that the first window does.
     """
+    window, _ = _checked(window, sinks)
     length, most = input_ids.shape[1], max(sinks)
     if window - most < random or length <= window + most:
         raise SinkbookError(
@@ -311,13 +330,14 @@ def streaming_losses(
         for _ in input_ids
     ]
     layouts: dict[str, list] = {"dense": [None] * len(input_ids)}
-    layouts |= {str(count): [count] * len(input_ids) for count in sinks} | {"random": drawn}
-    losses = {}
+    layouts |= {str(count): [list(range(count))] * len(input_ids) for count in sinks}
+    layouts["random"] = drawn
+    losses, turns = {}, tried(model)
     with progress("streaming", len(layouts) * len(input_ids)) as show:
         for number, (layout, choices) in enumerate(layouts.items()):
             rows = []
             for row, kept in zip(input_ids.split(1), choices, strict=True):
-                way = nullcontext() if kept is None else streaming(model, window=window, kept=kept)
+                way = nullcontext() if kept is None else _streaming(model, window, kept, turns)
                 with way:
                     rows.append(token_losses(model, row)[0])
                 show(number * len(input_ids) + len(rows))
@@ -338,10 +358,10 @@ def recomputed_losses(
     The last `stride` tokens of every window are scored; NaN before position `window`, and for what
     is left over at the end of a text. Raises `SinkbookError` if `stride` exceeds `window`.
     """
-    if stride > window:
+    if not 0 < stride <= window:
         raise SinkbookError(
             f"steps of {stride} with a window of {window} would leave tokens out. "
-            f"Give a stride of at most {window}."
+            f"Give a stride from 1 to {window}."
         )
     texts, length = input_ids.shape
     losses = np.full((texts, length - 1), np.nan, dtype=np.float32)
