@@ -6,19 +6,26 @@ rounded to a handful of values, or to zero. The rounding here is simulated in fl
 numbers are those of an int8 kernel with symmetric ranges, the speed is not.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from sinkbook.errors import SinkbookError
+from sinkbook.mitigations.experts import check_by_text, compute_by_text, expert_matrices
 from sinkbook.models.layout import blocks
 from sinkbook.models.losses import token_losses
+from sinkbook.models.partial_forward import state_into
 from sinkbook.models.wrappers import computing_device
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
@@ -26,6 +33,7 @@ from sinkbook.toy.runs import Run
 Hidden = Float[Tensor, "*batch position width"]
 
 STEPS = 127  # of each sign
+SILENT = 2**-20  # of the first token's entry: below this a channel counts as silent elsewhere
 
 # How a text's activations get their ranges, coarse to fine.
 RANGES = {
@@ -39,13 +47,23 @@ RANGES = {
 def round_int8(states: Float[Tensor, "..."], largest: Float[Tensor, "..."]) -> Tensor:
     """The nearest of 255 evenly spaced values from `-largest` to `largest`.
 
-    `largest` is broadcast to `states`; what lies beyond it is cut off.
+    `largest` is broadcast to `states`; what lies beyond it is cut off. Computed in single precision
+    at least, and returned in the precision of `states`.
 
     >>> round_int8(torch.tensor([2.2, 3.0, -900.0]), torch.tensor(127.0))
     tensor([   2.,    3., -127.])
     """
+    return _rounded(_wide(states), _wide(largest)).to(states.dtype)
+
+
+def _rounded(states: Tensor, largest: Tensor) -> Tensor:
     step = (largest / STEPS).clamp(min=torch.finfo(states.dtype).tiny)
     return (states / step).round().clamp(-STEPS, STEPS) * step
+
+
+def _wide(states: Tensor) -> Tensor:
+    """The numbers in single precision at least: in half, squares overflow and steps vanish."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def int8_error(
@@ -56,7 +74,8 @@ def int8_error(
     A token's error is the norm of what rounding changes over the norm of its state, since the next
     layer normalises every token by itself; the result is the root of the mean of its square over
     the tokens from position `first` on. 0.01 is harmless, 1 says that nothing is left. `ranges` is
-    a name in `RANGES`; the default is the plainest int8, symmetric and per tensor.
+    a name in `RANGES`; the default is the plainest int8, symmetric and per tensor. The result is in
+    single precision at least, whatever `hidden` is in.
     Raises `SinkbookError` for other names. Source: the setting of Bondarenko et al. (arXiv
     2306.12929); "sink apart" is what PrefixQuant (arXiv 2410.05265) achieves by computing the sink
     token beforehand; the last is SmoothQuant's idea (arXiv 2211.10438) at full strength.
@@ -66,24 +85,53 @@ def int8_error(
     >>> int8_error(hidden, first=1).item(), int8_error(hidden, ranges="token").item() < 1e-6
     (1.0, True)
     """
-    change = (round_int8(hidden, _largest(hidden, ranges)) - hidden)[..., first:, :]
-    relative = change.square().sum(-1) / hidden[..., first:, :].square().sum(-1)
-    return relative.mean(-1).sqrt()
+    _check_ranges(ranges)
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < hidden.shape[-2]:
+        raise SinkbookError(
+            f"errors from position {first!r} on, of texts of {hidden.shape[-2]} tokens. "
+            "Give a position that the texts have, counted from 0."
+        )
+    hidden = _wide(hidden)
+    change = (_rounded(hidden, largest_entries(hidden, ranges)) - hidden)[..., first:, :]
+    size = hidden[..., first:, :]
+    # In units of each token's largest entry, so that no square overflows or vanishes.
+    unit = size.abs().amax(-1, keepdim=True)
+    unit = torch.where(unit == 0, 1, unit)
+    lost, whole = ((part / unit).square().sum(-1) for part in (change, size))
+    return torch.where(whole == 0, 0, lost / whole).mean(-1).sqrt()
 
 
-def _largest(hidden: Hidden, ranges: str) -> Float[Tensor, "*batch position_or_1 width_or_1"]:
-    """The range that each entry is rounded in, to be broadcast."""
+def _check_ranges(ranges: str) -> None:
+    if not isinstance(ranges, str) or ranges not in RANGES:
+        raise SinkbookError(f"no ranges named {ranges!r}. Known: {', '.join(RANGES)}.")
+
+
+def largest_entries(
+    hidden: Hidden, ranges: str
+) -> Float[Tensor, "*batch position_or_1 width_or_1"]:
+    """The range that each entry is rounded in, to be broadcast: `ranges` is a name in `RANGES`."""
     size = hidden.abs()
+    later = size.clone()
+    later[..., :1, :] = 0
     if ranges == "tensor":
         return size.amax((-2, -1), keepdim=True)
     if ranges == "sink apart":
-        return size[..., 1:, :].amax((-2, -1), keepdim=True)
+        return later.amax((-2, -1), keepdim=True)
     if ranges == "token":
         return size.amax(-1, keepdim=True)
-    if ranges == "token and channel":
-        channel = size[..., 1:, :].amax(-2, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
-        return channel * (size / channel).amax(-1, keepdim=True)
-    raise SinkbookError(f"no ranges named {ranges!r}. Known: {', '.join(RANGES)}.")
+    return _smoothed(size, later.amax(-2, keepdim=True))
+
+
+def _smoothed(size: Hidden, channel: Float[Tensor, "*batch 1 width"]) -> Hidden:
+    """A range for every token, in units of each channel's own scale.
+
+    A channel that only the first token drives has no scale among the others, and takes the first
+    token's: any other would give that token a range that swamps its other channels.
+    """
+    whole = size.amax(-2, keepdim=True)
+    channel = torch.where(channel < SILENT * whole, whole, channel)
+    relative = size / torch.where(channel == 0, 1, channel)
+    return channel * relative.amax(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -104,7 +152,7 @@ def layer_errors(
     errors = torch.empty(len(RANGES), len(input_ids), len(found))
 
     def read(layer: int, rows: slice, _block, arguments, keywords):
-        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        hidden = state_into(arguments, keywords)
         for number, ranges in enumerate(RANGES):
             error = int8_error(hidden, ranges=ranges, first=first)
             errors[number, rows, layer] = error.float().cpu()
@@ -142,40 +190,156 @@ def quantized(
 
     `activations` names the `RANGES` in which each text's inputs are rounded, on the fly; `None`
     leaves them exact. "sink apart" also leaves the first token's own states exact, since a prefix
-    is computed once, beforehand. `weights` are rounded in one symmetric range for each matrix.
-    Embedding and output head stay as they are. Whole texts only: the first position is taken for
-    the first token. The model is left as it was found, also after an exception.
-    Raises `SinkbookError` for unknown ranges.
+    is computed once, beforehand. `weights` are rounded in one symmetric range for each matrix, of
+    each expert in a mixture. Embedding, output head and the routers of transformers' mixtures stay
+    as they are. Whole texts only, of one length: the first position is taken for the first token.
+    The model is left as it was found, also after an exception. Raises `SinkbookError` for unknown
+    ranges, and for models with other matrices in their layers, or whose weights are no plain
+    floating-point numbers; in the body, where a map gets tokens that cannot be told by text.
     """
-    if activations is not None and activations not in RANGES:
-        raise SinkbookError(f"no ranges named {activations!r}. Known: {', '.join(RANGES)}.")
+    if activations is not None:
+        _check_ranges(activations)
+    shape: list[int] = []  # texts and tokens that the layers are called with
     with ExitStack() as undo, torch.no_grad():
-        for module in _linear_maps(model):
-            if weights:
-                exact = module.weight.data
-                undo.callback(setattr, module.weight, "data", exact)
-                module.weight.data = round_int8(exact, exact.abs().max())
+        for part in _parts(model):
+            for matrix in part.matrices if weights else ():
+                undo.callback(setattr, matrix, "data", matrix.data)
+                matrix.data = round_int8(matrix.data, _wide(matrix.data).abs().amax((-2, -1), True))
             if activations is not None:
-                hook = partial(_round_input, ranges=activations)
-                undo.callback(module.register_forward_pre_hook(hook).remove)
+                undo.enter_context(_inputs_rounded(part, activations, shape))
+        for block in blocks(model) if activations is not None else ():
+            note = partial(_note_shape, shape)
+            handle = block.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+            undo.callback(handle.remove)
         yield
 
 
-def _linear_maps(model: nn.Module) -> list[nn.Module]:
-    return [
-        module
-        for block in blocks(model)
-        for module in block.modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    ]
+class _Part(NamedTuple):
+    """A linear map, or the experts of a mixture."""
+
+    name: str
+    module: nn.Module
+    matrices: list[nn.Parameter]
+    experts: bool
 
 
-def _round_input(_module: nn.Module, arguments: tuple, *, ranges: str) -> tuple:
-    (exact,) = arguments
-    rounded = round_int8(exact, _largest(exact, ranges))
+def _parts(model: nn.Module) -> list[_Part]:
+    """All linear maps of the layers, each once; an error if there are other matrices."""
+    found: dict[nn.Module, _Part] = {}
+    others: dict[str, int] = {}
+    for number, block in enumerate(blocks(model)):
+        for name, module in block.named_modules():
+            name = f"layers[{number}].{name}"
+            own = expert_matrices(module)
+            if own or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+                matrices = own or [module._parameters.get("weight")]
+                _check_plain(name, matrices)
+                found[module] = _Part(name, module, matrices, bool(own))
+            elif not isinstance(module, _ConvNd) and "router" not in type(module).__name__.lower():
+                for key, weight in module.named_parameters(recurse=False):
+                    if weight.ndim > 1 and "bias" not in key:
+                        others[f"{name}.{key}"] = weight.numel()
+    known = sum(matrix.numel() for part in found.values() for matrix in part.matrices)
+    if sum(others.values()) > 0.02 * known:
+        raise SinkbookError(
+            f"{type(model).__name__} has matrices in its layers that are no linear maps of torch's "
+            f"or experts of transformers' kind, and would stay exact: {', '.join(others)}. "
+            "Give a model whose layers are made of these."
+        )
+    return list(found.values())
+
+
+def _check_plain(name: str, matrices: list[nn.Parameter | None]) -> None:
+    plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for matrix in matrices:
+        if matrix is None or matrix.dtype not in plain or matrix.is_meta:
+            kind = "computed" if matrix is None else f"{matrix.dtype} on {matrix.device}"
+            raise SinkbookError(
+                f"the weights of {name} are {kind}: quantised already, offloaded, or made of "
+                "others. Load the model in float32 or in half precision, without offloading."
+            )
+
+
+def _note_shape(shape: list[int], _block: nn.Module, arguments: tuple, keywords: dict) -> None:
+    shape[:] = state_into(arguments, keywords).shape[:2]
+
+
+@contextmanager
+def _inputs_rounded(part: _Part, ranges: str, shape: list[int]) -> Iterator[None]:
+    """Have a part of the model get its inputs rounded, each text's by itself."""
+    module, own = part.module, vars(part.module).get("forward")
+    if part.experts:
+        module.forward = partial(_experts_rounded, module, ranges, shape, [module.forward])
+        try:
+            yield
+        finally:
+            del module.forward
+            if own is not None:
+                module.forward = own
+    else:
+        hook = partial(_round_input, part.name, ranges, shape)
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _round_input(
+    name: str, ranges: str, shape: list[int], _module: nn.Module, arguments: tuple, keywords: dict
+) -> tuple[tuple, dict]:
+    """The input of a linear map, rounded. Some layers call it with the tokens of all texts."""
+    key, exact = next(iter([*enumerate(arguments), *keywords.items()]))
+    among_experts = re.search(r"experts?\.\d", name) is not None
+    if list(exact.shape[:2]) == shape and exact.ndim > 2:
+        rounded = rounded_text(exact.flatten(2), ranges)
+    elif exact.shape[0] == prod(shape) and exact.ndim == 2 and not among_experts:
+        rounded = rounded_text(exact.unflatten(0, shape), ranges)
+    elif ranges == "token":
+        rounded = rounded_text(exact, ranges)
+    else:
+        raise SinkbookError(
+            f"{name} is called with states of shape {tuple(exact.shape)} for {shape[0]} texts of "
+            f"{shape[1]} tokens, so they cannot be told by text. Give `activations='token'` or "
+            "`None`."
+        )
+    rounded = rounded.reshape(exact.shape)
+    if arguments:
+        return (rounded, *arguments[1:]), keywords
+    return arguments, keywords | {key: rounded}
+
+
+def _experts_rounded(
+    module: nn.Module, ranges: str, shape: list[int], untried: list, *arguments, **keywords
+) -> Tensor:
+    """What experts give when each text's inputs to each matrix are rounded.
+
+    The first call is compared with the experts' own forward function, which lies in `untried`.
+    """
+    called = (*arguments, *keywords.values())
+    if len(called) != 3 or called[0].shape[0] != prod(shape):
+        raise SinkbookError(
+            f"{type(module).__name__} is called with states of shape {tuple(called[0].shape)} for "
+            f"{shape[0]} texts of {shape[1]} tokens, so they cannot be told by text. "
+            "Give `activations=None`."
+        )
+    if untried:
+        check_by_text(module, untried.pop()(*arguments, **keywords), *called, texts=shape[0])
+    change = partial(rounded_text, ranges=ranges)
+    return compute_by_text(module, *called, texts=shape[0], change=change)
+
+
+def rounded_text(states: Hidden, ranges: str, *, first: bool = True) -> Hidden:
+    """The states of one text, or of several of one length, rounded in `ranges`.
+
+    `first` says whether they begin with the text's first token.
+    """
+    if not first:  # a first token of zeros changes no range
+        states = F.pad(states, (0, 0, 1, 0))
+    rounded = round_int8(states, largest_entries(_wide(states), ranges))
     if ranges == "sink apart":
-        rounded = torch.cat([exact[..., :1, :], rounded[..., 1:, :]], dim=-2)
-    return (rounded,)
+        rounded = torch.cat([states[..., :1, :], rounded[..., 1:, :]], dim=-2)
+    return rounded if first else rounded[..., 1:, :]
 
 
 def rounding_losses(model: nn.Module, input_ids: Int[Tensor, "text position"]) -> xr.DataArray:
