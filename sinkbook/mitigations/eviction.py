@@ -8,19 +8,18 @@ same number of recent ones, or of random ones.
 from collections.abc import Sequence
 from copy import deepcopy
 from inspect import signature
-from operator import index
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sinkbook.errors import SinkbookError
-from sinkbook.models.layout import of_transformers
+from sinkbook.errors import SinkbookError, whole_number
 from sinkbook.models.losses import next_token_losses
+from sinkbook.models.wrappers import computing_device, unwrapped
 from sinkbook.probe.measure import measure
 from sinkbook.progress import progress
 
@@ -53,7 +52,13 @@ def eviction_losses(
     - "random": keys drawn at random, for each head anew.
     """
     prompt, sinks, budgets = _checked(input_ids.shape[1], prompt, sinks, budgets)
-    input_ids = input_ids.to(model.device)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(model, PreTrainedModel):
+        raise SinkbookError(
+            f"{type(model).__name__} is no model of transformers, and has no cache to evict from. "
+            "Give a causal language model of transformers."
+        )
+    input_ids = input_ids.to(computing_device(model))
     beginning, rest = input_ids[:, :prompt], input_ids[:, prompt:]
     read = _read(model, beginning)
     importance = _importance(model, beginning, read)
@@ -88,14 +93,11 @@ def _checked(
     length: int, prompt: int, sinks: int, budgets: Sequence[int]
 ) -> tuple[int, int, list[int]]:
     """The sizes as whole numbers that fit each other."""
-    try:
-        prompt, sinks, *budgets = (index(size) for size in (prompt, sinks, *budgets))
-    except TypeError:
-        raise SinkbookError(
-            f"budgets {budgets!r} for a prompt of {prompt!r} tokens with {sinks!r} sinks. "
-            "Give whole numbers of tokens, and a list of budgets."
-        ) from None
-    fits = bool(budgets) and 0 < sinks < min(budgets) and max(budgets) < prompt < length - 1
+    prompt, sinks = whole_number("prompt", prompt, 1), whole_number("sinks", sinks, 1)
+    if not np.iterable(budgets) or isinstance(budgets, str):
+        raise SinkbookError(f"`budgets={budgets!r}` is no list. Give a list of whole numbers.")
+    budgets = [whole_number("budgets", budget, 1) for budget in budgets]
+    fits = bool(budgets) and sinks < min(budgets) and max(budgets) < prompt < length - 1
     if not fits:
         raise SinkbookError(
             f"budgets {budgets} for a prompt of {prompt} of {length} tokens. "
@@ -107,7 +109,7 @@ def _checked(
 @torch.no_grad()
 def _read(model: PreTrainedModel, beginning: Tokens) -> Cache:
     """The keys and values of a text."""
-    takes = signature(model.forward).parameters.values() if of_transformers(model) else ()
+    takes = signature(model.forward).parameters.values()
     given = any(p.name == "position_ids" or p.kind == p.VAR_KEYWORD for p in takes)
     read = model(beginning, use_cache=True).past_key_values if given else None
     if not isinstance(read, Cache):

@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from sinkbook.errors import SinkbookError
+from sinkbook.errors import SinkbookError, whole_number
 from sinkbook.mitigations.experts import check_by_text, compute_by_text, expert_matrices
 from sinkbook.models.layout import blocks
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import state_into
-from sinkbook.models.wrappers import computing_device
+from sinkbook.models.wrappers import computing_device, uncompiled
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
 
@@ -86,10 +86,10 @@ def int8_error(
     (1.0, True)
     """
     _check_ranges(ranges)
-    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < hidden.shape[-2]:
+    if hidden.ndim < 2 or whole_number("first", first) >= hidden.shape[-2]:
         raise SinkbookError(
-            f"errors from position {first!r} on, of texts of {hidden.shape[-2]} tokens. "
-            "Give a position that the texts have, counted from 0."
+            f"states of shape {tuple(hidden.shape)} from position `first={first}` on. "
+            "Give states of shape (..., position, width), and a position that they have."
         )
     hidden = _wide(hidden)
     change = (_rounded(hidden, largest_entries(hidden, ranges)) - hidden)[..., first:, :]
@@ -148,7 +148,7 @@ def layer_errors(
     leaves out the sink token's own error, which counts for nothing beside what its range does to
     the others.
     """
-    found = blocks(model)
+    found, batch_size = blocks(model), whole_number("batch_size", batch_size, 1)
     errors = torch.empty(len(RANGES), len(input_ids), len(found))
 
     def read(layer: int, rows: slice, _block, arguments, keywords):
@@ -200,7 +200,7 @@ def quantized(
     if activations is not None:
         _check_ranges(activations)
     shape: list[int] = []  # texts and tokens that the layers are called with
-    with ExitStack() as undo, torch.no_grad():
+    with ExitStack() as undo, torch.no_grad(), uncompiled():
         for part in _parts(model):
             for matrix in part.matrices if weights else ():
                 undo.callback(setattr, matrix, "data", matrix.data)

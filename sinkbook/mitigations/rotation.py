@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.attention_interface import attending_by
-from sinkbook.models.layout import blocks, of_transformers
+from sinkbook.models.layout import blocks
+from sinkbook.models.wrappers import computing_device, unwrapped
 
 States = Float[Tensor, "batch head position width"]
 KeyStates = Float[Tensor, "batch key_head position width"]
@@ -74,6 +75,27 @@ class Heard(NamedTuple):
     mask: Tensor | None
 
 
+def streamable(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers that a module is or wraps, whose attention can be replaced.
+
+    Raises `SinkbookError` if there is none.
+    """
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise SinkbookError(
+            f"{type(inner).__name__} is no model of transformers, so nothing says how its keys "
+            "turn. Give a causal language model of transformers; `streaming` also takes the toys "
+            "of `sinkbook.toy.transformer`, but no other module."
+        )
+    if not inner._can_set_attn_implementation():
+        raise SinkbookError(
+            f"{_name(inner)} does not let its attention be replaced, so it cannot be tried how its "
+            "positions turn keys; or it has no rotary positions. "
+            "Take a model whose attention goes through transformers' AttentionInterface."
+        )
+    return inner
+
+
 def rotations(model: PreTrainedModel) -> dict[nn.Module, Rotation]:
     """How each layer's keys and queries turn, by the module that attends, first layer to last.
 
@@ -81,7 +103,6 @@ def rotations(model: PreTrainedModel) -> dict[nn.Module, Rotation]:
     does something else than turn them, where layers keep something else than keys, and where
     what a position does depends on how long the text is.
     """
-    _check_replaceable(model)
     near, after, far = NEAR, NEXT, 2 * longest_length(model) + NEXT
     with evaluating(model):
         first, first_logits = _read_at(model, near)
@@ -162,7 +183,7 @@ def hear(
 
     embedding = model.get_input_embeddings()
     words = torch.arange(1, WORDS + 1) * (embedding.num_embeddings - 1) // WORDS
-    words = words[:, None].to(model.device)
+    words = words[:, None].to(computing_device(model))
     try:
         with attending_by(model, NAME, attend):
             output = model(
@@ -220,21 +241,6 @@ def seen_tokens(model: PreTrainedModel, depth: int, wanted: int) -> int:
 
 def visible(mask: Tensor) -> Bool[Tensor, "batch head_or_1 query key"]:
     return mask if mask.dtype == torch.bool else mask == 0
-
-
-def _check_replaceable(model: nn.Module) -> None:
-    if not of_transformers(model):
-        raise SinkbookError(
-            f"{type(model).__name__} is no model of transformers, so nothing says how its keys "
-            "turn. Give a causal language model of transformers; `streaming` also takes the toys "
-            "of `sinkbook.toy.transformer`, but no other module."
-        )
-    if not model._can_set_attn_implementation():
-        raise SinkbookError(
-            f"{_name(model)} does not let its attention be replaced, so it cannot be tried how its "
-            "positions turn keys; or it has no rotary positions. "
-            "Take a model whose attention goes through transformers' AttentionInterface."
-        )
 
 
 def _read_at(model: PreTrainedModel, position: int) -> tuple[list[Heard], Tensor]:

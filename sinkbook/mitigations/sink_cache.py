@@ -13,21 +13,27 @@ query sees what it would have seen in the cache.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from operator import index
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinkbook.errors import SinkbookError
-from sinkbook.mitigations.rotation import Rotation, evaluating, rotations, seen_tokens, visible
+from sinkbook.errors import SinkbookError, whole_number
+from sinkbook.mitigations.rotation import (
+    Rotation,
+    evaluating,
+    rotations,
+    seen_tokens,
+    streamable,
+    visible,
+)
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import logits_of, state_of
+from sinkbook.models.wrappers import computing_device, uncompiled, unwrapped
 from sinkbook.progress import progress
 from sinkbook.toy.transformer import Transformer
 
@@ -112,38 +118,25 @@ class SinkCache(Cache):
     5
     """
 
-    def __init__(self, model: PreTrainedModel, *, sinks: int = 4, window: int):
-        window, kept = _checked(window, sinks)
+    def __init__(self, model: nn.Module, *, sinks: int = 4, window: int):
+        window, sinks = whole_number("window", window, 1), whole_number("sinks", sinks)
+        model = streamable(model)
         turns = rotations(model)
-        seen = seen_tokens(model, len(turns), len(kept) + window)
-        if seen < len(kept) + window:
+        seen = seen_tokens(model, len(turns), sinks + window)
+        if seen < sinks + window:
             raise SinkbookError(
-                f"the model itself sees {seen} tokens back, so {len(kept)} first ones and a window "
-                f"of {window} cannot all be seen. Give {seen} at most, together."
+                f"the model itself sees {seen} tokens back, so {sinks} first ones and a window of "
+                f"{window} cannot all be seen. Give {seen} at most, together."
             )
-        super().__init__(layers=[SinkLayer(turn, len(kept), window) for turn in turns.values()])
+        super().__init__(layers=[SinkLayer(turn, sinks, window) for turn in turns.values()])
 
 
 def _checked(window: int, kept: int | Sequence[int]) -> tuple[int, list[int]]:
     """The window, and the positions that are kept: those given, or as many first ones."""
-    try:
-        if isinstance(window, bool) or isinstance(kept, bool):
-            raise TypeError
-        window = index(window)
-        first = None if np.iterable(kept) and not isinstance(kept, str) else index(kept)
-        chosen = sorted({index(k) for k in kept}) if first is None else range(first)
-    except TypeError:
-        raise SinkbookError(
-            f"a window of {window!r} with {kept!r} kept. Give whole numbers: a window of at least "
-            "1 token, and a number of first tokens or a list of positions from 0 on."
-        ) from None
-    if window < 1 or (min(chosen, default=0) if first is None else first) < 0:
-        shown = list(chosen) if first is None else [first]
-        raise SinkbookError(
-            f"a window of {window} with {shown} kept. "
-            "Give a window of at least 1 token, and numbers or positions from 0 on."
-        )
-    return window, list(chosen)
+    window = whole_number("window", window, 1)
+    if np.iterable(kept) and not isinstance(kept, str):
+        return window, sorted({whole_number("kept", position) for position in kept})
+    return window, list(range(whole_number("kept", kept)))
 
 
 @contextmanager
@@ -159,7 +152,7 @@ def streaming(model: nn.Module, *, window: int, kept: int | Sequence[int] = 4) -
     for those whose keys cannot be moved, which is tried out: see `rotations`.
     """
     window, chosen = _checked(window, kept)
-    with _streaming(model, window, chosen, tried(model)):
+    with uncompiled(), _streaming(model, window, chosen, tried(model)):
         yield
 
 
@@ -169,8 +162,9 @@ def tried(model: nn.Module) -> dict[nn.Module, Rotation]:
     Raises `SinkbookError` if the model cannot be streamed. Each of its attention modules is run
     twice on a short text, as it is and with everything within the window, and must give the same.
     """
-    if isinstance(model, Transformer):
+    if isinstance(model, nn.Module) and isinstance(unwrapped(model), Transformer):
         return {}
+    model = streamable(model)
     turns, calls = rotations(model), {}
 
     def keep(module, *call) -> None:
@@ -180,7 +174,7 @@ def tried(model: nn.Module) -> dict[nn.Module, Rotation]:
         for module in turns:
             hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
         text = torch.arange(1, SHORT + 1) * (model.get_input_embeddings().num_embeddings - 1)
-        logits_of(model, text[None].to(model.device) // SHORT)
+        logits_of(model, text[None].to(computing_device(model)) // SHORT)
     with evaluating(model), _streaming(model, SHORT, [], turns):
         for module, (arguments, keywords, output) in calls.items():
             own, again = state_of(output), state_of(module(*arguments, **keywords))
@@ -200,7 +194,7 @@ def _streaming(
     """`streaming` of a model that has been `tried`."""
     positions = torch.tensor(kept, dtype=torch.long)
     with ExitStack() as undo:
-        if isinstance(model, Transformer):
+        if isinstance(unwrapped(model), Transformer):
             for module in model.modules():
                 if hasattr(module, "attention_function"):
                     own = module.attention_function
@@ -318,7 +312,8 @@ def streaming_losses(
       of first tokens includes and that the first window does.
     """
     window, _ = _checked(window, sinks)
-    length, most = input_ids.shape[1], max(sinks)
+    random, sinks = whole_number("random", random), list(sinks)
+    length, most = input_ids.shape[1], max(sinks, default=0)
     if window - most < random or length <= window + most:
         raise SinkbookError(
             f"a window of {window}, texts of {length} tokens, {most} kept, {random} drawn. "
@@ -358,10 +353,11 @@ def recomputed_losses(
     The last `stride` tokens of every window are scored; NaN before position `window`, and for what
     is left over at the end of a text. Raises `SinkbookError` if `stride` exceeds `window`.
     """
-    if not 0 < stride <= window:
+    window, stride = whole_number("window", window, 1), whole_number("stride", stride, 1)
+    if stride > window:
         raise SinkbookError(
             f"steps of {stride} with a window of {window} would leave tokens out. "
-            f"Give a stride from 1 to {window}."
+            f"Give a stride of at most {window}."
         )
     texts, length = input_ids.shape
     losses = np.full((texts, length - 1), np.nan, dtype=np.float32)

@@ -1,10 +1,13 @@
 """The sink cache, its one-pass twin, and StreamingLLM's definition written out agree."""
 
+import re
 from functools import partial
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -219,10 +222,6 @@ def test_what_cannot_be_streamed_is_refused_with_the_reason(llama):
     )
     with pytest.raises(SinkbookError, match="GPT2LMHeadModel has no rotary positions"):
         SinkCache(gpt2, window=4)
-    with pytest.raises(SinkbookError, match="a window of 0 with"):
-        SinkCache(llama, window=0)
-    with pytest.raises(SinkbookError, match=r"\[-1\] kept"):
-        streaming(llama, window=4, kept=-1).__enter__()
     mask = torch.ones_like(TOKENS)
     mask[0, :3] = 0
     with pytest.raises(SinkbookError, match="no padding"), streaming(llama, window=4):
@@ -239,6 +238,54 @@ def test_what_cannot_be_streamed_is_refused_with_the_reason(llama):
         in_one_pass(gemma, window=4)
     with pytest.raises(SinkbookError, match="cannot go back"):
         SinkCache(llama, window=4).crop(-1)
+
+
+@pytest.fixture
+def as_for_a_reader(monkeypatch):
+    """Without the types that are checked while tests run."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.usefixtures("as_for_a_reader")
+@pytest.mark.parametrize(
+    ("refused", "says"),
+    [
+        ({"window": 0}, "`window=0` is too small. Give 1 or more"),
+        ({"window": 4.0}, "`window=4.0` is no whole number. Give one from 1 on"),
+        ({"window": None}, "`window=None` is no whole number"),
+        ({"window": 4, "kept": -1}, "`kept=-1` is too small. Give 0 or more"),
+        ({"window": 4, "kept": 1.5}, "`kept=1.5` is no whole number"),
+        ({"window": 4, "kept": True}, "`kept=True` is no whole number"),
+        ({"window": 4, "kept": "first"}, "`kept='first'` is no whole number"),
+        ({"window": 4, "kept": [0, -2]}, "`kept=-2` is too small"),
+        ({"window": 4, "kept": [0.5]}, "`kept=0.5` is no whole number"),
+    ],
+)
+def test_arguments_are_checked_where_they_enter(llama, refused, says):
+    with pytest.raises(SinkbookError, match=re.escape(says)):
+        streaming(llama, **refused).__enter__()
+    of_cache = {name.replace("kept", "sinks"): value for name, value in refused.items()}
+    if not isinstance(of_cache.get("sinks"), list):
+        with pytest.raises(SinkbookError, match=re.escape(says.replace("kept", "sinks"))):
+            SinkCache(llama, **of_cache)
+
+
+@pytest.mark.usefixtures("as_for_a_reader")
+def test_kept_positions_may_be_numpys_or_torchs(llama):
+    expected = in_one_pass(llama, window=5, kept=[0, 3])
+    for kept in (np.array([3, 0]), torch.tensor([0, 3]), (0, 3, 3)):
+        assert torch.equal(in_one_pass(llama, window=np.int64(5), kept=kept), expected)
+
+
+@pytest.mark.usefixtures("as_for_a_reader")
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.Sequential(), None, "a name"])
+def test_modules_that_are_none_of_transformers_are_refused_by_name(module):
+    with pytest.raises(
+        SinkbookError, match=f"^{type(module).__name__} is no model of transformers"
+    ):
+        streaming(module, window=4).__enter__()
+    with pytest.raises(SinkbookError, match="toys of `sinkbook.toy.transformer`, but no other"):
+        SinkCache(module, window=4)
 
 
 @pytest.fixture
