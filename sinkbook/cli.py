@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # the status that typer ends with after Ctrl-C
+CONDITION_MET = 3  # the status of `sinkbook probe --fail-if` when it is so
+
+# Those of data.corpora, which takes longer to import than `--help` should.
+DOMAINS = "prose-en, prose-fr, prose-es, repeated-prose, json, code, shakespeare, numbers"
 
 Profile = Annotated[str, typer.Option(help="quick: minutes on two CPU cores. paper: for one GPU.")]
 Seed = Annotated[int, typer.Option(help="The seed that every chapter starts from.")]
@@ -32,6 +36,17 @@ Jobs = Annotated[int, typer.Option(min=1, help="How many chapters run at once.")
 Output = Annotated[
     Path | None, typer.Option(help="The build folder.", show_default="build, in the repository")
 ]
+Document = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A UTF-8 text file, cut into windows.")
+]
+Domain = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help=f"Texts of this domain: {DOMAINS}.", show_default="prose-en"),
+]
+Texts = Annotated[int, typer.Option(min=1, help="How many texts; windows of a FILE at most.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of each, the first included.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the report in DIR.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model's own code run.")]
 
 
 @app.command()
@@ -117,36 +132,33 @@ def _print_sources() -> None:
 @app.command()
 def probe(
     model: Annotated[str, typer.Argument(help="A short name, a folder, a .gguf file, a hub id.")],
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A UTF-8 text file, cut into windows.")
-    ] = None,
-    domain: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Texts of this domain.", show_default="prose-en"),
-    ] = None,
-    texts: Annotated[
-        int, typer.Option(min=1, help="How many texts; windows of a FILE at most.")
-    ] = 8,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each, the first included.")] = 256,
+    text: Document = None,
+    domain: Domain = None,
+    texts: Texts = 8,
+    length: Length = 256,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write report, data and figures there.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the report in DIR.")] = False,
+    force: Force = False,
     revision: Annotated[
         str | None, typer.Option(help="A branch, tag or commit of a model on the hub.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a model's own code run.")
-    ] = False,
+    trust_remote_code: Remote = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="End with status 3 if this is so, such as 'sink_rate<0.4'; may be given often.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Measure sinks, drains and peaks of a causal language model; prints a table and a verdict."""
-    if text is not None and domain is not None:
-        raise typer.BadParameter("give --text or --domain, not both.")
+    _check_texts(text, domain)
+    from sinkbook.report import quantities, report
 
-    from rich.console import Console
-
-    from sinkbook.report import report
-
+    conditions = [quantities.condition(written) for written in fail_if or []]
     if out is not None:
         report.check_folder(out, force=force)
     result = report.probe(
@@ -158,12 +170,32 @@ def probe(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-    Console().print(report.terminal(result))
-    if out is None:
-        print("No files were written. With --out DIR: a page, the data as NetCDF and CSV, figures.")
-    else:
+    if out is not None:
         report.write(result, out, force=force)
-        print(out / "report.html")
+    page = None if out is None else out / "report.html"
+    if as_json:
+        written = {} if page is None else {"report": str(page)}
+        print(json.dumps(quantities.plain(result) | written, indent=2, allow_nan=False))
+    else:
+        _print_with_page(
+            report.terminal(result), page, "a page, the data as NetCDF and CSV, figures"
+        )
+    if met := quantities.met(result, conditions):
+        print("".join(f"sinkbook: {line}\n" for line in met), end="", file=sys.stderr)
+        raise typer.Exit(CONDITION_MET)
+
+
+def _check_texts(text: Path | None, domain: str | None) -> None:
+    if text is not None and domain is not None:
+        raise typer.BadParameter("give --text or --domain, not both.")
+
+
+def _print_with_page(shown, page: Path | None, instead: str) -> None:
+    """Print something of rich, then where the page is, or what --out would write."""
+    from rich.console import Console
+
+    Console().print(shown)
+    print(page or f"No files were written. With --out DIR: {instead}.")
 
 
 @app.command()
@@ -258,14 +290,21 @@ def _revisions(model: str):
 @app.command()
 def claims(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+    chapter: Annotated[
+        str | None, typer.Option(help="Only those of a chapter: 06, 06_variations.")
+    ] = None,
+    verdict: Annotated[
+        str | None, typer.Option(help="Only those with this verdict, such as contradicts.")
+    ] = None,
 ) -> None:
     """Show what the book claims, what was last measured, and whether it holds."""
     from sinkbook.book import claims as book_claims
 
+    ledger = book_claims.ledger(chapter=chapter, verdict=verdict)
     if as_json:
-        print(json.dumps([verdict.row() for verdict in book_claims.verdicts()], indent=2))
+        print(json.dumps([claim.row() for claim in ledger.verdicts], indent=2))
     else:
-        print(book_claims.ledger())
+        print(ledger)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from sinkbook.toy.transformer import Transformer, TransformerConfig
 
 WORDS = ["<|endoftext|>", "<s>", "to", "be", "or", "not", "<script>", "the"]  # by token id
 BOS = WORDS.index("<s>")
+HAMLET = "to be or not to be <script> the " * 20  # 160 tokens
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 32,

@@ -324,9 +324,8 @@ class Ledger:
     def summary(self) -> str:
         """How many claims hold, do not hold, and wait to be measured."""
         counts = Counter(verdict.verdict for verdict in self.verdicts)
-        return f"{len(self.verdicts)} claims: " + ", ".join(
-            f"{word} {counts[word]}" for word in VERDICTS if counts[word]
-        )
+        words = ", ".join(f"{word} {counts[word]}" for word in VERDICTS if counts[word])
+        return f"{len(self.verdicts)} claims: {words}" if words else "No claim is among them."
 
     def debt(self) -> str:
         """The claims whose verdict depends on the machine, as a sentence; empty without any."""
@@ -364,9 +363,22 @@ class Ledger:
         return "".join(parts)
 
 
-def ledger() -> Ledger:
-    """The whole ledger as one object that a notebook shows as a page and `print` as text."""
-    return Ledger(verdicts())
+def ledger(*, chapter: str | None = None, verdict: str | None = None) -> Ledger:
+    """The whole ledger as one object that a notebook shows as a page and `print` as text.
+
+    Or what of it belongs to a chapter, by name or number, or got a verdict, a word of `VERDICTS`.
+    Raises `SinkbookError` for a chapter without claims and for a verdict that there is not.
+    """
+    found = verdicts()
+    known_chapters = sorted({each.claim.chapter for each in found})
+    chapters = [name for name in known_chapters if chapter in (None, name, name.split("_")[0])]
+    words = [word for word in VERDICTS if verdict in (None, word)]
+    if chapter is not None and not chapters:
+        known_ones = ", ".join(known_chapters)
+        raise SinkbookError(f"no chapter {chapter!r} has claims. Known: {known_ones}.")
+    if not words:
+        raise SinkbookError(f"no verdict is called {verdict!r}. Known: {', '.join(VERDICTS)}.")
+    return Ledger([v for v in found if v.claim.chapter in chapters and v.verdict in words])
 
 
 def _number(value: int | float | str | None, unit: str = "") -> str:

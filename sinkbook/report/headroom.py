@@ -188,7 +188,10 @@ def sentence(known: Headroom | None) -> str:
         )
         if np.isfinite(known.int8_steps_there):
             text += f", with the first token apart {magnitude(known.int8_steps_there)}"
-    return f"{text}. Without the first token it is {magnitude(apart.magnitude)}, {place(apart)}."
+    text += f". Without the first token the largest is {magnitude(apart.magnitude)}, {place(apart)}"
+    if np.isfinite(apart.int8_steps):
+        text += f", which leaves the others {magnitude(apart.int8_steps)} steps"
+    return f"{text}."
 
 
 def advice(known: Headroom | None, has_sinks: bool) -> str:

@@ -198,8 +198,24 @@ def _sinks(result: xr.Dataset) -> pd.DataFrame:
 
 def first_token(result: xr.Dataset) -> str:
     """The token that every text begins with, or words for it where they differ."""
+    token = same_first_token(result)
+    return "the first token" if token is None else repr(token)
+
+
+def same_first_token(result: xr.Dataset) -> str | None:
+    """The token that every text begins with; None where they differ."""
     first = {str(token) for token in result.token.sel(position=result.sink).values}
-    return repr(first.pop()) if len(first) == 1 else "the first token"
+    return first.pop() if len(first) == 1 else None
+
+
+def drain(heads: pd.DataFrame) -> float:
+    """The median drain ratio of those rows of `head_table` that are sinks; of all if none is."""
+    sinks = _sink_heads(heads)
+    return (sinks if len(sinks) else heads).value_drain_ratio.median()
+
+
+def _sink_heads(heads: pd.DataFrame) -> pd.DataFrame:
+    return heads[heads.sink_attention > THRESHOLD]
 
 
 def has_sinks(result: xr.Dataset) -> bool:
@@ -211,14 +227,14 @@ def verdict(result: xr.Dataset) -> str:
     """Sinks, drain and peak in one sentence."""
     heads = head_table(result)
     rate = heads.sink_rate.mean()
-    sinks = heads[heads.sink_attention > THRESHOLD]
+    sinks = _sink_heads(heads)
     subject = f"{_percent(rate)} of the heads are sinks" if rate else "no head is a sink"
     parts = [f"{subject} on the first token (mean attention above {THRESHOLD})"]
-    drain = (sinks if len(sinks) else heads).value_drain_ratio.median()
+    level = drain(heads)
     where = " in these heads" if len(sinks) else ""
-    if np.isfinite(drain):
-        level = f"{drain:.2f} of the others'{where}"
-        drained = f"drained to {level}" if drain < DRAINED else f"not drained ({level})"
+    if np.isfinite(level):
+        words = f"{level:.2f} of the others'{where}"
+        drained = f"drained to {words}" if level < DRAINED else f"not drained ({words})"
         parts.append(f"its value is {drained}")
     ratio = median_peak_ratio(result).values
     if np.isfinite(ratio).any():

@@ -183,3 +183,39 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         files.write_json(path, {"a": object()})
     assert list(path.parent.iterdir()) == [path]
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+SECOND = ENTRY.replace("id: sum", "id: other", 1).replace("chapter: ", "chapter: 99_else_", 1)
+
+
+def test_the_ledger_is_told_apart_by_chapter_and_by_verdict(ledger, sinkbook):
+    ledger(ENTRY + SECOND)
+    claims.keep(claims.judge("sum", [1.0], profile="quick").record())
+    first, second = (claim.chapter for claim in claims.known().values())
+    assert first != second and second.startswith("99_else")
+    for options, ids in {
+        (): ["sum", "other"],
+        ("--chapter", second): ["other"],
+        ("--chapter", "99"): ["other"],
+        ("--verdict", "contradicts"): ["sum"],
+        ("--verdict", "not measured"): ["other"],
+        ("--chapter", first, "--verdict", "contradicts"): ["sum"],
+        ("--chapter", "99", "--verdict", "contradicts"): [],
+    }.items():
+        status, shown, _ = sinkbook("claims", "--json", *options)
+        assert status == 0 and [row["id"] for row in json.loads(shown)] == ids, options
+    assert sinkbook("claims", "--chapter", "99", "--verdict", "holds")[1].startswith("No claim")
+
+
+@pytest.mark.parametrize(
+    "option, value, complaint",
+    [
+        ("--chapter", "98", "no chapter '98' has claims. Known: "),
+        ("--verdict", "fails", "no verdict is called 'fails'. Known: holds, mixed, contradicts"),
+    ],
+)
+def test_a_chapter_or_a_verdict_that_is_not_there_is_answered_with_those_that_are(
+    ledger, sinkbook, option, value, complaint
+):
+    status, shown, errors = sinkbook("claims", option, value)
+    assert status == 1 and shown == "" and complaint in errors

@@ -15,11 +15,9 @@ from sinkbook.models.layout import blocks
 from sinkbook.report import report
 from sinkbook.report.headroom import Headroom, advice, headroom, sentence
 from sinkbook.report.html import html_page
-from tiny import tiny_model, tiny_reader
+from tiny import HAMLET, tiny_model, tiny_reader
 
 pytestmark = pytest.mark.weights
-
-HAMLET = "to be or not to be <script> the " * 20
 
 
 def measured(model, count: int = 3) -> tuple[xr.Dataset, torch.Tensor]:
@@ -120,6 +118,9 @@ def test_a_planted_peak_is_found_with_its_layer_its_token_and_its_steps():
     said = sentence(room)
     assert "is 254, after layer 1, token '<s>' (0): 258 times below float16's limit" in said
     assert "0.5 of 127 steps of an int8 range, with the first token apart 127." in said
+    assert said.endswith(
+        f"{str(result.token.values[2, 5])!r} (5), which leaves the others 31.8 steps."
+    )
     page = html_page(result)
     token = escape(repr(str(result.token.values[2, 5])))
     assert f"after layer 0, token {token} (5)" in page and "31.8 of 127" in page

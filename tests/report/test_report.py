@@ -5,8 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,11 +23,9 @@ from sinkbook.models import load, token_windows
 from sinkbook.probe import measure
 from sinkbook.report import figures, report, summary
 from sinkbook.report.html import html_page
-from tiny import SIZES, tiny_model, tiny_reader, tiny_tokenizer
+from tiny import HAMLET, SIZES, tiny_model, tiny_reader, tiny_tokenizer
 
 pytestmark = pytest.mark.weights
-
-HAMLET = "to be or not to be <script> the " * 20  # 160 tokens
 
 
 def measured(model: PreTrainedModel) -> xr.Dataset:
@@ -60,28 +56,6 @@ class Tags(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.names.add(tag)
         self.attributes |= {name for name, _ in attrs}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A tiny random Llama in a folder."""
-    place = tmp_path_factory.mktemp("model")
-    tiny_model(max_position_embeddings=48).save_pretrained(place)
-    tiny_tokenizer().save_pretrained(place)
-    return place
-
-
-@pytest.fixture
-def document(tmp_path) -> Path:
-    path = tmp_path / "hamlet.txt"
-    path.write_text(HAMLET)
-    return path
-
-
-@pytest.fixture
-def sinkbook(sinkbook) -> Callable[..., tuple[int, str, str]]:
-    """Run `sinkbook probe` in this process: exit status, stdout, stderr."""
-    return partial(sinkbook, "probe")
 
 
 @pytest.fixture(scope="module")
