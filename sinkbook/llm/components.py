@@ -199,7 +199,7 @@ def cut_each(
                     continue
                 below = number if resumes else 0
                 cut = zero(model, part, layer=number, position=position)
-                with given(model, outputs, below=below), cut:
+                with cut, given(model, outputs, below=below):
                     results[part].append(symptoms(model, input_ids).fillna(whole))
             show((number + 1) * len(parts))
     cuts = [xr.concat(results[part], dim="cut") for part in parts]

@@ -219,7 +219,7 @@ def _loss_changes(
         for layer, head in heads:
             below = layer if resumes else 0
             cut = zero(model, "head", layer=layer, head=head)
-            with given(model, outputs, below=below), cut:
+            with cut, given(model, outputs, below=below):
                 rows.append(_losses(model, ids) - whole)
         changes.append(torch.stack(rows))
     found = torch.cat(changes, dim=1).cpu().numpy()

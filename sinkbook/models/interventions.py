@@ -4,7 +4,8 @@
         loss_without = loss_of(model, tokens)
 
 Every intervention is a context manager that leaves the model as it found it, also after an
-exception. Interventions nest, and each sees what the ones before it have changed.
+exception. Interventions nest, and each sees what the ones before it have changed. Where a part's
+writes can be taken hold of is tried on a short text the first time (`writers.py`, `heads.py`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,8 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
+from sinkbook.models.heads import heads
 from sinkbook.models.layout import Layer, layers
+from sinkbook.models.partial_forward import state_of
 from sinkbook.models.wrappers import uncompiled
+from sinkbook.models.writers import Inside, rewrite, with_state, writers
 
 PARTS = ("attention", "head", "value", "mlp", "residual")
 
@@ -36,15 +40,19 @@ def replace(
 
     Parts, and the shape that `with_` is broadcast to:
 
-    - "attention": what the layer's attention adds, (batch, position, width);
+    - "attention": what the layer's attention adds, or the mixer in its place, such as Mamba's,
+      (batch, position, width);
     - "head": the outputs of `head` before W_O, (batch, position, head, head width);
     - "value": the value states of `head`, a key-value head where heads share them, or of all,
       (batch, position, head, head width);
     - "mlp": what the layer's MLP adds, (batch, position, width);
     - "residual": the residual state after the layer, (batch, position, width).
 
-    Layers, heads and positions count from 0; negative positions from the end.
-    Raises `SinkbookError` for a part, layer or head that the model does not have.
+    What is added is what reaches the residual state, after norms and multipliers. Layers, heads
+    and positions count from 0; negative positions from the end.
+    Raises `SinkbookError` for a part, layer or head that the model does not have, and where a layer
+    does not do as the parts say: without attention and MLP it must pass on its input, and with a
+    vector in the place of one of them add it.
     """
     if part not in PARTS:
         raise SinkbookError(f"no part named {part!r} to replace. Known: {', '.join(PARTS)}.")
@@ -53,30 +61,18 @@ def replace(
             f"part {part!r} got head={head}; the part 'head' needs one, 'value' takes one."
         )
     found = layers(model)
+    chosen = _numbers("layer", layer)
+    for index in chosen:
+        if not 0 <= index < len(found):
+            raise SinkbookError(f"layer {index} is not there; 0 to {len(found) - 1} are.")
+    where = {
+        "with_": with_ if torch.is_tensor(with_) else torch.tensor(with_),
+        "head": None if head is None else _numbers("head", head),
+        "position": None if position is None else _numbers("position", position),
+    }
     with uncompiled(), ExitStack() as hooks:
-        for index in _indices(layer):
-            if not 0 <= index < len(found):
-                raise SinkbookError(f"layer {index} is not there; 0 to {len(found) - 1} are.")
-            module = _module(found[index], part)
-            if module is None:
-                raise SinkbookError(f"layer {index} has no {part} of its own to replace.")
-            heads = {"head": found[index].heads, "value": found[index].value_heads}.get(part)
-            start = found[index].value_start if part == "value" else 0.0
-            where = {"heads": heads, "start": start, "head": head, "position": position}
-            hook = partial(_write_over, with_=with_, **where)
-            if part == "head":
-                handle = module.register_forward_pre_hook(
-                    lambda _, inputs, hook=hook: (hook(inputs[0]), *inputs[1:])
-                )
-            else:
-                handle = module.register_forward_hook(
-                    lambda _, __, output, hook=hook: (
-                        hook(output)
-                        if torch.is_tensor(output)
-                        else type(output)((hook(output[0]), *output[1:]))
-                    )
-                )
-            hooks.callback(handle.remove)
+        for index in chosen:
+            _hang(model, part, found[index], index, where, hooks)
         yield
 
 
@@ -85,45 +81,91 @@ def zero(model: nn.Module, part: str, **where) -> AbstractContextManager[None]:
     return replace(model, part, 0.0, **where)
 
 
-def _indices(one_or_many: int | Iterable[int]) -> list[int]:
-    return [one_or_many] if isinstance(one_or_many, int) else list(one_or_many)
+def _numbers(name: str, given: int | Iterable[int]) -> list[int]:
+    """One or many whole numbers, however they are given."""
+    numbers = torch.as_tensor(list(given) if isinstance(given, Iterable) else given)
+    if numbers.is_floating_point() or numbers.dtype == torch.bool:
+        if not numbers.numel():
+            return []
+        raise SinkbookError(f"{name}={given} is not made of whole numbers. Give for example 0.")
+    return numbers.flatten().tolist()
 
 
-def _module(layer: Layer, part: str) -> nn.Module | None:
-    """The module that writes a part, or for a head the one that reads it."""
-    return {
-        "attention": layer.attention,
-        "head": layer.output,
-        "value": layer.value,
-        "mlp": layer.mlp,
-        "residual": layer.block,
-    }[part]
+def _hang(
+    model: nn.Module, part: str, layer: Layer, index: int, where: dict, hooks: ExitStack
+) -> None:
+    """Hang the hooks of one layer on it."""
+    if part in ("head", "value"):
+        _hang_on_heads(model, part, layer, index, where, hooks)
+        return
+    writing = writers(model)[index]
+    absent = getattr(layer, part, layer) is None and not getattr(writing, part, [])
+    refusal = writing.odd_state if part == "residual" else writing.refusal
+    if absent and not writing.refusal:
+        raise SinkbookError(f"layer {index} has no {part} of its own to replace.")
+    if refusal:
+        raise SinkbookError(
+            f"no {part} of layer {index} of {type(model).__name__} to replace: {refusal}."
+        )
+    if part == "residual":
+        write = partial(_write_over, heads=None, start=0.0, **where)
+        handle = layer.block.register_forward_hook(
+            lambda _, __, output: with_state(output, write(state_of(output)))
+        )
+        hooks.callback(handle.remove)
+        return
+
+    def add(states: Tensor, factor: float) -> Tensor:
+        own = where["with_"] / factor if factor else torch.tensor(0.0)
+        return _write_over(states, heads=None, start=0.0, **where | {"with_": own})
+
+    rewrite(Inside(layer.block, hooks), getattr(writing, part), add, hooks)
+
+
+def _hang_on_heads(
+    model: nn.Module, part: str, layer: Layer, index: int, where: dict, hooks: ExitStack
+) -> None:
+    known = heads(model)[index]
+    refusal = known.no_heads if part == "head" else known.no_values
+    if refusal:
+        raise SinkbookError(f"layer {index} has no {part} to replace: it has {refusal}.")
+    count, start = (known.count, 0.0) if part == "head" else (known.values, known.start)
+    for number in where["head"] or []:
+        if not 0 <= number < count:
+            raise SinkbookError(f"head {number} is not there; 0 to {count - 1} are.")
+    write = partial(_write_over, heads=count, start=start, **where)
+    inside = Inside(layer.block, hooks, own_shape=True)
+    if part == "head":
+        inside.change_input(layer.output, write, hooks)
+    else:
+        inside.change_output(layer.value, write, hooks)
 
 
 def _write_over(
     states: Float[Tensor, "batch position states"],
     *,
-    with_: float | Tensor,
+    with_: Tensor,
     heads: int | None,
     start: float,
-    head: int | Iterable[int] | None,
-    position: int | Iterable[int] | None,
+    head: list[int] | None,
+    position: list[int] | None,
 ) -> Float[Tensor, "batch position states"]:
     """A copy of a part's states in which those of some heads and positions are replaced.
 
     `heads` stand side by side in the last dimension, from the fraction `start` of it on; `None`
     for parts that are not divided into heads.
     """
-    states = states.clone()
-    rows = torch.arange(states.shape[1])
-    rows = rows if position is None else rows[_indices(position)]
-    new = torch.as_tensor(with_).to(states)
+    states, length = states.clone(), states.shape[1]
+    for index in position or []:
+        if not -length <= index < length:
+            raise SinkbookError(f"position {index} is not there; 0 to {length - 1} are.")
+    rows = torch.arange(length)
+    rows = rows if position is None else rows[position]
+    new = with_.to(states)
     if heads is None:
         states[:, rows] = new
         return states
-    chosen = list(range(heads)) if head is None else _indices(head)
-    if not all(0 <= h < heads for h in chosen):
-        raise SinkbookError(f"head {head} is not there; 0 to {heads - 1} are.")
+    chosen = list(range(heads)) if head is None else head
     own = states[..., round(start * states.shape[-1]) :].unflatten(-1, (heads, -1))
     own[:, rows[:, None], chosen] = new
     return states
