@@ -33,6 +33,7 @@ class Heads:
     count: int | None = None  # whose outputs stand side by side in what W_O reads
     values: int | None = None  # whose values stand side by side at the end of what W_V gives
     start: float = 0.0  # where these begin there, as a fraction of it
+    forms_softmax: bool = False  # by itself, past the attention function of transformers
     no_heads: str = ""
     no_values: str = ""
 
@@ -77,6 +78,7 @@ class _Seen:
     others: list[Tensor] = field(default_factory=list)  # queries and keys, or the weights
     read: list[Tensor] = field(default_factory=list)  # by W_O
     projected: int = 0  # times that W_V ran
+    forms_softmax: bool = False
 
 
 class _Trial(TorchFunctionMode):
@@ -90,7 +92,8 @@ class _Trial(TorchFunctionMode):
 
     def attend(self, module, query, key, value, attention_mask, **_):
         """As `AttentionInterface` calls it."""
-        return self._answer(value, query.shape[1], query, key).transpose(1, 2), None
+        answer = self._answer(value, query.shape[1], query, key)
+        return answer.transpose(1, 2).contiguous(), None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -98,11 +101,13 @@ class _Trial(TorchFunctionMode):
             return function(*args, **kwargs)
         if function is F.scaled_dot_product_attention and args[0].shape[-2] == LENGTH:
             named = ("query", "key", "value")
-            query, key, value = (*args[:3], *(kwargs[n] for n in named[len(args) :]))
+            query, key, value = (*args[:3], *(kwargs[n] for n in named[len(args) :] if n in kwargs))
+            self.seen[self.layer].forms_softmax = True
             return self._answer(value, query.shape[1], query, key)
         result = function(*args, **kwargs)
         if function in SOFTMAX and result.shape[-2:] == (LENGTH, LENGTH):
             self._weights = result
+            self.seen[self.layer].forms_softmax = True
         elif (
             function in PRODUCTS
             and self._weights is not None
@@ -122,7 +127,7 @@ class _Trial(TorchFunctionMode):
         seen.calls, seen.heads, seen.value = seen.calls + 1, count, value
         seen.others = [states.reshape(TEXTS, -1) for states in others]
         code = _codes(count, value.device)[:, :, None, None]
-        return code.expand(-1, -1, LENGTH, value.shape[-1]).to(value.dtype)
+        return code.expand(-1, -1, LENGTH, value.shape[-1]).to(value.dtype).contiguous()
 
 
 def _tried(model: nn.Module) -> list[Heads]:
@@ -175,14 +180,16 @@ def _judged(layer: Layer, seen: _Seen) -> Heads:
     if seen.calls != 1:
         mixer = "" if layer.attention is None else f": {type(layer.attention).__name__}"
         times = f"{seen.calls} softmax attentions" if seen.calls else "no softmax attention"
-        return Heads(no_heads=times + mixer, no_values=times + mixer)
-    found = Heads(count=seen.heads, values=layer.value_heads, start=layer.value_start)
+        return Heads(
+            no_heads=times + mixer, no_values=times + mixer, forms_softmax=seen.forms_softmax
+        )
+    found = Heads(seen.heads, layer.value_heads, layer.value_start, seen.forms_softmax)
     if len(seen.read) != 1 or seen.read[0].shape[:2] != (TEXTS, LENGTH):
         found.no_heads = "no projection of the heads' outputs that sinkbook finds"
     elif not _is_coded(seen.read[0].transpose(1, 2), seen.heads, side_by_side=True):
         found.no_heads = "heads whose outputs do not stand side by side before W_O"
     if seen.projected != 1:
-        found.no_values = "no projection of its own that gives only values"
+        found.no_values = "no projection that sinkbook finds to give values and nothing else"
     elif not _is_coded(seen.value, layer.value_heads):
         found.no_values = "values that are not those of its heads side by side"
     elif any((states != states[:1]).any() for states in seen.others):

@@ -40,6 +40,7 @@ so can a model of your own:
 ('batch', 'layer', 'head')
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, get_type_hints
@@ -116,6 +117,17 @@ class Layer:
 def of_transformers(model: nn.Module) -> bool:
     """Whether a model is one of transformers, or wraps one: read by structure, not by names."""
     return hasattr(unwrapped(model), "set_attn_implementation")
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module of transformers computes by a forward function that is not its class's."""
+    own = vars(module).get("forward")
+    if own is not None and not hasattr(module, "_old_forward"):  # accelerate's calls the old one
+        return True
+    kind = type(module)
+    homes = {of.__module__.partition(".")[0] for of in kind.__mro__ if "forward" in vars(of)}
+    home = (getattr(inspect.unwrap(kind.forward), "__module__", None) or "").partition(".")[0]
+    return home not in homes or home not in ("transformers", "transformers_modules")
 
 
 def layers(model: nn.Module) -> list[Layer]:

@@ -109,7 +109,7 @@ class Sums(TorchDispatchMode):
         for node, factor in self._summands(last, 1.0):
             (taken if node is self._start else added).append((node, factor))
         if not taken:
-            return "does not add to the state that it takes, but changes all of it"
+            return "gives no sum with the state that it takes, but a norm of it, for example"
         if len(taken) > 1 or taken[0][1] != 1.0:
             return "scales the state that it takes"
         terms = []

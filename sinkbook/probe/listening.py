@@ -1,10 +1,11 @@
 """Reaching a model's attention while it runs, in one of three ways.
 
 Models of transformers look their attention function up by name in `AttentionInterface`, where ours
-is registered. The few architectures that do not are overheard: `_Overhearing` watches for the
-softmax, or the fused attention, inside one layer after the other. All other models call the
-function that they carry as `attention_function` (`models/layout.py`); the weights that it returns
-are read, or the fused attention inside it is overheard. Each way hands what it finds to the active
+is registered. The few architectures that do not, and layers whose attention has been replaced, are
+overheard: `_Overhearing` watches for the softmax, or the fused attention, inside one layer after
+the other. All other models call the function that they carry as `attention_function`
+(`models/layout.py`), or that a user has registered; the weights that it returns are read, or the
+fused attention inside it is overheard. Each way hands what it finds to the active
 `recorder.Recorder`, and puts back what the model had, also after an exception.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.attention_interface import attending_by
+from sinkbook.models.attention_interface import attending_by, own_function, registered
 
 NAME = "sinkbook"  # of our attention function in transformers' registries
 HIDDEN = -3e4  # additive masks hold something lower, biases do not
@@ -60,13 +61,22 @@ def _listen(
     if weights is None:
         if heard.fused_calls != 1:
             raise SinkbookError(
-                f"the attention_function of layer {recorder.layer} returns no weights and calls "
+                f"the attention function of layer {recorder.layer} returns no weights and calls "
                 f"scaled_dot_product_attention {heard.fused_calls} times. Return the outputs and "
                 "the weights, (batch, head, query, key), or call it once."
             )
         return output, weights
     scope = recorder.scope.to(query.device)
-    visible, bias = recorder.visibility(attention_mask, True, scope)
+    length = scope.real.shape[1]
+    if weights.shape != (*query.shape[:2], length, length):
+        raise SinkbookError(
+            f"the attention function of layer {recorder.layer} returns weights of the shape "
+            f"{tuple(weights.shape)}. Return them as (batch, head, query, key), without slots "
+            "that are no key."
+        )
+    # What is no mask over pairs is of a kind that only the function itself knows.
+    pairwise = torch.is_tensor(attention_mask) and attention_mask.ndim == 4
+    visible, bias = recorder.visibility(attention_mask if pairwise else None, True, scope)
     made_by_softmax = heard.weights is not None and heard.weights.shape == weights.shape
     if made_by_softmax and torch.allclose(heard.weights.to(weights), weights):
         logits = heard.scores
@@ -113,21 +123,32 @@ def _interface_attention(
 
 @contextlib.contextmanager
 def transformers_attention(model: nn.Module, recorder) -> Iterator[None]:
-    """Have a model of transformers call `_interface_attention`, or overhear it."""
+    """Have a model of transformers call `_interface_attention`, or listen to its own attention."""
     if not model._can_set_attn_implementation():
-        with _Overhearing(recorder):
+        with overhearing(recorder):
             yield
         return
-    with attending_by(model, NAME, _interface_attention):
+    name, own = own_function(model, [layer.attention for layer in recorder.layers])
+    if own is None:
+        with attending_by(model, NAME, _interface_attention):
+            yield
+        return
+    with registered(name, partial(_listen, own)):
         yield
+
+
+def overhearing(recorder) -> contextlib.AbstractContextManager:
+    """Overhear the attention of layers that no attention function is called by."""
+    return _Overhearing(recorder)
 
 
 class _Overhearing(TorchFunctionMode):
     """Reads attention off the torch functions that a layer calls.
 
-    A softmax over (..., query, key) is taken for the weights, and the next product with them for
-    that with the values, if it is the `whole_layer` that is heard and not an attention function,
-    which returns its weights. A call of the fused attention is answered by the recorder.
+    A softmax over (..., query, key) is taken for the weights, and the next product of such a shape
+    for that with the values, if it is the `whole_layer` that is heard and not an attention
+    function, which returns its weights. What goes into the product counts, since weights may be
+    changed on the way. A call of the fused attention is answered by the recorder.
     """
 
     SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
@@ -158,15 +179,18 @@ class _Overhearing(TorchFunctionMode):
             and function in self.PRODUCTS
             and self.weights is not None
             and args[0].numel() == self.weights.numel()
+            and args[0].shape[-2:] == (length, length)
         ):
             value = args[1].reshape(batch, -1, length, args[1].shape[-1])
-            scores, weights = (
-                states.reshape(batch, -1, length, length) for states in (self.scores, self.weights)
+            scores, formed, weights = (
+                states.reshape(batch, -1, length, length)
+                for states in (self.scores, self.weights, args[0])
             )
+            same = torch.equal(formed, weights)
             self.scores = self.weights = None
             real = recorder.scope.real.to(weights.device)
             visible = (scores > HIDDEN).tril() & real[:, None, None]
-            recorder.read_weights(scores, visible, weights, value, route="eager", normalised=True)
+            recorder.read_weights(scores, visible, weights, value, route="eager", normalised=same)
         return result
 
     def _fused_attention(

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.layout import layers, of_transformers
+from sinkbook.models.heads import heads
+from sinkbook.models.layout import has_own_forward, layers, of_transformers
 from sinkbook.models.partial_forward import logits_of, state_into, state_of
 from sinkbook.models.wrappers import uncompiled, unwrapped
 from sinkbook.probe import explicit, fused
-from sinkbook.probe.listening import HIDDEN, active, named_attention, transformers_attention
+from sinkbook.probe.listening import (
+    HIDDEN,
+    active,
+    named_attention,
+    overhearing,
+    transformers_attention,
+)
 from sinkbook.probe.masks import (
     Heads,
     KeyHeads,
@@ -58,6 +65,7 @@ class Recorder:
         self.residuals: list[dict[str, Tensor]] = [{} for _ in range(len(self.layers) + 1)]
         self.routes: set[str] = set()
         self._heard: set[int] = set()  # layers whose attention has been read
+        self._only: set[int] | None = None  # layers that are listened to; all by default
         self._factors: dict[int, Tensor | None] = {}
         self._masks = WeakTensorKeyDictionary()
 
@@ -75,8 +83,10 @@ class Recorder:
                 accepted = inspect.signature(forward.forward).parameters
                 if "use_cache" in accepted:
                     inputs = {**inputs, "use_cache": False}
-                undo.enter_context(transformers_attention(self.model, self))
-                output = forward(**inputs)
+                with transformers_attention(self.model, self):
+                    output = forward(**inputs)
+                if self._reads_attention():
+                    self._hear_silent(partial(forward, **inputs))
                 return output.logits if with_logits else None
             self._check_named(inputs)
             undo.enter_context(named_attention(self))
@@ -85,6 +95,38 @@ class Recorder:
                     hook = layer.attention.register_forward_hook(self._check_heard)
                     undo.callback(hook.remove)
             return logits_of(self.model, inputs["input_ids"])
+
+    def _reads_attention(self) -> bool:
+        others = {"residual_norm", "residual_max_abs", "loss"}
+        return self._look is not None or not self.scope.variables <= others
+
+    def _hear_silent(self, again: Callable[[], object]) -> None:
+        """Overhear layers that attend, but did not call the attention function they were given.
+
+        Their modules, or their forward functions, have been replaced. What cannot be read is
+        refused; layers of another kind, such as Mamba's, have nothing to be read.
+        """
+        silent = {n for n, layer in enumerate(self.layers) if layer.attention is not None}
+        silent -= self._heard
+        if not silent or not self.model._can_set_attn_implementation():
+            return
+        known = heads(self.model)
+        self._only = {n for n in silent if known[n].forms_softmax}
+        if self._only:
+            with overhearing(self):
+                again()
+        heard = {type(self.layers[n].attention) for n in self._heard - self._only}
+        for number in sorted(silent - self._heard):
+            attention = self.layers[number].attention
+            own = has_own_forward(attention)
+            if number in self._only or own or type(attention) in heard:
+                raise SinkbookError(
+                    f"layer {number} of {type(self.model).__name__} attends past the attention "
+                    f"functions of transformers, {'in a forward function put on' if own else 'in'} "
+                    f"its {type(attention).__name__}, and not by a softmax whose weights could be "
+                    "overheard. Register it as an attention function (transformers' "
+                    "AttentionInterface) that returns its weights."
+                )
 
     def _check_named(self, inputs: dict[str, Tensor]) -> None:
         """A model that is not of transformers takes tokens alone; what it would ignore is told."""
@@ -122,13 +164,13 @@ class Recorder:
             yield
 
     def _enter(self, number: int, _block, arguments, keywords) -> None:
-        if active.get() is self:
+        if active.get() is self and (self._only is None or number in self._only):
             self.layer = number
             if number == 0:
                 self._keep_residual(0, state_into(arguments, keywords))
 
     def _leave(self, number: int, _block, _arguments, output) -> None:
-        if active.get() is self:
+        if active.get() is self and (self._only is None or number in self._only):
             self.layer = None
             self._keep_residual(number + 1, state_of(output))
 
