@@ -99,13 +99,16 @@ def _hang(
         _hang_on_heads(model, part, layer, index, where, hooks)
         return
     writing = writers(model)[index]
-    absent = getattr(layer, part, layer) is None and not getattr(writing, part, [])
     refusal = writing.odd_state if part == "residual" else writing.refusal
-    if absent and not writing.refusal:
-        raise SinkbookError(f"layer {index} has no {part} of its own to replace.")
+    if not refusal and part != "residual" and not getattr(writing, part):
+        refusal = f"layer {index} has no {part} of its own"
+        if getattr(layer, part) is not None:
+            refusal = f"what it gives is not itself added to the residual state of layer {index}"
+        if writing.others:
+            refusal += f", which is added {writing.of_others()}"
     if refusal:
         raise SinkbookError(
-            f"no {part} of layer {index} of {type(model).__name__} to replace: {refusal}."
+            f"no {part} to replace in layer {index} of {type(model).__name__}: {refusal}."
         )
     if part == "residual":
         write = partial(_write_over, heads=None, start=0.0, **where)

@@ -5,12 +5,12 @@ with `kept` and then, for each cut, only the layers from the cut on:
 
     with kept(model) as outputs:
         whole = model(tokens)
-    with given(model, outputs, below=20), zero(model, "head", layer=20, head=3):
+    with zero(model, "head", layer=20, head=3), given(model, outputs, below=20):
         without = model(tokens)
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -83,9 +83,35 @@ def given(model: nn.Module, outputs: Sequence[Output], *, below: int) -> Iterato
     """
     with uncompiled(), ExitStack() as undo:
         for block, output in zip(blocks(model)[:below], outputs, strict=False):
-            undo.callback(partial(_restore, block, vars(block).get("forward")))
+            own = vars(block).get("forward")
+            undo.callback(partial(_restore, block, own))
             block.forward = partial(_again, output)
+            block.forward.own = own
         yield
+
+
+def own_forward(module: nn.Module) -> Callable | None:
+    """The forward function that a module itself carries, if any: not what `given` puts there."""
+    forward = vars(module).get("forward")
+    given_to_it = isinstance(forward, partial) and forward.func is _again
+    return forward.own if given_to_it else forward
+
+
+@contextmanager
+def all_running(model: nn.Module) -> Iterator[None]:
+    """In the body all layers run, also those that `given` spares outside of it."""
+    spared = [
+        (module, vars(module)["forward"])
+        for module in model.modules()
+        if vars(module).get("forward") is not own_forward(module)
+    ]
+    try:
+        for module, stand_in in spared:
+            _restore(module, stand_in.own)
+        yield
+    finally:
+        for module, stand_in in spared:
+            module.forward = stand_in
 
 
 @torch.no_grad()

@@ -19,13 +19,23 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import Layer, layers
-from sinkbook.models.partial_forward import Output, logits_of, state_into, state_of
+from sinkbook.models.partial_forward import (
+    Output,
+    all_running,
+    logits_of,
+    own_forward,
+    state_into,
+    state_of,
+)
 from sinkbook.models.sums import Sums, Term
 
 TEXTS, LENGTH = 2, 3  # different, so that states in another order are told apart
 PARTS = ("attention", "mlp")
-# In names of modules that do an MLP's work, such as experts through which every token goes.
-_OF_AN_MLP = ("mlp", "moe", "expert", "ffn", "feed_forward", "feedforward")
+# In names of modules that do a part's work, such as experts through which every token goes.
+_NAMES = {
+    "attention": ("attn", "attention"),
+    "mlp": ("mlp", "moe", "expert", "ffn", "feed_forward", "feedforward"),
+}
 
 State = Float[Tensor, "batch position width"]
 
@@ -39,6 +49,11 @@ class Writers:
     others: list[Term] = field(default_factory=list)  # of neither
     refusal: str | None = None
     odd_state: str | None = None  # why its positions cannot be told apart
+
+    def of_others(self) -> str:
+        """What gives the terms that are of neither part."""
+        kinds = sorted({type(term.module).__name__ for term in self.others})
+        return f"what {' and '.join(kinds)} gives" if kinds else "something else"
 
 
 _known: WeakKeyDictionary = WeakKeyDictionary()  # of each model what it was made of, and writers
@@ -60,7 +75,7 @@ def writers(model: nn.Module) -> list[Writers]:
 def made_of(model: nn.Module) -> list:
     """What a model's writers depend on: its modules, and forward functions put on them."""
     modules = list(model.modules())[1:]  # without the model, which would keep itself alive
-    return modules + [vars(module).get("forward") for module in modules]
+    return modules + [own_forward(module) for module in modules]
 
 
 def unchanged(before: list, current: list) -> bool:
@@ -98,7 +113,7 @@ def on_trial(
         for module, kind, hooks in hung:
             vars(module)[kind] = type(hooks)()
         model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), all_running(model), torch.compiler.set_stance("force_eager"):
             yield run
     finally:
         for module, kind, hooks in hung:
@@ -213,10 +228,10 @@ def _named(layer: Layer, terms: list[Term] | str, number: int) -> Writers:
     }
     writing = Writers()
     for term in terms:
-        part = next((part for part in PARTS if term.comes_from(owned[part])), None)
-        if part is None and any(word in names[term.module].lower() for word in _OF_AN_MLP):
-            part = "mlp"
-        getattr(writing, part or "others").append(term)
+        name = names[term.module].lower()
+        by_owner = (part for part in PARTS if term.comes_from(owned[part]))
+        by_name = (part for part in PARTS if any(word in name for word in _NAMES[part]))
+        getattr(writing, [*by_owner, *by_name, "others"][0]).append(term)
     return writing
 
 
@@ -238,8 +253,8 @@ def _run(
             def leave(_block, _arguments, output, number=number, known=known):
                 if number in kept:
                     raise SinkbookError(
-                        f"layer {number} of {type(model).__name__} runs more than once for a "
-                        "text. sinkbook cuts parts of layers that run once."
+                        f"layer {number} runs more than once for a text. sinkbook cuts parts of "
+                        "layers that run once."
                     )
                 if sums is not None:
                     sums.end(state_of(output))
@@ -253,8 +268,8 @@ def _run(
         run()
     if len(kept) < len(found):
         raise SinkbookError(
-            f"only {len(kept)} of {len(found)} layers of {type(model).__name__} run. sinkbook cuts "
-            "parts of layers that all run."
+            f"only {len(kept)} of {len(found)} layers run for a text. sinkbook cuts parts of "
+            "layers that all run."
         )
     return [kept[number] for number in range(len(found))]
 
@@ -308,8 +323,7 @@ def _fault(writing: Writers, tried: dict[str | None, tuple], number: int) -> str
         return torch.allclose(one, other, rtol=0, atol=rounding)
 
     if (writing.attention or not writing.others) and not same(silent, entered):
-        more = ", ".join(sorted({type(term.module).__name__ for term in writing.others}))
-        return f"layer {number} adds more than its attention and MLP do: {more or 'something'}"
+        return f"layer {number} adds more than its attention and MLP do: {writing.of_others()}"
     for part in PARTS:
         if getattr(writing, part) and not same(tried[part][2] - silent, vector):
             return f"what its {part} adds in layer {number} is changed before it is added"

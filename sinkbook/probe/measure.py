@@ -269,10 +269,22 @@ def _dataset(recorder: Recorder, variables: Sequence[str], loss: Tensor | None) 
 
 
 def _nothing_to_show(recorder: Recorder, name: str) -> SinkbookError:
-    model = type(recorder.model).__name__
-    if VARIABLES[name][0] != RESIDUAL and not recorder.routes:
+    """Why no layer has a variable."""
+    model, layers = type(recorder.model).__name__, recorder.layers
+    if VARIABLES[name][0] == RESIDUAL:
+        why = "hands on several residual states side by side, which have no one norm"
+        return SinkbookError(f"{model} {why}, so no {name}. Leave it out of the variables.")
+    if not recorder.routes:
+        kinds = {type(m).__name__ for layer in layers for m in layer.block.modules()}
+        named = sorted(kind for kind in kinds if "attention" in kind.lower())
+        hears = f" that sinkbook hears in {' and '.join(named)}" if named else ""
         return SinkbookError(
-            f"{model} has no softmax attention, so no {name}. It has residual_norm and loss."
+            f"{model} has no softmax attention{hears}, so no {name}. It has residual_norm and loss."
+        )
+    if name in ("value_norm", "head_output_norm") and all(layer.output is None for layer in layers):
+        return SinkbookError(
+            f"sinkbook does not find what projects the heads' outputs (W_O) in {model}, so no "
+            f"{name}. Leave it out of the variables."
         )
     return SinkbookError(f"{model} has no {name} of its own. Leave it out of the variables.")
 

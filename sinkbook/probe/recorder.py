@@ -18,6 +18,7 @@ from sinkbook.models.heads import heads
 from sinkbook.models.layout import has_own_forward, layers, of_transformers
 from sinkbook.models.partial_forward import logits_of, state_into, state_of
 from sinkbook.models.wrappers import uncompiled, unwrapped
+from sinkbook.models.writers import writers
 from sinkbook.probe import explicit, fused
 from sinkbook.probe.listening import (
     HIDDEN,
@@ -64,6 +65,8 @@ class Recorder:
         self.readings: list[dict[str, Tensor]] = [{} for _ in self.layers]
         self.residuals: list[dict[str, Tensor]] = [{} for _ in range(len(self.layers) + 1)]
         self.routes: set[str] = set()
+        self._ran: set[int] = set()
+        self._attended: set[int] = set()  # layers whose attention, or other mixer, has run
         self._heard: set[int] = set()  # layers whose attention has been read
         self._only: set[int] | None = None  # layers that are listened to; all by default
         self._factors: dict[int, Tensor | None] = {}
@@ -85,6 +88,12 @@ class Recorder:
                     inputs = {**inputs, "use_cache": False}
                 with transformers_attention(self.model, self):
                     output = forward(**inputs)
+                if not self._ran:
+                    raise SinkbookError(
+                        f"the layers of {type(self.model).__name__} that sinkbook finds, "
+                        f"{type(self.layers[0].block).__name__}, do not run for a text. It reads "
+                        "decoder-only language models."
+                    )
                 if self._reads_attention():
                     self._hear_silent(partial(forward, **inputs))
                 return output.logits if with_logits else None
@@ -106,8 +115,7 @@ class Recorder:
         Their modules, or their forward functions, have been replaced. What cannot be read is
         refused; layers of another kind, such as Mamba's, have nothing to be read.
         """
-        silent = {n for n, layer in enumerate(self.layers) if layer.attention is not None}
-        silent -= self._heard
+        silent = self._attended - self._heard
         if not silent or not self.model._can_set_attn_implementation():
             return
         known = heads(self.model)
@@ -159,6 +167,9 @@ class Recorder:
                 block = layer.block
                 hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(block.register_forward_hook(leave).remove)
+                if layer.attention is not None:
+                    attended = partial(self._attend, number)
+                    hooks.callback(layer.attention.register_forward_pre_hook(attended).remove)
                 if layer.output is not None and "head_output_norm" in self.scope.variables:
                     hooks.callback(layer.output.register_forward_pre_hook(write).remove)
             yield
@@ -166,13 +177,34 @@ class Recorder:
     def _enter(self, number: int, _block, arguments, keywords) -> None:
         if active.get() is self and (self._only is None or number in self._only):
             self.layer = number
+            self._ran.add(number)
             if number == 0:
-                self._keep_residual(0, state_into(arguments, keywords))
+                state = state_into(arguments, keywords)
+                self._check_positions(state)
+                self._keep_residual(0, state)
 
     def _leave(self, number: int, _block, _arguments, output) -> None:
         if active.get() is self and (self._only is None or number in self._only):
             self.layer = None
             self._keep_residual(number + 1, state_of(output))
+
+    def _attend(self, number: int, _attention, _arguments) -> None:
+        if active.get() is self:
+            self._attended.add(number)
+
+    def _check_positions(self, state: Tensor) -> None:
+        """States are those of the text's tokens, in their order, or of several streams of them."""
+        batch, length = self.scope.real.shape
+        taken = state.ndim == 3 and state.shape[:2] == (batch, length)
+        if taken and batch == length > 1 and of_transformers(self.model):
+            taken = not writers(self.model)[0].odd_state  # XLNet's are (position, batch, width)
+        if state.ndim == 3 and not taken:
+            raise SinkbookError(
+                f"the layers of {type(self.model).__name__} take states of the shape "
+                f"{tuple(state.shape)} where {batch} texts of {length} tokens are read, not "
+                "(batch, position, width): it adds positions of its own, or orders them otherwise. "
+                "The probe measures models whose states are those of the tokens."
+            )
 
     def _keep_residual(self, number: int, state: Tensor) -> None:
         if state.shape[:-1] != self.scope.real.shape:

@@ -179,7 +179,7 @@ def layer_table(result: xr.Dataset) -> tuple[str, ...]:
         (
             str(layer),
             _number(row.sink_rate, 2),
-            ", ".join(f"{head} ({attention:.2f})" for head, attention in row.strongest) or "–",
+            summary.strongest_heads(row, ", ") or "–",
             _number(row.value_drain_ratio, 2),
             _number(row.residual_peak_ratio, 2),
             headroom.magnitude(row.residual_max_abs),

@@ -124,7 +124,7 @@ def terminal(result: xr.Dataset) -> Group:
         words = title == "strongest heads"
         table.add_column(title, justify="left" if words else "right", no_wrap=words)
     for layer, row in summary.layer_table(result).iterrows():
-        heads = "  ".join(f"{head:2} ({attention:.2f})" for head, attention in row.strongest)
+        heads = summary.strongest_heads(row, "  ")
         numbers = (row.sink_rate, row.value_drain_ratio, row.residual_peak_ratio)
         rate, value, residual = ("-" if np.isnan(x) else f"{x:.2f}" for x in numbers)
         largest = headroom.magnitude(row.residual_max_abs)

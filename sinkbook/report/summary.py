@@ -72,6 +72,7 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
     - `residual_peak_ratio`: the sink token's residual norm after the layer over the median of the
       other tokens', median over texts.
     - `residual_max_abs`: the largest magnitude in any token's residual state after the layer.
+    - `attends`: whether the layer has softmax attention. Mamba's and linear attention are none.
     """
     heads = head_table(result).groupby("layer")
     table = pd.DataFrame(
@@ -80,6 +81,7 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
             "value_drain_ratio": heads.value_drain_ratio.median(),
             "residual_peak_ratio": median_peak_ratio(result).values[1:],
             "residual_max_abs": result.residual_max_abs.max(("batch", "position")).values[1:],
+            "attends": result.attention_entropy.notnull().any(("batch", "head")).to_series(),
         }
     )
     largest = {}
@@ -88,6 +90,12 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
         largest[layer] = list(zip(rows["head"], rows["sink_attention"], strict=True))
     table["strongest"] = [largest.get(layer, []) for layer in table.index]
     return table
+
+
+def strongest_heads(row: pd.Series, separator: str) -> str:
+    """A row of `layer_table` in words: the strongest heads, or that there are none to measure."""
+    heads = [f"{head:2} ({attention:.2f})" for head, attention in row.strongest]
+    return separator.join(heads) or ("" if row.attends else "no softmax attention")
 
 
 def median_peak_ratio(result: xr.Dataset) -> Float[xr.DataArray, " residual_layer"]:
