@@ -5,7 +5,7 @@
 
 Every intervention is a context manager that leaves the model as it found it, also after an
 exception. Interventions nest, and each sees what the ones before it have changed. Where a part's
-writes can be taken hold of is tried on a short text the first time (`writers.py`, `heads.py`).
+writes can be taken hold of is tried on a short text the first time (`trials`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.heads import heads
 from sinkbook.models.layout import Layer, layers
 from sinkbook.models.partial_forward import state_of
+from sinkbook.models.trials.heads import heads
+from sinkbook.models.trials.writers import Inside, rewrite, with_state, writers
 from sinkbook.models.wrappers import uncompiled
-from sinkbook.models.writers import Inside, rewrite, with_state, writers
 
 PARTS = ("attention", "head", "value", "mlp", "residual")
 
@@ -66,7 +66,7 @@ def replace(
         if not 0 <= index < len(found):
             raise SinkbookError(f"layer {index} is not there; 0 to {len(found) - 1} are.")
     where = {
-        "with_": with_ if torch.is_tensor(with_) else torch.tensor(with_),
+        "with_": torch.as_tensor(with_),
         "head": None if head is None else _numbers("head", head),
         "position": None if position is None else _numbers("position", position),
     }
@@ -83,11 +83,15 @@ def zero(model: nn.Module, part: str, **where) -> AbstractContextManager[None]:
 
 def _numbers(name: str, given: int | Iterable[int]) -> list[int]:
     """One or many whole numbers, however they are given."""
-    numbers = torch.as_tensor(list(given) if isinstance(given, Iterable) else given)
-    if numbers.is_floating_point() or numbers.dtype == torch.bool:
-        if not numbers.numel():
-            return []
-        raise SinkbookError(f"{name}={given} is not made of whole numbers. Give for example 0.")
+    many = isinstance(given, Iterable) and not torch.is_tensor(given)
+    try:
+        numbers = torch.as_tensor(list(given) if many else given)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.tensor(0.5)
+    if numbers.numel() and (numbers.is_floating_point() or numbers.dtype == torch.bool):
+        raise SinkbookError(
+            f"{name}={given} is not made of whole numbers. Give one, such as 0, or a list of them."
+        )
     return numbers.flatten().tolist()
 
 

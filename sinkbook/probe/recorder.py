@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.heads import heads
 from sinkbook.models.layout import has_own_forward, layers, of_transformers
 from sinkbook.models.partial_forward import logits_of, state_into, state_of
+from sinkbook.models.trials.heads import heads
+from sinkbook.models.trials.writers import writers
 from sinkbook.models.wrappers import uncompiled, unwrapped
-from sinkbook.models.writers import writers
 from sinkbook.probe import explicit, fused
 from sinkbook.probe.listening import (
     HIDDEN,

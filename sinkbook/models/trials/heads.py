@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.layout import Layer, layers, of_transformers
-from sinkbook.models.writers import Inside, known_input, made_of, on_trial, unchanged
+from sinkbook.models.trials.writers import Inside, known_input, made_of, on_trial, unchanged
+from sinkbook.models.wrappers import unwrapped
 
 NAME = "sinkbook-heads"  # of the attention function of the trial
 TEXTS, LENGTH = 10, 7  # by which of the texts it is in, one of 1,023 heads is told
@@ -47,6 +48,7 @@ def heads(model: nn.Module) -> list[Heads]:
     A model that is not of transformers is taken at its word (`layout.Attention`). Raises
     `SinkbookError` if the model cannot be run on a short text.
     """
+    model = unwrapped(model)
     if not of_transformers(model):
         return [
             Heads(layer.heads, layer.value_heads, layer.value_start)

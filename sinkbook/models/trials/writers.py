@@ -27,7 +27,8 @@ from sinkbook.models.partial_forward import (
     state_into,
     state_of,
 )
-from sinkbook.models.sums import Sums, Term
+from sinkbook.models.trials.sums import Sums, Term
+from sinkbook.models.wrappers import computing_device, uncompiled, unwrapped
 
 TEXTS, LENGTH = 2, 3  # different, so that states in another order are told apart
 PARTS = ("attention", "mlp")
@@ -64,6 +65,7 @@ def writers(model: nn.Module) -> list[Writers]:
 
     Raises `SinkbookError` if the model cannot be run on a short text.
     """
+    model = unwrapped(model)
     current = made_of(model)
     before, found = _known.get(model, ([], []))
     if not unchanged(before, current):
@@ -92,10 +94,11 @@ def on_trial(
     Without the hooks that others have hung on it, which may count or keep what they see, and in
     evaluation mode; both are put back. Raises `SinkbookError` if the model cannot be run.
     """
+    model = unwrapped(model)
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hung = [(module, kind, vars(module)[kind]) for module in model.modules() for kind in kinds]
     training = [module for module in model.modules() if module.training]
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), None)
+    device = computing_device(model)
 
     def run() -> None:
         tokens = (torch.arange(length, device=device) % 2).repeat(texts, 1)
@@ -113,7 +116,7 @@ def on_trial(
         for module, kind, hooks in hung:
             vars(module)[kind] = type(hooks)()
         model.eval()
-        with torch.no_grad(), all_running(model), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), all_running(model), uncompiled():
             yield run
     finally:
         for module, kind, hooks in hung:
