@@ -84,9 +84,9 @@ def tiny_tokenizer(*, adds_bos: bool = True) -> PreTrainedTokenizerFast:
 
 def tiny_reader(model: PreTrainedModel, *, adds_bos: bool = True) -> LanguageModel:
     """What `models.load` would return for a model with the tokenizer of a few words."""
-    first_token = BOS if adds_bos else None
+    prefix = (BOS,) if adds_bos else ()
     tokenizer = tiny_tokenizer(adds_bos=adds_bos)
-    return LanguageModel("tiny", model, tokenizer, first_token, "a tiny one")
+    return LanguageModel("tiny", model, tokenizer, prefix, "a tiny one")
 
 
 # By token id: punctuation and line breaks among them.
@@ -106,4 +106,5 @@ def letter_reader(first_token: int | None = 0) -> LanguageModel:
         initializer_range=0.3,  # large enough for heads that look somewhere
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
-    return LanguageModel("tiny", model.requires_grad_(False), tokenizer, first_token, "random")
+    prefix = () if first_token is None else (first_token,)
+    return LanguageModel("tiny", model.requires_grad_(False), tokenizer, prefix, "random")

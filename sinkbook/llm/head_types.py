@@ -48,8 +48,8 @@ def head_scores(
     for one text at a time.
     """
     delimiters = is_delimiter(language_model, tokens)
-    stretch = repeated.shape[1] // 2
-    offset = repeated.shape[1] % 2  # where a first token stands before the pair
+    offset = len(language_model.prefix)  # what stands before the pair
+    stretch = (repeated.shape[1] - offset) // 2
     prose, copies = [], []
     for row, marks in zip(tokens, delimiters, strict=True):
         by_layer = []

@@ -42,7 +42,7 @@ def changed_texts(
     too short.
     """
     generator = torch.Generator().manual_seed(seed)
-    natural = replace(language_model, first_token=None).encode(texts, length).cpu()
+    natural = replace(language_model, prefix=()).encode(texts, length).cpu()
     count = len(natural)
     order = torch.rand(natural.shape, generator=generator).argsort(1)
     shuffled = natural.gather(1, order)
@@ -57,14 +57,13 @@ def changed_texts(
         return alone | changed
     first = torch.tensor([language_model.prefix]).expand(count, -1)
     middle = length // 4
-    parts = natural[:, :middle], first, natural[:, middle:-1]
-    before = {"first token, text": ChangedTexts(torch.cat([first, natural[:, :-1]], 1), 0)}
+    own = length - first.shape[1]
+    parts = natural[:, :middle], first, natural[:, middle:own]
+    before = {"first token, text": ChangedTexts(torch.cat([first, natural[:, :own]], 1), 0)}
     with_first = {
         "first token inside": ChangedTexts(torch.cat(parts, 1), middle),
-        "first token, shuffled": ChangedTexts(torch.cat([first, shuffled[:, :-1]], 1), 0),
-        "first token, one token": ChangedTexts(
-            torch.cat([first, drawn.repeat(1, length - 1)], 1), 0
-        ),
+        "first token, shuffled": ChangedTexts(torch.cat([first, shuffled[:, :own]], 1), 0),
+        "first token, one token": ChangedTexts(torch.cat([first, drawn.repeat(1, own)], 1), 0),
     }
     return before | alone | changed | with_first
 

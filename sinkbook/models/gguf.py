@@ -1,14 +1,21 @@
-"""Pinned weights, unpacked and written out once, so that a chapter loads a model in a second."""
+"""GGUF files: pinned ones, written out once, and what a file says that transformers would not read.
+
+Written out, a chapter loads its model in a second.
+"""
 
 import shutil
+from collections.abc import Iterator
 from hashlib import file_digest
 from pathlib import Path
 
+import gguf
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
 from sinkbook.data.sources import unpack
+from sinkbook.errors import SinkbookError
 from sinkbook.files import NOTICES, cache_folder, is_whole, writing
 
 GGUF_FILE = "weights.gguf"
@@ -62,11 +69,133 @@ def _sha256(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def write_out(gguf: Path, folder: Path) -> None:
+def write_out(file: Path, folder: Path) -> None:
     """Write a GGUF file out in transformers' layout, its weights as float32 safetensors."""
-    file = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, **file, **DEQUANTISED)
+    named = {"gguf_file": file.name}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **named, **DEQUANTISED)
     # The weights are no longer quantised, and whoever loads them would be told that they are.
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **file).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, **named).save_pretrained(folder)
+
+
+# --- What a file says, and transformers would not read ----------------------------------------
+
+# Keys of a header that change what a model computes, and the config's names for them.
+_MEANINGS = {
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.scale": "attention_multiplier",
+    "attention.clamp_kqv": "clip_qkv",
+    "logit_scale": "logit_scale",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "rope.scale_linear": None,
+    "expert_weights_scale": "routed_scaling_factor",
+}
+_NEUTRAL = (None, 0, 1)
+_SCALED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def check_header(file: Path, config: PretrainedConfig) -> None:
+    """Refuse a GGUF file whose model computes something that the config read from it lacks.
+
+    transformers drops what it does not know: scaled rotations, windows, caps, multipliers. The
+    weights would be complete and all numbers off. Raises `SinkbookError` for these, and for one
+    part of a file that was split.
+    """
+    reader = gguf.GGUFReader(file)
+    architecture = _value(reader, "general.architecture")
+    if (_value(reader, "split.count") or 0) > 1:
+        raise SinkbookError(
+            f"{str(file)!r} is one of {_value(reader, 'split.count')} parts of a model. Join them "
+            "with: llama-gguf-split --merge"
+        )
+    dropped = [*_scalings(reader, architecture)]
+    for key, name in _MEANINGS.items():
+        value = _value(reader, f"{architecture}.{key}")
+        if value not in _NEUTRAL and not _near(value, getattr(config, name or "", None)):
+            dropped.append(f"{key} = {value}")
+    base = _value(reader, f"{architecture}.rope.freq_base")
+    if base is not None and not any(_near(base, theta) for theta in _thetas(config)):
+        dropped.append(f"rope.freq_base = {base}")
+    turned = _value(reader, f"{architecture}.rope.dimension_count")
+    if turned is not None and turned not in _turned(config):
+        dropped.append(f"rope.dimension_count = {turned}")
+    if dropped:
+        raise SinkbookError(
+            f"{str(file)!r} says what transformers does not read from a GGUF file: "
+            f"{', '.join(dropped)}. The model would be another one. Load its safetensors, a "
+            "folder or hub id, in the place of the GGUF file."
+        )
+
+
+def check_tensors(file: Path, model: nn.Module) -> None:
+    """Refuse a GGUF file that holds more numbers than the model that was read from it."""
+    stored = {tensor.name: int(tensor.n_elements) for tensor in gguf.GGUFReader(file).tensors}
+    for name in _SCALED:  # not weights; `check_header` has seen that they change nothing
+        stored.pop(name, None)
+    tied = stored.get("output.weight", 0) if model.config.tie_word_embeddings else 0
+    held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    if sum(stored.values()) - tied > sum(held.values()):
+        names = gguf.get_tensor_name_map(_architecture(file), len(stored))
+        placed = {
+            names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()
+        }
+        left = sorted({*stored} - placed)
+        raise SinkbookError(
+            f"{str(file)!r} holds tensors for which transformers has no place, such as "
+            f"{', '.join(left[:2])}. The model would be another one. Load its safetensors."
+        )
+
+
+def _architecture(file: Path) -> gguf.MODEL_ARCH:
+    named = _value(gguf.GGUFReader(file), "general.architecture")
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == named)
+
+
+def _value(reader: gguf.GGUFReader, key: str) -> object:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _scalings(reader: gguf.GGUFReader, architecture: str) -> Iterator[str]:
+    """What a file says of scaled rotations, by its header or by factors among its tensors."""
+    kind = _value(reader, f"{architecture}.rope.scaling.type")
+    factor = _value(reader, f"{architecture}.rope.scaling.factor")
+    if kind not in (None, "none") and factor not in _NEUTRAL or kind in ("yarn", "longrope"):
+        yield f"rope.scaling.type = {kind}, rope.scaling.factor = {factor}"
+    elif kind is None and factor not in _NEUTRAL:
+        yield f"rope.scaling.factor = {factor}"
+    for tensor in reader.tensors:
+        if tensor.name.endswith(_SCALED) and not (tensor.data == 1).all():
+            yield tensor.name
+
+
+def _near(value: object, other: object) -> bool:
+    if isinstance(value, (int, float)) and isinstance(other, (int, float)):
+        return abs(value - other) <= 1e-5 * abs(other)
+    return value == other
+
+
+def _thetas(config: PretrainedConfig) -> Iterator[float]:
+    """The bases of a config's rotations; layers of two kinds may have two."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for held in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        yield held.get("rope_theta")
+    yield getattr(config, "rope_theta", None)
+
+
+def _turned(config: PretrainedConfig) -> set[int]:
+    """How many dimensions of a head turn, by all that a config says of it."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    shares = [part.get("partial_rotary_factor") for part in parts]
+    shares = [share for share in shares if share] or [
+        getattr(config, "partial_rotary_factor", None) or 1
+    ]
+    widths = {width, getattr(config, "global_head_dim", None) or width}
+    turned = {int(share * size) for share in shares for size in widths}
+    return turned | {getattr(config, "rotary_dim", None) or width}

@@ -20,7 +20,6 @@ import torch
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import logging as hub_logging
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -38,7 +37,14 @@ from transformers.utils import logging as transformers_logging
 
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
-from sinkbook.models.gguf import DEQUANTISED, prepared
+from sinkbook.models.gguf import DEQUANTISED, check_header, check_tensors, prepared
+from sinkbook.models.weight_files import (
+    NO_PICKLES,
+    check_downloaded,
+    check_folder,
+    check_hub,
+    check_read,
+)
 
 # Else transformers asks a bot on the hub to convert pickled weights, and takes what it answers.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -77,18 +83,18 @@ class LanguageModel:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    first_token: int | None  # id of the token that each text begins with; None: its own first one
+    prefix: tuple[int, ...]  # ids of the tokens that stand before every text; most have one or none
     card: str  # what the weights are and where they come from, in words for a page
+
+    @property
+    def first_token(self) -> int | None:
+        """The id of the token that each text begins with; `None` if that is its own first one."""
+        return self.prefix[0] if self.prefix else None
 
     @property
     def ordinary_tokens(self) -> Int[np.ndarray, " token"]:
         """The ids of all tokens that are not special, in their order."""
         return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
-
-    @property
-    def prefix(self) -> list[int]:
-        """The ids that stand before every text: the first token's, or none."""
-        return [] if self.first_token is None else [self.first_token]
 
     def tokenize(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The token ids of each text, those of `prefix` before them."""
@@ -97,7 +103,7 @@ class LanguageModel:
             yield [*self.prefix, *encoded["input_ids"]]
 
     def encode(self, texts: Sequence[str], length: int) -> Int[Tensor, "text position"]:
-        """Token ids of each text, the first token included, cut to exactly `length` tokens.
+        """Token ids of each text, those of `prefix` included, cut to exactly `length` tokens.
 
         They lie on the model's device. Raises SinkbookError if a text is too short.
         """
@@ -130,7 +136,8 @@ def load(
     `trust_remote_code=True` lets a model's own code run: only where you have read that code.
 
     Raises SinkbookError if there is no such model, it cannot be fetched, it is no causal language
-    model, or its weights are damaged, incomplete or pickled.
+    model, its files are damaged, incomplete, pickled or those of an adapter, its weights and
+    config or its tokenizer do not belong together, or a GGUF file says what would not be read.
 
     >>> language_model = load("smollm2-135m")
     >>> language_model.encode(["The capital of France is Paris."], length=4)
@@ -143,11 +150,12 @@ def load(
     with quiet():
         if name in KNOWN:
             source, card = prepared(name), KNOWN[name].card
-        elif path.suffix == ".gguf" and path.is_file():
+        elif path.suffix.lower() == ".gguf" and path.is_file():
+            check_downloaded([path])
             source, card = path.parent, f"{name}, a GGUF file, its weights written out."
             options["gguf_file"] = path.name
         elif path.is_dir():
-            _check_folder(path)
+            check_folder(path)
             source, card = path, f"{name}, a folder."
         elif _may_be_on_hub(name):
             source, card = name, f"{name} from the hub, revision {options['revision']}."
@@ -159,18 +167,56 @@ def load(
                 "none. Leave the revision out."
             )
         model, tokenizer = _read(name, str(source), device, dtype, options)
+    _check_vocabulary(name, model, tokenizer)
     first_token = KNOWN[name].first_token if name in KNOWN else None
     if first_token is None:
-        first_id = _bos(tokenizer)
+        prefix = _prefix(name, tokenizer)
     else:
-        first_id = tokenizer.convert_tokens_to_ids(first_token)
-    return LanguageModel(name, model, tokenizer, first_id, card)
+        prefix = (tokenizer.convert_tokens_to_ids(first_token),)
+    return LanguageModel(name, model, tokenizer, prefix, card)
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The beginning-of-sequence token, if the tokenizer itself puts one before a text."""
-    bos = tokenizer.bos_token_id
-    return bos if tokenizer("a")["input_ids"][:1] == [bos] else None
+def _prefix(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What the tokenizer itself puts before a text, tried out on several: one token, two, none."""
+    found = set()
+    for text in ("a", "the", "1 2", "one two three"):
+        whole = tokenizer(text, verbose=False)["input_ids"]
+        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        starts = range(len(whole) - len(own), -1, -1)
+        start = next((n for n in starts if own and whole[n : n + len(own)] == own), None)
+        if start is not None:
+            found.add(tuple(whole[:start]))
+    if len(found) != 1:
+        raise SinkbookError(
+            f"the tokenizer of {name!r} does not put the same tokens before every text, so what "
+            f"its texts begin with is not known; tried: {sorted(found) or 'texts without tokens'}. "
+            "Load a tokenizer that is whole."
+        )
+    return found.pop()
+
+
+def _check_vocabulary(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a tokenizer whose ordinary tokens the model has no embeddings for.
+
+    Special ones may lie beyond: Gemma 3 is published with one for images that it never reads.
+    """
+    rows, special = model.get_input_embeddings().num_embeddings, set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder
+    special |= {number for number, token in added.items() if token.special}
+    beyond = [
+        (number, token)
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows and number not in special
+    ]
+    if beyond:
+        number, token = min(beyond)
+        raise SinkbookError(
+            f"the tokenizer of {name!r} is another model's: it has {len(tokenizer)} tokens, such "
+            f"as {token!r} with the id {number}, and the model has embeddings for {rows}. Take "
+            "both from one place, or resize the embeddings before the model is saved."
+        )
 
 
 # --- Reading through transformers ------------------------------------------------------------
@@ -192,21 +238,37 @@ def _read(
     if dtype is not None:
         weights["dtype"] = dtype
     try:
+        if not Path(source).is_dir():
+            check_hub(name, str(options["revision"]))
         config = AutoConfig.from_pretrained(source, **options)
         _refuse_encoders(name, config)
+        if "gguf_file" in options:
+            check_header(Path(source) / str(options["gguf_file"]), config)
+        else:
+            weights["config"] = _with_own_attention(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, **options, **weights
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options, **weights
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        check_read(name, model, report)
+        if "gguf_file" in options:
+            check_tensors(Path(source) / str(options["gguf_file"]), model)
+        return model.to(device), tokenizer
+    except SinkbookError:
+        raise
+    except Exception as error:  # whatever a reader raises that meets a file that it did not expect
         raise _explain(name, str(options["revision"]), error) from error
-    if report["missing_keys"]:  # transformers would go on with random numbers
-        missing = sorted(report["missing_keys"])
-        raise SinkbookError(
-            f"the weights of {name!r} are incomplete: {len(missing)} tensors are missing, "
-            f"such as {missing[0]}."
-        )
-    return model.to(device), tokenizer
+
+
+def _with_own_attention(config: PretrainedConfig) -> PretrainedConfig:
+    """The config without a word on implementations: attention is then torch's, "sdpa" or "eager".
+
+    A config may name a kernel on the hub, which is code that transformers would fetch and run.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part._attn_implementation = part._experts_implementation = None
+    return config
 
 
 def _refuse_encoders(name: str, config: PretrainedConfig) -> None:
@@ -219,23 +281,6 @@ def _refuse_encoders(name: str, config: PretrainedConfig) -> None:
             f"{name!r} is no causal language model (model_type {config.model_type!r}). Sinks are "
             "measured in decoders, which read from left to right: Llama, GPT-2, Gemma and others."
         )
-
-
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_NO_PICKLES = "sinkbook reads safetensors and GGUF only: look for the model in one of these."
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is no model in transformers' layout, or holds only pickled weights."""
-    if not (folder / "config.json").exists():
-        raise SinkbookError(
-            f"the folder {str(folder)!r} is no model: it has no config.json. "
-            "Give the folder that has it, or a .gguf file by its own name."
-        )
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-        held = f"only as {others[0]}, a pickle, which can run any code" if others else "nowhere"
-        raise SinkbookError(f"the folder {str(folder)!r} has its weights {held}. {_NO_PICKLES}")
 
 
 def _explain(name: str, revision: str, error: Exception) -> SinkbookError:
@@ -259,20 +304,28 @@ def _explain(name: str, revision: str, error: Exception) -> SinkbookError:
     if caused_by(hub_errors.LocalEntryNotFoundError):
         return _unknown(name, f" (revision {revision!r}) on this machine, and no way to the hub")
     if "use_safetensors" in str(error):
-        return SinkbookError(f"{name!r} has no weights as safetensors. {_NO_PICKLES}")
+        return SinkbookError(f"{name!r} has no weights as safetensors. {NO_PICKLES}")
     if "custom code" in str(error):
         return SinkbookError(
             f"{name!r} comes with code of its own, which is not run. If you have read that code "
             "and trust it, add `trust_remote_code=True`."
         )
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return SinkbookError(f"cannot load {name!r}: {reason[0]}")
+    if "backend tokenizer" in str(error):
+        return SinkbookError(
+            f"{name!r} has no tokenizer files that can be read, such as tokenizer.json. Take them "
+            "from the model that it was trained from."
+        )
+    said = str(error).strip().splitlines() or ["it cannot be read"]
+    kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
+    reason = f"{kind}: {said[0]}" if kind else said[0]
+    return SinkbookError(f"cannot load {name!r}: {reason} Is it whole, and of this kind?")
 
 
 def _may_be_on_hub(name: str) -> bool:
     """Whether it reads like `owner/model`, or like `gpt2` and not like a slip in a known name."""
     shape = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name)
-    slip = "/" not in name and (name.endswith(".gguf") or difflib.get_close_matches(name, KNOWN))
+    file = name.lower().endswith(".gguf")
+    slip = "/" not in name and (file or difflib.get_close_matches(name, KNOWN))
     return bool(shape) and not slip
 
 

@@ -46,6 +46,11 @@ def of_document(language_model: LanguageModel, text: str, *, count: int, length:
     """
     prefix = language_model.prefix
     step = length - len(prefix)
+    if step < 1:
+        raise SinkbookError(
+            f"a window of {length} tokens holds no text: {len(prefix)} stand before every text. "
+            f"Ask for `length={len(prefix) + 1}` or more."
+        )
     (ids,) = language_model.tokenize([text[: count * step * CHARACTERS_PER_TOKEN]])
     found, ids = len(ids), ids[len(prefix) :]
     if found < length:
@@ -54,7 +59,7 @@ def of_document(language_model: LanguageModel, text: str, *, count: int, length:
             f"Give a longer text, or `length={found}`."
         )
     starts = range(0, min(len(ids) // step, count) * step, step)
-    return torch.tensor([prefix + ids[start : start + step] for start in starts])
+    return torch.tensor([[*prefix, *ids[start : start + step]] for start in starts])
 
 
 def of_texts(

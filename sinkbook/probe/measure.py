@@ -139,8 +139,9 @@ def measure_texts(
     if not texts:
         raise SinkbookError("there are no texts to measure. Give one at least.")
     tokens = list(language_model.tokenize(texts))
-    if language_model.prefix in tokens:
-        empty = tokens.index(language_model.prefix)
+    prefix = list(language_model.prefix)
+    if prefix in tokens:
+        empty = tokens.index(prefix)
         raise SinkbookError(f"text number {empty} holds no token. Leave out empty texts.")
     tokens = [torch.tensor(ids[:length]) for ids in tokens]
     order = sorted(range(len(tokens)), key=lambda number: len(tokens[number]))

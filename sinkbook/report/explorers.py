@@ -317,7 +317,7 @@ def _read(
 
     Raises `SinkbookError` if there is too little to look at, or too much.
     """
-    ids, ends = language_model.prefix, {}
+    ids, ends = [*language_model.prefix], {}
     for name, tokens in zip(passages, language_model.tokenize(passages.values()), strict=True):
         ids = ids + tokens[len(language_model.prefix) :]
         ends[name] = len(ids)
@@ -333,7 +333,7 @@ def _read(
 def _labels(language_model: LanguageModel, ids: Int[Tensor, " position"]) -> list[str]:
     """The tokens as text, short enough for an axis."""
     words = [language_model.tokenizer.decode([token]) for token in ids.tolist()]
-    if language_model.prefix:
+    if len(language_model.prefix) == 1:
         words[0] = "<s>"
     words = [token_label(word.strip(" ") or " ", longest=10) for word in words]
     return [word.replace("$", r"\$") for word in words]  # else matplotlib takes it for mathematics

@@ -366,7 +366,7 @@ def reader(monkeypatch) -> LanguageModel:
         return [" ".join(f"w{i}" for i in row) for row in rows]
 
     monkeypatch.setattr(corpora, "texts", texts)
-    return LanguageModel("tiny", tiny_model(), tokenizer, first_token=0, card="")
+    return LanguageModel("tiny", tiny_model(), tokenizer, prefix=(0,), card="")
 
 
 def test_repeated_domains_say_the_same_four_times_after_the_first_token(reader):
@@ -381,7 +381,7 @@ def test_repeated_domains_say_the_same_four_times_after_the_first_token(reader):
 
 
 def test_without_a_first_token_of_their_own_texts_repeat_from_the_start(reader):
-    bare = replace(reader, first_token=None)
+    bare = replace(reader, prefix=())
     tokens = dormant_heads.domain_tokens(bare, count=5, length=16)
     for name in dormant_heads.REPEATED:
         passages = tokens.sel(domain=name).values.reshape(5, 4, 4)

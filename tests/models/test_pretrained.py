@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,7 @@ from tiny import SIZES, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.weights
 
-GGUF_TOKENS = ["<|endoftext|>", "<s>", "t", "o", "b", "to"]
+GGUF_TOKENS = ["<|endoftext|>", "<s>", "t", "o", "b", "e", "to", "be"]
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
@@ -102,7 +103,7 @@ def test_the_prepared_smollm2_is_the_gguf_files_model_to_the_last_bit(smollm2, t
 # --- Preparing pinned weights ----------------------------------------------------------------
 
 
-def write_tiny_gguf(path: Path, model: PreTrainedModel) -> None:
+def write_tiny_gguf(path: Path, model: PreTrainedModel, about=lambda writer: None) -> None:
     """A tiny model in GGUF's layout, its matrices in 8 bits, with a byte-pair tokenizer."""
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
@@ -118,10 +119,11 @@ def write_tiny_gguf(path: Path, model: PreTrainedModel) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(GGUF_TOKENS)
-    writer.add_token_types([3, 3, 1, 1, 1, 1])
-    writer.add_token_merges(["t o"])
+    writer.add_token_types([3, 3, 1, 1, 1, 1, 1, 1])
+    writer.add_token_merges(["t o", "b e"])
     writer.add_bos_token_id(1)
     writer.add_add_bos_token(False)
+    about(writer)
     architecture = gguf.MODEL_ARCH[config.model_type.upper()]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
@@ -227,6 +229,78 @@ def test_prepared_weights_are_the_dequantised_ones_to_the_last_bit(tmp_path, mon
     with torch.no_grad():
         close = {"atol": 0.02, "rtol": 0}  # 8 bits
         torch.testing.assert_close(loaded(tokens).logits, original(tokens).logits, **close)
+
+
+# --- What a GGUF file says beside its weights --------------------------------------------------
+
+
+def numbers(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+HARMLESS = {
+    "nothing": lambda writer: None,
+    "no scaling": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE),
+    "a factor of one": lambda writer: writer.add_rope_scaling_factor(1.0),
+    "factors of one": lambda writer: writer.add_tensor("rope_freqs.weight", numbers(1, 1, 1, 1)),
+    "all dimensions turn": lambda writer: writer.add_rope_dimension_count(8),
+    "a multiplier of one": lambda writer: writer.add_logit_scale(1.0),
+}
+
+
+def linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_orig_ctx_len(32)
+
+
+CHANGING = {
+    "rope.scaling.type = linear": linear,
+    "rope.scaling.type = yarn": yarn,
+    "rope.scaling.factor = 4": lambda writer: writer.add_rope_scaling_factor(4.0),
+    "rope_freqs.weight": lambda writer: writer.add_tensor("rope_freqs.weight", numbers(1, 1, 4, 8)),
+    "rope_factors_long.weight": lambda writer: writer.add_tensor(
+        "rope_factors_long.weight", numbers(1, 2, 4, 8)
+    ),
+    "attention.sliding_window": lambda writer: writer.add_sliding_window(16),
+    "attn_logit_softcapping": lambda writer: writer.add_attn_logit_softcapping(20.0),
+    "logit_scale": lambda writer: writer.add_logit_scale(0.0625),
+    "residual_scale": lambda writer: writer.add_residual_scale(0.22),
+    "tensors for which transformers has no place, such as blk.0.attn_q.bias": lambda writer: (
+        writer.add_tensor("blk.0.attn_q.bias", np.ones(32, dtype=np.float32))
+    ),
+    "one of 3 parts": lambda writer: writer.add_uint16("split.count", 3),
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_a_gguf_file_that_says_nothing_new_is_read(tmp_path, kind):
+    write_tiny_gguf(tmp_path / "Tiny.Q8_0.GGUF", tiny_llama(), HARMLESS[kind])
+    tokens = torch.tensor([[0, 5, 4, 3, 2]])
+    with torch.no_grad():
+        logits = load(tmp_path / "Tiny.Q8_0.GGUF", device="cpu").model(tokens).logits
+        torch.testing.assert_close(logits, tiny_llama()(tokens).logits, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("says", CHANGING)
+def test_what_transformers_would_drop_from_a_gguf_file_is_refused(tmp_path, says):
+    write_tiny_gguf(tmp_path / "tiny.gguf", tiny_llama(), CHANGING[says])
+    with pytest.raises(SinkbookError) as refusal:
+        load(tmp_path / "tiny.gguf", device="cpu")
+    assert says in str(refusal.value) and "tiny.gguf" in str(refusal.value)
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.95])
+def test_a_gguf_file_that_breaks_off_is_one_sentence(tmp_path, cut):
+    write_tiny_gguf(tmp_path / "tiny.gguf", tiny_llama())
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(whole[: int(cut * len(whole))])
+    with pytest.raises(SinkbookError, match="cannot load .*tiny.gguf"):
+        load(tmp_path / "tiny.gguf", device="cpu")
 
 
 # --- Folders ---------------------------------------------------------------------------------
@@ -396,6 +470,31 @@ def test_what_is_not_in_the_hub_cache_is_an_error_that_says_so(hub_cache):
     assert first.startswith("no model named 'someone/tiny' (revision 'step2000') on this machine")
     assert second.startswith("no model named 'someone/else'") and "a hub id" in second
     assert third.startswith("'someone/pickled' has no weights as safetensors")
+
+
+def test_an_adapter_and_an_index_that_names_a_pickle_are_refused_on_the_hub_too(hub_cache):
+    for name in ("adapter", "leading"):
+        copy = hub_cache / "hub" / f"models--someone--{name}"
+        shutil.copytree(hub_cache / "hub" / "models--someone--tiny", copy)
+    snapshot = Path("snapshots", "0" * 40)
+    adapted = hub_cache / "hub" / "models--someone--adapter" / snapshot
+    (adapted / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    led = hub_cache / "hub" / "models--someone--leading" / snapshot
+    (led / "model.safetensors").rename(led / "weights.bin")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "weights.bin"}}
+    (led / "model.safetensors.index.json").write_text(json.dumps(index))
+    done = run_offline(
+        hub_cache,
+        "from sinkbook.models.pretrained import SinkbookError, load\n"
+        "for name in ('someone/adapter', 'someone/leading'):\n"
+        "    try:\n"
+        "        load(name)\n"
+        "    except SinkbookError as error:\n"
+        "        print(error)\n",
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("'someone/adapter' holds an adapter of PEFT")
+    assert "model.safetensors.index.json names 'weights.bin'" in second
 
 
 def test_loading_the_default_model_leaves_stderr_empty():
