@@ -25,6 +25,7 @@ from sinkbook.models.wrappers import computing_device, unwrapped
 
 States = Float[Tensor, "batch head position width"]
 KeyStates = Float[Tensor, "batch key_head position width"]
+ValueStates = Float[Tensor, "batch key_head position value_width"]
 
 NAME = "sinkbook-trial"  # of the attention function that listens, in transformers' registries
 NEAR, NEXT = 3, 8  # positions at which a token is read
@@ -71,7 +72,7 @@ class Heard(NamedTuple):
     module: nn.Module
     query: States
     key: KeyStates
-    value: KeyStates
+    value: ValueStates
     mask: Tensor | None
 
 
@@ -208,7 +209,7 @@ class _FullLayer(DynamicLayer):
         super().__init__()
         self.held, self.read = held, read
 
-    def update(self, key_states: KeyStates, value_states: KeyStates, *_, **__):
+    def update(self, key_states: KeyStates, value_states: ValueStates, *_, **__):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

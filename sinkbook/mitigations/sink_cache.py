@@ -40,7 +40,9 @@ from sinkbook.toy.transformer import Transformer
 Tokens = Int[Tensor, "text position"]
 States = Float[Tensor, "batch head position width"]
 KeyStates = Float[Tensor, "batch key_head position width"]
+ValueStates = Float[Tensor, "batch key_head position value_width"]
 Held = Float[Tensor, "batch key_head held width"]
+HeldValues = Float[Tensor, "batch key_head held value_width"]
 
 NAME = "sinkbook-streaming"  # of the twin's attention function in transformers' registries
 SHORT = 6  # tokens of the text on which a model's attention is tried
@@ -56,11 +58,13 @@ class SinkLayer(DynamicLayer):
         self.rotation, self.sinks, self.window = rotation, sinks, window
         self.cumulative_length = 0  # tokens read so far
 
-    def lazy_initialization(self, key_states: KeyStates, value_states: KeyStates) -> None:
+    def lazy_initialization(self, key_states: KeyStates, value_states: ValueStates) -> None:
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
 
-    def update(self, key_states: KeyStates, value_states: KeyStates, *_, **__) -> tuple[Held, Held]:
+    def update(
+        self, key_states: KeyStates, value_states: ValueStates, *_, **__
+    ) -> tuple[Held, HeldValues]:
         """Take in new tokens; returns the keys and values that these attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -177,7 +181,9 @@ def tried(model: nn.Module) -> dict[nn.Module, Rotation]:
         logits_of(model, text[None].to(computing_device(model)) // SHORT)
     with evaluating(model), _streaming(model, SHORT, [], turns):
         for module, (arguments, keywords, output) in calls.items():
-            own, again = state_of(output), state_of(module(*arguments, **keywords))
+            uncached = {"past_key_values": None} if "past_key_values" in keywords else {}
+            again = state_of(module(*arguments, **keywords | uncached))
+            own = state_of(output)
             tolerance = 1e-3 if own.dtype in (torch.float32, torch.float64) else 0.2
             if not (own - again).float().norm() <= tolerance * own.float().norm():
                 raise SinkbookError(
@@ -226,7 +232,7 @@ def _attend_streaming(
     module,
     query: States,
     key: KeyStates,
-    value: KeyStates,
+    value: ValueStates,
     attention_mask,
     scaling: float | None = None,
     *,
@@ -234,7 +240,7 @@ def _attend_streaming(
     kept: Int[Tensor, " kept"],
     turns: dict[nn.Module, Rotation],
     **keywords,
-) -> tuple[Float[Tensor, "batch position head width"], None]:
+) -> tuple[Float[Tensor, "batch position head value_width"], None]:
     """Attention as from a sink cache, `window` queries at a time, in memory linear in the text.
 
     A kept token that has left the window stands before it, at its rank among those that have. So
