@@ -27,7 +27,7 @@ Tokens = Int[Tensor, "text position"]
 
 
 def eviction_losses(
-    model: PreTrainedModel,
+    model: nn.Module,
     input_ids: Tokens,
     *,
     prompt: int,

@@ -76,6 +76,8 @@ def _names(module: nn.Module) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
-def _map(module: nn.Module, states: Tokens, matrices, biases, expert: int) -> Tokens:
+def _map(
+    module: nn.Module, states: Tokens, matrices: Tensor, biases: Tensor | None, expert: int
+) -> Float[Tensor, "token given"]:
     matrix = matrices[expert].T if module.is_transposed else matrices[expert]
     return F.linear(states, matrix, None if biases is None else biases[expert])

@@ -6,7 +6,11 @@ import torch
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations import eviction
 from sinkbook.models.losses import token_losses
-from tiny import LOUD_TOKENS, assert_close, losses_of, loud_llama
+from tiny import LOUD_TOKENS, assert_close, losses_of, loud_llama, tiny_model, tiny_toy
+
+PROMPT, BUDGET = 24, 8
+LOUD = {"vocab_size": 50, "initializer_range": 0.3, "head_dim": 8, "pad_token_id": None}
+LOUD |= {"bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 64}
 
 
 @pytest.fixture
@@ -54,3 +58,76 @@ def test_budgets_that_do_not_fit_the_prompt_are_refused(model):
     for budgets, prompt in (((4,), 24), ((24,), 24), ((8,), 39)):
         with pytest.raises(SinkbookError, match="Give budgets from 5 to"):
             eviction.eviction_losses(model, LOUD_TOKENS, prompt=prompt, budgets=budgets)
+
+
+def hidden_by_a_mask(model, kept: list[int], window: int = 40):
+    """The losses after the prompt with the whole text before them, all but `kept` masked."""
+    visible = torch.ones(40, 40, dtype=torch.bool).tril().triu(1 - window)
+    dropped = [key for key in range(PROMPT) if key not in kept]
+    visible[PROMPT:, dropped] = False
+    mask = torch.zeros(40, 40).masked_fill(~visible, torch.finfo(torch.float32).min)
+    mask = mask[None, None].expand(len(LOUD_TOKENS), 1, -1, -1)
+    given = {"position_ids": torch.arange(40)[None].expand(len(LOUD_TOKENS), -1)}
+    logits = model(LOUD_TOKENS, attention_mask=mask, use_cache=False, **given).logits
+    return losses_of(logits, LOUD_TOKENS)[:, PROMPT:].mean(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),  # learned positions
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("phi", {}),
+        ("cohere", {}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+        ("mistral", {"sliding_window": 40}),
+    ],
+)
+def test_what_is_evicted_is_what_a_mask_would_hide_in_every_layer(kind, changes):
+    model = tiny_model(kind, **LOUD | changes).requires_grad_(False)
+    found = eviction.eviction_losses(model, LOUD_TOKENS, prompt=PROMPT, budgets=[BUDGET])
+    kept = {
+        "all": list(range(PROMPT)),
+        "window": list(range(PROMPT - BUDGET, PROMPT)),
+        "sinks + window": [*range(4), *range(PROMPT - BUDGET + 4, PROMPT)],
+    }
+    for policy, keys in kept.items():
+        assert_close(found.sel(policy=policy)[0], hidden_by_a_mask(model, keys))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("bloom", {"n_head": 4, "n_layer": 2}, "from the key alone"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "from the key alone"),
+        ("falcon", {"alibi": True}, "from the key alone"),
+        (
+            "gpt_neo",
+            {
+                **{"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+                **{"num_heads": 4, "window_size": 33},
+            },
+            "from the key alone",
+        ),
+        ("mistral", {"sliding_window": 30}, "a window shorter than the text"),
+        ("mistral", {"sliding_window": 39}, "a window shorter than the text"),
+        ("mistral", {"sliding_window": 16}, "a window shorter than the prompt"),
+        (
+            "gemma3_text",
+            {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+            "a window shorter than the prompt",
+        ),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "mixes kinds of layers"),
+    ],
+)
+def test_models_whose_keys_are_elsewhere_without_the_others_are_refused(kind, changes, says):
+    sizes = {name: size for name, size in LOUD.items() if name != "head_dim" or kind != "falcon"}
+    model = tiny_model(kind, **sizes | changes).requires_grad_(False)
+    with pytest.raises(SinkbookError, match=says):
+        eviction.eviction_losses(model, LOUD_TOKENS, prompt=PROMPT, budgets=[BUDGET])
+
+
+def test_a_module_without_a_cache_is_refused():
+    with pytest.raises(SinkbookError, match="Transformer is no model of transformers"):
+        eviction.eviction_losses(tiny_toy(), LOUD_TOKENS, prompt=PROMPT, budgets=[BUDGET])

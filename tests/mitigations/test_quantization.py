@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import xarray as xr
@@ -77,6 +78,106 @@ def test_an_outlier_channel_needs_the_channels_brought_to_one_scale():
     token = int8_error(states, ranges="token", first=1)
     assert (token > 0.9 * int8_error(states, first=1)).all()
     assert (token > 3 * int8_error(states, ranges="token and channel", first=1)).all()
+
+
+def error_slowly(states: torch.Tensor, ranges: str, first: int) -> float:
+    """The error of one text by its definition, entry by entry, in float64."""
+    states = states.double()
+    lost = []
+    scale = states[1:].abs().amax(0)
+    scale = torch.where(scale == 0, states.abs().amax(0), scale)
+    scale = torch.where(scale == 0, 1.0, scale)
+    for token in states[first:]:
+        largest = {
+            "tensor": states.abs().max(),
+            "sink apart": states[1:].abs().max(),
+            "token": token.abs().max(),
+            "token and channel": scale * (token / scale).abs().max(),
+        }[ranges]
+        step = torch.where(largest == 0, 1.0, largest / 127)
+        change = (token / step).round().clamp(-127, 127) * step - token
+        whole = token.square().sum()
+        lost.append(float(change.square().sum() / whole) if whole else 0.0)
+    return float(torch.tensor(lost).mean().sqrt())
+
+
+def silent_but_for_the_first(states):
+    states[:, 1:, 5] = 0.0
+    states[:, 0, 5] = 40.0
+
+
+def a_silent_channel(states):
+    states[..., 7] = 0.0
+
+
+def a_silent_token(states):
+    states[:, 9] = 0.0
+
+
+def a_peak(states):
+    states[:, 0, 3] = 3000.0
+
+
+@pytest.mark.parametrize("scale", [2.0**-12, 1.0, 2.0**4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("ranges", RANGES)
+@pytest.mark.parametrize(
+    "spoil", [a_peak, silent_but_for_the_first, a_silent_channel, a_silent_token]
+)
+def test_the_error_is_that_of_a_slow_reference_in_every_precision(spoil, ranges, dtype, scale):
+    states = hidden(positions=24, width=300)
+    spoil(states)
+    states = (scale * states).to(dtype)
+    for first in (0, 1):
+        found = int8_error(states, ranges=ranges, first=first)
+        assert found.dtype == torch.promote_types(dtype, torch.float32)
+        expected = [error_slowly(text, ranges, first) for text in states]
+        # A last digit may tip a number over to the next step.
+        torch.testing.assert_close(
+            found.double(), torch.tensor(expected).double(), rtol=0.01, atol=0
+        )
+
+
+def test_squares_beyond_the_range_of_numbers_are_no_loss_and_no_infinity():
+    states = hidden()
+    expected = int8_error(states)
+    for scale in (2.0**-100, 2.0**100):
+        torch.testing.assert_close(int8_error(states * scale), expected)
+        torch.testing.assert_close(
+            int8_error((states * scale).bfloat16()), expected, rtol=0.1, atol=0
+        )
+    assert int8_error(torch.zeros(2, 5, 4)).tolist() == [0.0, 0.0]
+    for ranges in RANGES:
+        assert int8_error(hidden(positions=1), ranges=ranges).isfinite().all()
+
+
+def test_broken_states_have_no_error_rather_than_a_small_one():
+    for ranges in RANGES:
+        states = hidden()
+        states[0, 4, 2] = float("nan")
+        assert int8_error(states, ranges=ranges).isnan().tolist() == [True, False]
+
+
+def test_errors_from_where_no_token_is_are_refused(model):
+    for refused in (
+        lambda: int8_error(hidden(positions=3), first=3),
+        lambda: layer_errors(model, TOKENS, first=9),
+    ):
+        with pytest.raises(SinkbookError, match="a position that they have"):
+            refused()
+    with pytest.raises(SinkbookError, match="`batch_size=0` is too small"):
+        layer_errors(model, TOKENS, batch_size=0)
+
+
+def test_a_half_precision_models_errors_are_those_of_its_states_and_its_rounding_is_finite():
+    model = loud_llama()
+    model.model.embed_tokens.weight.mul_(1000.0)  # squares beyond float16
+    exact = layer_errors(model, LOUD_TOKENS)
+    half = layer_errors(model.half(), LOUD_TOKENS)
+    np.testing.assert_allclose(half, exact, rtol=0.1)
+    for ranges in RANGES:
+        with quantized(model, ranges):
+            assert model(LOUD_TOKENS).logits.isfinite().all()
 
 
 def test_the_parts_of_the_error_add_up_to_its_square_and_name_the_culprit(model):
