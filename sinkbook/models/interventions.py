@@ -11,6 +11,7 @@ writes can be taken hold of is tried on a short text the first time (`trials`).
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from sinkbook.models.trials.writers import Inside, rewrite, with_state, writers
 from sinkbook.models.wrappers import uncompiled
 
 PARTS = ("attention", "head", "value", "mlp", "residual")
+Numbers = SupportsIndex | Iterable[SupportsIndex]  # one or many: lists, ranges, arrays, tensors
 
 
 @contextmanager
@@ -32,9 +34,9 @@ def replace(
     part: str,
     with_: float | Float[Tensor, "..."],
     *,
-    layer: int | Iterable[int],
-    head: int | Iterable[int] | None = None,
-    position: int | Iterable[int] | None = None,
+    layer: Numbers,
+    head: Numbers | None = None,
+    position: Numbers | None = None,
 ) -> Iterator[None]:
     """Replace what a part writes by `with_`, at all positions or at those given.
 
@@ -81,7 +83,7 @@ def zero(model: nn.Module, part: str, **where) -> AbstractContextManager[None]:
     return replace(model, part, 0.0, **where)
 
 
-def _numbers(name: str, given: int | Iterable[int]) -> list[int]:
+def _numbers(name: str, given: Numbers) -> list[int]:
     """One or many whole numbers, however they are given."""
     many = isinstance(given, Iterable) and not torch.is_tensor(given)
     try:
