@@ -7,7 +7,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -115,6 +115,29 @@ def test_states_of_a_compiled_model_are_kept_and_given(how):
     torch.testing.assert_close(whole, logits_of(plain, TOKENS))
     torch.testing.assert_close(again, whole)
     assert can_resume(model, TOKENS)
+
+
+@pytest.fixture
+def alone_in_a_group(tmp_path):
+    """A process group of one, as a script that `torchrun` started finds it."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+def test_a_replica_of_many_is_measured_and_a_shard_of_one_refused(alone_in_a_group):
+    plain = loud_llama().requires_grad_(True)
+    expected = measure(plain, TOKENS)
+    replica = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    found = measure(replica, TOKENS)
+    for name, values in expected.items():
+        assert found[name].equals(values), name
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+    sharded = distributed.fsdp.fully_shard(copy.deepcopy(plain), mesh=mesh)
+    with pytest.raises(SinkbookError, match="sharded over processes"):
+        measure(sharded, TOKENS)
 
 
 # --- PEFT ------------------------------------------------------------------------------------
