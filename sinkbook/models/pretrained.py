@@ -173,6 +173,11 @@ def load(
         prefix = _prefix(name, tokenizer)
     else:
         prefix = (tokenizer.convert_tokens_to_ids(first_token),)
+    if any(token >= model.get_input_embeddings().num_embeddings for token in prefix):
+        raise SinkbookError(
+            f"the tokenizer of {name!r} is another model's: before every text it puts {prefix}, "
+            "and the model has no embeddings for that. Take both from one place."
+        )
     return LanguageModel(name, model, tokenizer, prefix, card)
 
 
@@ -315,10 +320,13 @@ def _explain(name: str, revision: str, error: Exception) -> SinkbookError:
             f"{name!r} has no tokenizer files that can be read, such as tokenizer.json. Take them "
             "from the model that it was trained from."
         )
-    said = str(error).strip().splitlines() or ["it cannot be read"]
-    kind = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
-    reason = f"{kind}: {said[0]}" if kind else said[0]
-    return SinkbookError(f"cannot load {name!r}: {reason} Is it whole, and of this kind?")
+    said = " ".join(line.strip() for line in str(error).split("\n")[:2]).strip()
+    known = isinstance(error, (OSError, ValueError, ImportError)) and said
+    reason = said if known else f"{type(error).__name__} {said}".strip()
+    return SinkbookError(
+        f"cannot load {name!r}: {reason.rstrip('.')}. Are its files whole, and those of a causal "
+        "language model?"
+    )
 
 
 def _may_be_on_hub(name: str) -> bool:

@@ -5,14 +5,19 @@ without changing what the model computes, such as a trained prompt, is refused h
 """
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 
 import torch
 from torch import nn
 
 from sinkbook.errors import SinkbookError
+
+_LOCK = threading.Lock()
+_INSIDE: list[object] = []  # the bodies of `uncompiled` that are open
+_EAGER = ExitStack()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -48,12 +53,25 @@ def computing_device(model: nn.Module) -> torch.device:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """In the body compiled models run as they are written: a graph made before skips our hooks."""
+    """In the body compiled models run as they are written: a graph made before skips our hooks.
+
+    The setting is one for all threads, so it is put back when the last of them is out.
+    """
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    body = object()
+    with _LOCK:
+        _INSIDE.append(body)
+        if len(_INSIDE) == 1:
+            _EAGER.enter_context(torch.compiler.set_stance("force_eager"))
+    try:
         yield
+    finally:
+        with _LOCK:
+            _INSIDE.remove(body)
+            if not _INSIDE:
+                _EAGER.close()
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -25,7 +25,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import can_resume, given, kept, logits_of, residual_states
-from sinkbook.models.wrappers import unwrapped
+from sinkbook.models.wrappers import uncompiled, unwrapped
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.probe.recorder import write_factor
 from tiny import LOUD_TOKENS, SIZES, loud_llama
@@ -115,6 +115,21 @@ def test_states_of_a_compiled_model_are_kept_and_given(how):
     torch.testing.assert_close(whole, logits_of(plain, TOKENS))
     torch.testing.assert_close(again, whole)
     assert can_resume(model, TOKENS)
+
+
+def test_bodies_of_two_threads_leave_compiled_models_alone_only_when_both_are_out():
+    model = compiled(loud_llama(), "whole")
+    kept_open, left = uncompiled(), uncompiled()
+    kept_open.__enter__(), left.__enter__(), kept_open.__exit__(None, None, None)
+    seen = []  # the first is out, as a thread may be that was faster: the second still counts
+    hook = unwrapped(model).model.layers[0].register_forward_hook(lambda *call: seen.append(call))
+    with torch.no_grad():
+        model(TOKENS, use_cache=False)
+        assert len(seen) == 1
+        left.__exit__(None, None, None)
+        model(TOKENS, use_cache=False)
+    hook.remove()
+    assert len(seen) == 1  # and torch runs its graph again, which knows of no hook
 
 
 @pytest.fixture
