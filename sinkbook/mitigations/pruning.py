@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
+from sinkbook.models.trials.heads import heads as heads_of
 from sinkbook.probe.measure import measure
 from sinkbook.probe.metrics import sink_rate
 from sinkbook.progress import progress
@@ -26,15 +27,27 @@ def head_orders(model: nn.Module, input_ids: Tokens) -> dict[str, Int[np.ndarray
 
     "first-token mass": those that look most at the first token first; "output norm": those whose
     write is smallest beside the mean of their layer's heads, since deeper layers write more
-    ("AHON-LN" in arXiv 2504.03889).
+    ("AHON-LN" in arXiv 2504.03889). Layers without attention have no heads to cut.
     """
     seen = measure(model, input_ids, ("sink_attention", "head_output_norm")).mean("batch")
     mass = seen.sink_attention.values.ravel()
     norm = (seen.head_output_norm / seen.head_output_norm.mean("head")).values.ravel()
+    measured = np.flatnonzero(np.isfinite(mass))
     return {
-        "first-token mass": np.argsort(-mass, kind="stable"),
-        "output norm": np.argsort(norm, kind="stable"),
+        "first-token mass": measured[np.argsort(-mass[measured], kind="stable")],
+        "output norm": measured[np.argsort(norm[measured], kind="stable")],
     }
+
+
+def _all_heads(model: nn.Module) -> tuple[Int[np.ndarray, " head"], int]:
+    """The numbers of all heads that can be cut, and how many are counted in each layer."""
+    found = heads_of(model)
+    per_layer = max(layer.count or 0 for layer in found)
+    there = [
+        number * per_layer + np.arange(0 if layer.no_heads else layer.count)
+        for number, layer in enumerate(found)
+    ]
+    return np.concatenate(there), per_layer
 
 
 @contextmanager
@@ -61,12 +74,11 @@ def pruning_losses(
     """Mean loss of texts without the first heads of each order: over (order, removed, text).
 
     `shares` says how many, as shares of all heads; `removed` has 0 as well. One order more is
-    "random", the mean over `draws` random ones.
+    "random", the mean over `draws` random ones. Layers without attention have no heads.
     """
-    config, generator = model.config.get_text_config(), np.random.default_rng(seed)
-    per_layer = config.num_attention_heads
-    count = config.num_hidden_layers * per_layer
-    drawn = {f"draw {number}": generator.permutation(count) for number in range(draws)}
+    generator, (there, per_layer) = np.random.default_rng(seed), _all_heads(model)
+    count = len(there)
+    drawn = {f"draw {number}": there[generator.permutation(count)] for number in range(draws)}
     whole = token_losses(model, input_ids).mean(1)
     losses = {}
     with progress("pruning", (len(orders) + draws) * len(shares)) as show:
@@ -123,7 +135,7 @@ def without_early_or_late(
     - `first_norm`: the residual norm of the first token;
     - `other_peaks`: the share of other tokens whose norm exceeds ten times their median.
     """
-    per_layer = model.config.get_text_config().num_attention_heads
+    _, per_layer = _all_heads(model)
     early = heads < below * per_layer
     cuts = {"none": heads[:0], "all": heads, "early": heads[early], "late": heads[~early]}
     found = []

@@ -7,7 +7,7 @@ from sinkbook.mitigations import pruning
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
 from sinkbook.probe import measure
-from tiny import LOUD_TOKENS, assert_close, loud_llama
+from tiny import LOUD_TOKENS, assert_close, loud_llama, tiny_model
 
 
 @pytest.fixture
@@ -59,6 +59,18 @@ def test_each_domain_is_read_without_the_heads_that_the_other_one_chose(model):
         losses = pruning.pruning_losses(model, texts[domain], expected, (0.25,), seed=3)
         assert found[domain].order.values.tolist() == ["up", "same, other domain", "random"]
         assert_close(found[domain], losses)
+
+
+def test_a_hybrid_is_pruned_of_the_heads_of_its_attention_alone():
+    types = ["conv", "full_attention", "full_attention"]
+    hybrid = tiny_model("lfm2", num_hidden_layers=3, layer_types=types).requires_grad_(False)
+    orders = pruning.head_orders(hybrid, LOUD_TOKENS)
+    assert all(sorted(order) == list(range(4, 12)) for order in orders.values())
+    losses = pruning.pruning_losses(hybrid, LOUD_TOKENS, orders, (0.5, 1.0), draws=1)
+    with zero(hybrid, "attention", layer=[1, 2]):
+        whole = token_losses(hybrid, LOUD_TOKENS).mean(1)
+    for order in ("output norm", "random"):
+        assert_close(losses.sel(order=order, removed=1.0), whole)
 
 
 def test_heads_are_cut_apart_by_the_layers_that_they_are_in(model):
