@@ -9,11 +9,13 @@ from .models.pretrained import load
 from .probe.attention_maps import attention_weights
 from .probe.measure import measure, measure_texts
 from .probe.metrics import residual_peak_ratio, sink_rate, value_drain_ratio
+from .probe.training_callback import SinkCallback, sink_metrics
 
 __version__: str
 
 __all__ = [
     "SinkCache",
+    "SinkCallback",
     "SinkbookError",
     "__version__",
     "attention_weights",
@@ -24,6 +26,7 @@ __all__ = [
     "quantized",
     "replace",
     "residual_peak_ratio",
+    "sink_metrics",
     "sink_rate",
     "value_drain_ratio",
     "zero",

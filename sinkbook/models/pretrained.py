@@ -170,7 +170,7 @@ def load(
     _check_vocabulary(name, model, tokenizer)
     first_token = KNOWN[name].first_token if name in KNOWN else None
     if first_token is None:
-        prefix = _prefix(name, tokenizer)
+        prefix = prefix_of(name, tokenizer)
     else:
         prefix = (tokenizer.convert_tokens_to_ids(first_token),)
     if any(token >= model.get_input_embeddings().num_embeddings for token in prefix):
@@ -181,7 +181,7 @@ def load(
     return LanguageModel(name, model, tokenizer, prefix, card)
 
 
-def _prefix(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def prefix_of(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """What the tokenizer itself puts before a text, tried out on several: one token, two, none."""
     found = set()
     for text in ("a", "the", "1 2", "one two three"):

@@ -1,14 +1,15 @@
 """The model inside what training scripts and tools put around it, and where it computes.
 
-One place knows them: `torch.compile`, data parallelism, PEFT's adapters. What cannot be taken off
-without changing what the model computes, such as a trained prompt, is refused here.
+One place knows them: `torch.compile`, data parallelism, mixed precision, PEFT's adapters. What
+cannot be taken off without changing what the model computes, such as a trained prompt, is refused
+here.
 """
 
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from types import MethodType, ModuleType
 
 import torch
 from torch import nn
@@ -44,8 +45,8 @@ def computing_device(model: nn.Module) -> torch.device:
                 f"{name} of {type(model).__name__} is not in memory: it is offloaded, or was never "
                 "loaded. Load the model whole, without `device_map` and offloading."
             )
-        if type(parameter).__name__ == "DTensor":
-            raise _sharded(model)
+        if type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id"):
+            raise _sharded(model)  # the latter by DeepSpeed's ZeRO-3
     held = next(model.parameters(), None)
     held = next(model.buffers(), torch.empty(0)) if held is None else held
     return held.device
@@ -72,6 +73,30 @@ def uncompiled() -> Iterator[None]:
             _INSIDE.remove(body)
             if not _INSIDE:
                 _EAGER.close()
+
+
+@contextmanager
+def in_own_precision(model: nn.Module) -> Iterator[None]:
+    """In the body a model computes in the type of its own weights, as outside mixed precision.
+
+    Taken off are the autocast around the body and the one that accelerate has put around the
+    model's `forward`, which is put back.
+    """
+    device, model = computing_device(model), unwrapped(model)
+    found = vars(model).get("forward")
+    outer = bare = getattr(found, "__func__", found)
+    while type(converting := getattr(bare, "__wrapped__", None)).__name__ == "ConvertOutputsToFp32":
+        bare = converting.model_forward.__wrapped__  # autocast's decorator lies between
+    try:
+        if bare is not outer:
+            del vars(model)["forward"]
+            if bare is not type(model).forward:  # somebody else's, which lay there before
+                model.forward = MethodType(bare, model) if hasattr(found, "__func__") else bare
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if bare is not outer:
+            model.forward = found
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -379,10 +379,14 @@ def _replaced(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whatever mode each module is in."""
+    """Without dropout, whatever mode each module is in.
+
+    By the mark alone: some modules do more where `train` is called, such as merging adapters.
+    """
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:
