@@ -230,6 +230,13 @@ def test_weights_that_are_not_in_memory_are_refused_by_name(tmp_path):
                 use(model, TOKENS)
 
 
+def test_weights_that_deepspeed_has_sharded_are_refused():
+    model = loud_llama()
+    model.model.norm.weight.ds_id = 0  # as ZeRO-3 marks what it has taken away
+    with pytest.raises(SinkbookError, match="sharded over processes"):
+        measure(model, TOKENS)
+
+
 def test_a_model_that_is_called_through_hooks_of_accelerate_is_measured():
     plain = loud_llama()
     hooked = copy.deepcopy(plain)

@@ -104,7 +104,7 @@ WAYS = {
     "plainly": {},
     "accumulating gradients": {"gradient_accumulation_steps": 3, "logging_steps": 1},
     "in mixed precision": {"bf16": True},
-    "with gradient checkpointing": {"gradient_checkpointing": True},
+    "with activation checkpointing": {"activation_checkpointing": True},
     "logging nothing": {"logging_strategy": "no"},
     "evaluating": {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2},
 }
