@@ -119,15 +119,16 @@ def of_transformers(model: nn.Module) -> bool:
     return hasattr(unwrapped(model), "set_attn_implementation")
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module of transformers computes by a forward function that is not its class's."""
+def has_own_forward(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module computes by a forward function that did not come with its model."""
     own = vars(module).get("forward")
     if own is not None and not hasattr(module, "_old_forward"):  # accelerate's calls the old one
         return True
     kind = type(module)
     homes = {of.__module__.partition(".")[0] for of in kind.__mro__ if "forward" in vars(of)}
     home = (getattr(inspect.unwrap(kind.forward), "__module__", None) or "").partition(".")[0]
-    return home not in homes or home not in ("transformers", "transformers_modules")
+    came = {"transformers", "transformers_modules", type(model).__module__.partition(".")[0]}
+    return home not in homes & came
 
 
 def layers(model: nn.Module) -> list[Layer]:

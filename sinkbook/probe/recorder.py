@@ -126,7 +126,7 @@ class Recorder:
         heard = {type(self.layers[n].attention) for n in self._heard - self._only}
         for number in sorted(silent - self._heard):
             attention = self.layers[number].attention
-            own = has_own_forward(attention)
+            own = has_own_forward(attention, self.model)
             if number in self._only or own or type(attention) in heard:
                 raise SinkbookError(
                     f"layer {number} of {type(self.model).__name__} attends past the attention "
