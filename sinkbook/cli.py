@@ -1,4 +1,4 @@
-"""The command line: `sinkbook build`, `run`, `probe`, `checkpoints`, `fetch`, `claims`, `record`.
+"""The command line: `build`, `run`, `probe`, `compare`, `checkpoints`, `fetch`, `claims`, `record`.
 
 Each command imports what it needs when it runs, so that `sinkbook --help` answers at once.
 """
@@ -27,7 +27,8 @@ app = typer.Typer(
 INTERRUPTED = 130  # the status that typer ends with after Ctrl-C
 CONDITION_MET = 3  # the status of `sinkbook probe --fail-if` when it is so
 
-# Those of data.corpora, which takes longer to import than `--help` should.
+# Those of `data.corpora` and of `quantization`, which take longer to import than `--help` should.
+RANGES = "tensor, sink apart, token, token and channel"
 DOMAINS = "prose-en, prose-fr, prose-es, repeated-prose, json, code, shakespeare, numbers"
 
 Profile = Annotated[str, typer.Option(help="quick: minutes on two CPU cores. paper: for one GPU.")]
@@ -45,7 +46,7 @@ Domain = Annotated[
 ]
 Texts = Annotated[int, typer.Option(min=1, help="How many texts; windows of a FILE at most.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of each, the first included.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the report in DIR.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model's own code run.")]
 
 
@@ -178,11 +179,57 @@ def probe(
         print(json.dumps(quantities.plain(result) | written, indent=2, allow_nan=False))
     else:
         _print_with_page(
-            report.terminal(result), page, "a page, the data as NetCDF and CSV, figures"
+            report.terminal(result), page, "--out DIR: a page, the data as NetCDF and CSV, figures"
         )
     if met := quantities.met(result, conditions):
         print("".join(f"sinkbook: {line}\n" for line in met), end="", file=sys.stderr)
         raise typer.Exit(CONDITION_MET)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="A short name, a folder, a .gguf file, a hub id.")],
+    b: Annotated[str | None, typer.Argument(help="Another, with the same tokenizer.")] = None,
+    int8_b: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANGES",
+            help=f"Compute B, or A where there is no B, in simulated int8; ranges: {RANGES}.",
+        ),
+    ] = None,
+    text: Document = None,
+    domain: Domain = None,
+    texts: Texts = 8,
+    length: Length = 256,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with maps of the heads.")
+    ] = None,
+    force: Force = False,
+    revision_a: Annotated[str | None, typer.Option(help="A branch, tag or commit of A.")] = None,
+    revision_b: Annotated[str | None, typer.Option(help="The same of B.")] = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Measure two models on the same texts, or one and itself in int8; prints what differs."""
+    _check_texts(text, domain)
+    from sinkbook.report import comparison, comparison_page
+
+    if out is not None:
+        comparison_page.check_file(out, force=force)
+    found = comparison.compare(
+        a,
+        b,
+        int8_b=int8_b,
+        text=text,
+        domain=domain or "prose-en",
+        texts=texts,
+        length=length,
+        revision_a=revision_a,
+        revision_b=revision_b,
+        trust_remote_code=trust_remote_code,
+    )
+    if out is not None:
+        comparison_page.write(found, out, force=force)
+    _print_with_page(comparison.terminal(found), out, "--out FILE: a page with maps of the heads")
 
 
 def _check_texts(text: Path | None, domain: str | None) -> None:
@@ -191,11 +238,11 @@ def _check_texts(text: Path | None, domain: str | None) -> None:
 
 
 def _print_with_page(shown, page: Path | None, instead: str) -> None:
-    """Print something of rich, then where the page is, or what --out would write."""
+    """Print something of rich, then where the page is, or what an option would write."""
     from rich.console import Console
 
     Console().print(shown)
-    print(page or f"No files were written. With --out DIR: {instead}.")
+    print(page or f"No files were written. With {instead}.")
 
 
 @app.command()
@@ -221,22 +268,23 @@ def checkpoints(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the dataset there, as NetCDF.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace that file.")] = False,
+    force: Force = False,
 ) -> None:
     """Measure sinks, drains and peaks along a pretraining; an interrupted sweep goes on."""
     from rich.console import Console
 
     from sinkbook.llm import checkpoint_metrics
-    from sinkbook.llm.checkpoints import measure_checkpoints
+    from sinkbook.llm.checkpoints import measure_checkpoints, revisions_of
+    from sinkbook.parallel import cluster
 
     if list_them:
-        Console().print(_revisions(model))
+        Console().print(checkpoint_metrics.table_of_revisions(model, revisions_of(model)))
         return
     if out is not None and out.exists() and not force:
         raise SinkbookError(f"{out} is there already. Name another file, or add --force.")
     chosen = None if steps is None else _parse_steps(steps)
     passages = _texts_to_measure(text, domain, count=texts, length=length)
-    with _cluster_at(dask) as executor:
+    with nullcontext() if dask is None else cluster(dask) as executor:
         dataset = measure_checkpoints(
             model, chosen, passages, length=length, free=free, executor=executor
         )
@@ -246,12 +294,6 @@ def checkpoints(
 
         files.write_netcdf(out, dataset, otherwise="name another file with --out")
         print(out)
-
-
-def _cluster_at(address: str | None):
-    from sinkbook.parallel import cluster
-
-    return nullcontext() if address is None else cluster(address)
 
 
 def _parse_steps(steps: str) -> list[int]:
@@ -272,19 +314,6 @@ def _texts_to_measure(file: Path | None, domain: str, *, count: int, length: int
         return texts_to_measure(domain, count=count, length=length)
     lines = [line.strip() for line in read_document(file).splitlines()]
     return [line for line in lines if line][:count]
-
-
-def _revisions(model: str):
-    """The revisions of a hub model that name a step, as a table."""
-    from rich.table import Table
-
-    from sinkbook.llm import checkpoints
-
-    rows = Table("revision", "step", "tokens", title=model)
-    for revision in checkpoints.revisions_of(model):
-        tokens = "" if revision.tokens is None else f"{revision.tokens:.3g}"
-        rows.add_row(revision.name, f"{revision.step:,}", tokens)
-    return rows
 
 
 @app.command()

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from sinkbook.figures.style import MAP, OTHER, PEAK, SINK, TRIGGER
+from sinkbook.figures.style import DIFFERENCES, MAP, OTHER, PEAK, SINK, TRIGGER
 
 
 def axes_or_new(ax: Axes | None, **size) -> Axes:
@@ -73,6 +73,28 @@ def head_map(
         cmap=MAP,
     )
     ax.set(xlabel="layer", ylabel="head", title=title)
+    ax.xaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(min(heads, 9), integer=True))
+    ax.figure.colorbar(cells, ax=ax, label=label)
+    return ax
+
+
+def head_differences(
+    values: Float[xr.DataArray, "layer head"], ax: Axes | None = None, *, label: str
+) -> Axes:
+    """How much more or less every head has in one model than in another: blue is more, red less."""
+    layers, heads = values.sizes["layer"], values.sizes["head"]
+    ax = axes_or_new(ax, figsize=(7, 1.2 + 0.18 * heads))
+    limit = float(np.abs(values).max()) or 1.0  # of models that do not differ
+    cells = ax.pcolormesh(
+        np.arange(layers),
+        np.arange(heads),
+        values.transpose("head", "layer"),
+        vmin=-limit,
+        vmax=limit,
+        cmap=DIFFERENCES,
+    )
+    ax.set(xlabel="layer", ylabel="head")
     ax.xaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(min(heads, 9), integer=True))
     ax.figure.colorbar(cells, ax=ax, label=label)

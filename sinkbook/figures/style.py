@@ -12,6 +12,7 @@ SINK, DRAIN, PEAK, OTHER = "#0072B2", "#D55E00", "#009E73", "#777777"
 TRIGGER, BACKCOPY, BIGRAM = "#CC79A7", "#CC79A7", "#E69F00"
 
 MAP = "Blues"  # of attention and other shares: darker is more
+DIFFERENCES = "RdBu"  # of what is more, in blue, and less, in red
 
 _STYLE = "sinkbook.figures.sinkbook"
 

@@ -5,7 +5,7 @@ and Figures 9 and 10), for toys and for transformers' models alike. Here a key t
 see never counts, nor does the sink's own query, whose attention on itself is 1 by construction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -65,6 +65,15 @@ def measure_checkpoint(
         result["query_logit_mean"] = logits.mean("query")
         result["query_logit_std"] = logits.std("query")
     return result.drop_attrs()
+
+
+def table_of_revisions(model: str, revisions: Iterable) -> Table:
+    """The revisions of a hub model that name a step, as `checkpoints.revisions_of` finds them."""
+    rows = Table("revision", "step", "tokens", title=model)
+    for revision in revisions:
+        tokens = "" if revision.tokens is None else f"{revision.tokens:.3g}"
+        rows.add_row(revision.name, f"{revision.step:,}", tokens)
+    return rows
 
 
 def table(dataset: xr.Dataset) -> Table:

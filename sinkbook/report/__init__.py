@@ -1,1 +1,1 @@
-"""What `sinkbook probe` says of a model: tables, a page that opens offline, explorers of heads."""
+"""What `sinkbook probe` and `compare` say: tables, pages that open offline, explorers of heads."""

@@ -157,7 +157,7 @@ def magnitude(value: float) -> str:
     """
     if np.isnan(value):
         return "–"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def after(residual_layer: int) -> str:

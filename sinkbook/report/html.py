@@ -32,28 +32,34 @@ def html_page(result: xr.Dataset) -> str:
         f'<p class="texts">Attention sinks, value drains and residual peaks on {count} '
         f"text{'s' * (count > 1)} of {length} tokens: {escape(attrs['texts'])}.</p>",
         f'<p class="verdict">{escape(summary.verdict(result))}</p>',
-        *_section("Which heads have a sink", *head_map(result)),
-        *_section("Where the residual state peaks", *residual_trace(result)),
-        *_section("Whose value is drained", *value_scatter(result)),
-        *_section("What is left in float16 and int8", *headroom_table(result)),
-        *_section("Which tokens are sinks", *token_table(result)),
-        *_section("Layer by layer", *layer_table(result)),
-        *_section("How this was measured", provenance(result)),
+        *section("Which heads have a sink", *head_map(result)),
+        *section("Where the residual state peaks", *residual_trace(result)),
+        *section("Whose value is drained", *value_scatter(result)),
+        *section("What is left in float16 and int8", *headroom_table(result)),
+        *section("Which tokens are sinks", *token_table(result)),
+        *section("Layer by layer", *layer_table(result)),
+        *section("How this was measured", provenance(result)),
     ]
+    return page(f"Sinks, drains and peaks of {attrs['model']}", parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole page of these parts, which are HTML, where the title is plain text."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # Nothing is fetched, and nothing runs, whatever a model's tokens spell.
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
-        f"<title>Sinks, drains and peaks of {escape(attrs['model'])}</title>\n"
+        f"<title>{escape(title)}</title>\n"
         f"<style>\n{STYLE.read_text('utf-8')}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _section(title: str, *parts: str) -> Iterable[str]:
+def section(title: str, *parts: str) -> Iterable[str]:
+    """Parts under a heading; nothing where there are none."""
     return (f"<section>\n<h2>{title}</h2>", *parts, "</section>") if any(parts) else ()
 
 
@@ -79,7 +85,7 @@ def head_map(result: xr.Dataset) -> tuple[str, ...]:
     drawn = embedded(
         figures.heads(result), "heads", described, marks="cell", titles={figures.HEADS: cells}
     )
-    return (_figure(drawn, caption),)
+    return (figure(drawn, caption),)
 
 
 def residual_trace(result: xr.Dataset) -> tuple[str, ...]:
@@ -96,7 +102,7 @@ def residual_trace(result: xr.Dataset) -> tuple[str, ...]:
         "The length of the residual state, from the embedding (0 layers passed) to the end. Lines "
         "are medians over texts, bands their range."
     )
-    return (_figure(embedded(figures.residual(result), "residual", described), caption),)
+    return (figure(embedded(figures.residual(result), "residual", described), caption),)
 
 
 def value_scatter(result: xr.Dataset) -> tuple[str, ...]:
@@ -120,7 +126,7 @@ def value_scatter(result: xr.Dataset) -> tuple[str, ...]:
     drawn = embedded(
         figures.values(result), "values", described, marks="dot", titles={figures.HEADS: dots}
     )
-    return (_figure(drawn, caption),)
+    return (figure(drawn, caption),)
 
 
 def _about_head(row) -> str:
@@ -129,7 +135,8 @@ def _about_head(row) -> str:
     return f"layer {row.layer}, head {row.head}: attention {row.sink_attention:.2f}{ratio}"
 
 
-def _figure(drawn: str, caption: str) -> str:
+def figure(drawn: str, caption: str) -> str:
+    """A drawing, as `svg.embedded` gives it, and what to see in it."""
     return f"<figure>\n{drawn}\n<figcaption>{caption}</figcaption>\n</figure>"
 
 
@@ -158,7 +165,7 @@ def token_table(result: xr.Dataset) -> tuple[str, ...]:
         "averaged over the tokens that can see it. Heads: how many, on average, in the texts where "
         "there is one. Residual ratio: the token's largest norm over the median of its layer."
     )
-    return _table(titles, rows, left=(0, 1, 4)), f'<p class="note">{note}</p>'
+    return table(titles, rows, left=(0, 1, 4)), f'<p class="note">{note}</p>'
 
 
 def headroom_table(result: xr.Dataset) -> tuple[str, ...]:
@@ -170,7 +177,7 @@ def headroom_table(result: xr.Dataset) -> tuple[str, ...]:
         return words
     rows = [tuple(map(escape, row)) for row in headroom.rows(room)]
     note = f'<p class="note">{headroom.NOTE}</p>'
-    return *words, _table(headroom.COLUMNS, rows, left=(0, 2)), note
+    return *words, table(headroom.COLUMNS, rows, left=(0, 2)), note
 
 
 def layer_table(result: xr.Dataset) -> tuple[str, ...]:
@@ -194,10 +201,12 @@ def layer_table(result: xr.Dataset) -> tuple[str, ...]:
         "after the layer. "
         "<code>summary.csv</code> has every head, <code>result.nc</code> every token."
     )
-    return _table(summary.LAYER_COLUMNS, rows, left=(2,)), f'<p class="note">{note}</p>'
+    return table(summary.LAYER_COLUMNS, rows, left=(2,)), f'<p class="note">{note}</p>'
 
 
-def _table(titles: Iterable[str], rows: list[tuple[str, ...]], left: tuple[int, ...]) -> str:
+def table(titles: Iterable[str], rows: list[tuple[str, ...]], left: tuple[int, ...]) -> str:
+    """Rows of cells, which are HTML, under titles; the columns in `left` are words."""
+
     def line(tag: str, cells: Iterable[str]) -> str:
         marked = [
             f"<{tag}{LEFT_ALIGNED if number in left else ''}>{cell}</{tag}>"

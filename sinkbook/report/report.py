@@ -5,6 +5,8 @@ Everything that is said comes from one dataset, which `result.nc` keeps.
 
 import os
 import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,34 @@ NORMS = ("value_norm", "head_output_norm", "residual_norm", "residual_max_abs")
 TOKENS_AT_ONCE = 1024
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Which texts are read: windows of `length` tokens of one document, or of a domain's texts."""
+
+    about: str
+    option: tuple[str, ...]  # how the command line asks for them
+    # In a model's own tokens. Raises SinkbookError if they cannot be filled.
+    windows: Callable[[LanguageModel], token_windows.Windows]
+
+    @classmethod
+    def of(cls, text: Path | None, domain: str, *, texts: int, length: int) -> "Reading":
+        """Of a document if there is one. Raises SinkbookError for what cannot be read."""
+        if text is None:
+            source = corpora.texts(domain, minimum_characters=5 * length)
+            cut = token_windows.of_texts
+            about, option = corpora.DOMAINS[domain].about, ("--domain", domain)
+        else:
+            source, cut = token_windows.read_document(text), token_windows.of_document
+            about, option = f"windows of {text.name}", ("--text", text.name)
+        option += ("--texts", str(texts), "--length", str(length))
+
+        def windows(language_model: LanguageModel) -> token_windows.Windows:
+            token_windows.check_length(language_model, length)
+            return cut(language_model, source, count=texts, length=length)
+
+        return cls(about, option, windows)
+
+
 def probe(
     model: str,
     *,
@@ -47,22 +77,15 @@ def probe(
     Returns what `measure_windows` does; `attrs` also has what was run, and on what. Raises
     SinkbookError for texts and models that cannot be used, texts first.
     """
-    if text is None:
-        source, option = corpora.texts(domain, minimum_characters=5 * length), ["--domain", domain]
-    else:
-        source, option = token_windows.read_document(text), ["--text", text.name]
+    reading = Reading.of(text, domain, texts=texts, length=length)
     language_model = load(model, revision=revision, trust_remote_code=trust_remote_code)
-    token_windows.check_length(language_model, length)
-    cut = token_windows.of_texts if text is None else token_windows.of_document
-    result = measure_windows(
-        language_model, cut(language_model, source, count=texts, length=length)
-    )
-    command = ["sinkbook", "probe", model, *option, "--texts", str(texts), "--length", str(length)]
+    result = measure_windows(language_model, reading.windows(language_model))
+    command = ["sinkbook", "probe", model, *reading.option]
     command += ["--revision", revision] if revision else []
     command += ["--trust-remote-code"] if trust_remote_code else []
     result.attrs |= {
         "weights": language_model.card,
-        "texts": corpora.DOMAINS[domain].about if text is None else f"windows of {text.name}",
+        "texts": reading.about,
         "command": shlex.join(command),
     }
     return result

@@ -26,6 +26,12 @@ def document(tmp_path) -> Path:
 
 
 @pytest.fixture
+def sinkbook_cli(request) -> Callable[..., tuple[int, str, str]]:
+    """Run any command in this process: exit status, stdout, stderr."""
+    return request.getfixturevalue("sinkbook").func
+
+
+@pytest.fixture
 def sinkbook(sinkbook) -> Callable[..., tuple[int, str, str]]:
     """Run `sinkbook probe` in this process: exit status, stdout, stderr."""
     return partial(sinkbook, "probe")
