@@ -43,9 +43,9 @@ QUANTITIES = {  # one number for each text: what it is called, and what it is
     ),
     "largest_magnitude": ("largest entry", "of any token's residual states"),
 }
-CHANGES = {  # one number for each head
-    "attention": "more attention on the first token (B - A)",
-    "write": "more written to the residual stream, in parts of what A writes",
+CHANGES = {  # one number for each head: what it is, and how an axis calls it
+    "attention": ("change of its attention on the first token", "B - A"),
+    "write": ("relative change of what it writes to the residual stream", "(B - A) / A"),
 }
 RESAMPLES, SEED = 9999, 0
 NOTE = (

@@ -14,7 +14,7 @@ from sinkbook.figures import basic, style
 from sinkbook.report import comparison as compared
 from sinkbook.report.comparison import Comparison
 from sinkbook.report.figures import HEADS, WIDTH
-from sinkbook.report.html import figure, page, provenance, section, table
+from sinkbook.report.html import captioned, html_table, page, provenance, section
 from sinkbook.report.report import describe_texts
 from sinkbook.report.svg import embedded
 
@@ -34,7 +34,7 @@ def comparison_page(comparison: Comparison) -> str:
         f'<p class="texts">Attention sinks, value drains and residual peaks on the same '
         f"{escape(describe_texts(a))}.</p>",
         f'<p class="verdict">{escape(compared.about_heads(comparison))}</p>',
-        *section("What differs", table(compared.COLUMNS, rows, left=(0,)), note),
+        *section("What differs", html_table(compared.COLUMNS, rows, left=(0,)), note),
         *section("Which heads differ", *head_maps(comparison)),
         *section("How A was measured", provenance(a)),
         *section("How B was measured", provenance(b)),
@@ -48,7 +48,7 @@ def head_maps(comparison: Comparison) -> tuple[str, ...]:
     if changes is None:
         return ()
     drawn = []
-    for name, words in compared.CHANGES.items():
+    for name, (words, label) in compared.CHANGES.items():
         values = changes[name].transpose("layer", "head")
         if values.isnull().all():
             continue
@@ -59,14 +59,14 @@ def head_maps(comparison: Comparison) -> tuple[str, ...]:
             described += f" The largest change is {most[2]:+.2g}, layer {most[0]}, head {most[1]}."
         caption = f"One cell a head: {words}. Blue is more, red less."
         titles = {HEADS: _about(values)}
-        svg = embedded(_map(values), name, described, marks="cell", titles=titles)
-        drawn.append(figure(svg, caption))
+        svg = embedded(_map(values, label), name, described, marks="cell", titles=titles)
+        drawn.append(captioned(svg, caption))
     return tuple(drawn)
 
 
-def _map(values: xr.DataArray) -> Figure:
+def _map(values: xr.DataArray, label: str) -> Figure:
     drawn = Figure(figsize=(WIDTH, 1.2 + min(0.18 * values.sizes["head"], 6)))
-    axes = basic.head_differences(values, drawn.subplots(), label="B - A")
+    axes = basic.head_differences(values, drawn.subplots(), label=label)
     axes.collections[0].set_gid(HEADS)
     return drawn
 

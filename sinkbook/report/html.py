@@ -85,7 +85,7 @@ def head_map(result: xr.Dataset) -> tuple[str, ...]:
     drawn = embedded(
         figures.heads(result), "heads", described, marks="cell", titles={figures.HEADS: cells}
     )
-    return (figure(drawn, caption),)
+    return (captioned(drawn, caption),)
 
 
 def residual_trace(result: xr.Dataset) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ def residual_trace(result: xr.Dataset) -> tuple[str, ...]:
         "The length of the residual state, from the embedding (0 layers passed) to the end. Lines "
         "are medians over texts, bands their range."
     )
-    return (figure(embedded(figures.residual(result), "residual", described), caption),)
+    return (captioned(embedded(figures.residual(result), "residual", described), caption),)
 
 
 def value_scatter(result: xr.Dataset) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ def value_scatter(result: xr.Dataset) -> tuple[str, ...]:
     drawn = embedded(
         figures.values(result), "values", described, marks="dot", titles={figures.HEADS: dots}
     )
-    return (figure(drawn, caption),)
+    return (captioned(drawn, caption),)
 
 
 def _about_head(row) -> str:
@@ -135,7 +135,7 @@ def _about_head(row) -> str:
     return f"layer {row.layer}, head {row.head}: attention {row.sink_attention:.2f}{ratio}"
 
 
-def figure(drawn: str, caption: str) -> str:
+def captioned(drawn: str, caption: str) -> str:
     """A drawing, as `svg.embedded` gives it, and what to see in it."""
     return f"<figure>\n{drawn}\n<figcaption>{caption}</figcaption>\n</figure>"
 
@@ -165,7 +165,7 @@ def token_table(result: xr.Dataset) -> tuple[str, ...]:
         "averaged over the tokens that can see it. Heads: how many, on average, in the texts where "
         "there is one. Residual ratio: the token's largest norm over the median of its layer."
     )
-    return table(titles, rows, left=(0, 1, 4)), f'<p class="note">{note}</p>'
+    return html_table(titles, rows, left=(0, 1, 4)), f'<p class="note">{note}</p>'
 
 
 def headroom_table(result: xr.Dataset) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ def headroom_table(result: xr.Dataset) -> tuple[str, ...]:
         return words
     rows = [tuple(map(escape, row)) for row in headroom.rows(room)]
     note = f'<p class="note">{headroom.NOTE}</p>'
-    return *words, table(headroom.COLUMNS, rows, left=(0, 2)), note
+    return *words, html_table(headroom.COLUMNS, rows, left=(0, 2)), note
 
 
 def layer_table(result: xr.Dataset) -> tuple[str, ...]:
@@ -201,10 +201,10 @@ def layer_table(result: xr.Dataset) -> tuple[str, ...]:
         "after the layer. "
         "<code>summary.csv</code> has every head, <code>result.nc</code> every token."
     )
-    return table(summary.LAYER_COLUMNS, rows, left=(2,)), f'<p class="note">{note}</p>'
+    return html_table(summary.LAYER_COLUMNS, rows, left=(2,)), f'<p class="note">{note}</p>'
 
 
-def table(titles: Iterable[str], rows: list[tuple[str, ...]], left: tuple[int, ...]) -> str:
+def html_table(titles: Iterable[str], rows: list[tuple[str, ...]], left: tuple[int, ...]) -> str:
     """Rows of cells, which are HTML, under titles; the columns in `left` are words."""
 
     def line(tag: str, cells: Iterable[str]) -> str:
