@@ -52,12 +52,7 @@ def eviction_losses(
     - "random": keys drawn at random, for each head anew.
     """
     prompt, sinks, budgets = _checked(input_ids.shape[1], prompt, sinks, budgets)
-    model = unwrapped(model) if isinstance(model, nn.Module) else model
-    if not isinstance(model, PreTrainedModel):
-        raise SinkbookError(
-            f"{type(model).__name__} is no model of transformers, and has no cache to evict from. "
-            "Give a causal language model of transformers."
-        )
+    model = _of_transformers(model)
     input_ids = input_ids.to(computing_device(model))
     beginning, rest = input_ids[:, :prompt], input_ids[:, prompt:]
     read = _read(model, beginning)
@@ -87,6 +82,17 @@ def eviction_losses(
         dims=("policy", "budget", "text"),
         coords={"policy": list(losses), "budget": list(budgets)},
     )
+
+
+def _of_transformers(model: nn.Module) -> PreTrainedModel:
+    """The model of transformers that a module is or wraps."""
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(model, PreTrainedModel):
+        raise SinkbookError(
+            f"{type(model).__name__} is no model of transformers, and has no cache to evict from. "
+            "Give a causal language model of transformers."
+        )
+    return model
 
 
 def _checked(
