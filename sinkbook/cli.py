@@ -256,7 +256,7 @@ def checkpoints(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A UTF-8 text file, a text a line.")
     ] = None,
-    domain: Annotated[str, typer.Option(metavar="NAME", help="Texts of this domain.")] = "prose-en",
+    domain: Domain = "prose-en",
     texts: Annotated[int, typer.Option(min=1, help="How many texts, at most.")] = 8,
     length: Annotated[int, typer.Option(min=9, help="Tokens of each, the first included.")] = 64,
     free: Annotated[

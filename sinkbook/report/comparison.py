@@ -77,12 +77,12 @@ def compare(
 ) -> Comparison:
     """Measure two models on the same windows of tokens, one model in memory at a time.
 
-    Without `b`, or with the same one, A is compared with itself in eight bits: `int8_b` names the
-    ranges of activations in `quantization.RANGES`, and simulates int8 in a B of its own as well.
+    Without `b`, A is compared with itself: at another revision, or in eight bits. `int8_b` names
+    the ranges of activations in `quantization.RANGES`; it can be simulated in a B of its own, too.
     Raises SinkbookError for texts and models that cannot be used, and for models whose tokenizers
     or first tokens differ, since they would not read the same.
     """
-    if b is None and int8_b is None:
+    if b is None and int8_b is None and revision_b is None:
         raise SinkbookError(f"{a!r} has nothing to be compared with. Give B, or `int8_b=tensor`.")
     if int8_b is not None and int8_b not in RANGES:
         raise SinkbookError(f"no ranges named {int8_b!r}. Known: {', '.join(RANGES)}.")
@@ -95,19 +95,26 @@ def compare(
 
     model = load(a, revision=revision_a, trust_remote_code=trust_remote_code)
     tokens = reading.windows(model)
-    of_a = measure_one(model, tokens, **circumstances)
-    if b is not None and (b, revision_b) != (a, revision_a):
+    of_a = measure_one(model, tokens, revision=revision_a, **circumstances)
+    if b is None and revision_b is None:
+        revision_b = revision_a
+    if (b or a, revision_b) != (a, revision_a):
         del model  # one at a time
-        model = load(b, revision=revision_b, trust_remote_code=trust_remote_code)
+        model = load(b or a, revision=revision_b, trust_remote_code=trust_remote_code)
         _check_same(tokens, reading.windows(model), of_a, model)
-    of_b = measure_one(model, tokens, int8=int8_b, **circumstances)
+    of_b = measure_one(model, tokens, int8=int8_b, revision=revision_b, **circumstances)
     if not np.array_equal(of_a.token, of_b.token):
         raise _different(of_a.attrs["model"], of_b.attrs["model"], "spell them differently")
     return Comparison(of_a, of_b)
 
 
 def measure_one(
-    language_model: LanguageModel, tokens: Windows, *, int8: str | None = None, **attrs: str
+    language_model: LanguageModel,
+    tokens: Windows,
+    *,
+    int8: str | None = None,
+    revision: str | None = None,
+    **attrs: str,
 ) -> xr.Dataset:
     """What `measure_windows` gives and the loss of each text, in eight bits if `int8` says how."""
     model = language_model.model
@@ -115,6 +122,7 @@ def measure_one(
         result = measure_windows(language_model, tokens)
         result["loss"] = "batch", token_losses(model, tokens).mean(1)
     result.attrs |= {"weights": language_model.card, **attrs}
+    result.attrs["model"] += f" at {revision}" if revision else ""
     if int8:
         words = f"int8 weights and activations, simulated: {RANGES[int8]}"
         result.attrs["model"] += f" in int8 ({int8})"

@@ -22,6 +22,7 @@ from sinkbook.data import corpora
 from sinkbook.errors import SinkbookError
 from sinkbook.figures import style
 from sinkbook.models import token_windows
+from sinkbook.models.losses import token_losses
 from sinkbook.models.pretrained import LanguageModel, load
 from sinkbook.probe.measure import VARIABLES, measure
 from sinkbook.progress import progress
@@ -95,8 +96,9 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
     """Measure a model on windows of tokens, a few at a time; shows progress.
 
     Returns the variables in `MEASURED` and `NORMS`, those that the model does not have as NaN,
-    and `token` (batch, position), the tokens as text. Raises SinkbookError where residual states
-    are no finite numbers.
+    and `token` (batch, position), the tokens as text. Raises SinkbookError where residual states,
+    or the losses of a model without one, are no finite numbers: NaN says that there is nothing to
+    measure, and not that something went wrong.
     """
     present = [name for name in NORMS if _has(language_model, tokens[:1, :2], name)]
     results = []
@@ -122,6 +124,11 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
     }
     if "residual_max_abs" in present:
         headroom.refuse_overflow(result)
+    elif not np.isfinite(token_losses(language_model.model, tokens)).all():
+        raise SinkbookError(
+            f"the losses of {language_model.name!r} are no finite numbers. It has overflowed "
+            f"{result.attrs['dtype']}, or the weights are damaged: load it in bfloat16 or float32."
+        )
     return result
 
 

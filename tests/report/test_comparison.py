@@ -161,6 +161,33 @@ def test_int8_is_what_quantized_computes(saved, texts):
     np.testing.assert_allclose(found.a.loss, exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"revision_b": "step1"}, [("a", None), ("a", "step1")]),
+        ({"revision_a": "step0", "revision_b": "step1"}, [("a", "step0"), ("a", "step1")]),
+        ({"revision_a": "step0", "int8_b": "token"}, [("a", "step0")]),
+        ({"revision_a": "step0", "b": "a"}, [("a", "step0"), ("a", None)]),
+        ({"revision_b": "step1", "b": "b"}, [("a", None), ("b", "step1")]),
+    ],
+)
+def test_every_model_is_loaded_at_the_revision_that_was_asked_for(
+    saved, texts, monkeypatch, options, expected
+):
+    reader, asked = load(saved("a")), []
+
+    def loaded(name, *, revision, trust_remote_code):
+        asked.append((name, revision))
+        return reader
+
+    monkeypatch.setattr(compared, "load", loaded)
+    found = compare("a", **options, **texts)
+    assert asked == expected
+    for result, revision in ((found.a, expected[0][1]), (found.b, expected[-1][1])):
+        assert (f"at {revision}" in result.attrs["model"]) == (revision is not None)
+        assert f"--revision-{'b' if 'revision_b' in options else 'a'}" in result.attrs["command"]
+
+
 def test_models_that_do_not_read_the_same_tokens_are_refused(saved, texts, monkeypatch):
     model, plain, without_first = saved("a"), tiny_tokenizer(), tiny_tokenizer(adds_bos=False)
     monkeypatch.setattr("tiny.WORDS", [*WORDS[:2], *reversed(WORDS[2:])])

@@ -180,6 +180,15 @@ def test_residual_states_that_overflow_are_refused_and_named():
         measured(broken)
 
 
+def test_a_model_without_one_residual_state_is_refused_by_its_losses(monkeypatch):
+    monkeypatch.setattr(report, "_has", lambda *_: False)  # as with several streams side by side
+    model = tiny_model()
+    assert headroom(measured(model)[0]) is None
+    model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(SinkbookError, match="losses of 'tiny' are no finite numbers"):
+        measured(model)
+
+
 def test_two_tokens_leave_one_other_and_the_rest_is_unknown():
     reader = tiny_reader(tiny_model())
     room = headroom(report.measure_windows(reader, torch.tensor([[1, 2]])))

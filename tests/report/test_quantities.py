@@ -144,10 +144,11 @@ def test_headroom_that_is_not_known_makes_no_condition_pass(result):
             quantities.met(result, [quantities.condition(f"{name}<1")])
 
 
-def test_the_help_names_every_domain():
+@pytest.mark.parametrize("command", ["probe", "compare", "checkpoints"])
+def test_the_help_names_every_domain(command):
     (option,) = [
         parameter
-        for parameter in get_command(cli.app).commands["probe"].params
+        for parameter in get_command(cli.app).commands[command].params
         if parameter.name == "domain"
     ]
     assert option.help == f"Texts of this domain: {', '.join(corpora.DOMAINS)}."
