@@ -30,3 +30,7 @@ def whole_number(name: str, value: object, least: int = 0) -> int:
     if number < least:
         raise SinkbookError(f"`{name}={value!r}` is too small. Give {least} or more.")
     return number
+
+
+class NotFiniteError(SinkbookError):
+    """A number that counts is NaN or infinite, so that there is nothing to be said of the model."""

@@ -1,13 +1,39 @@
 """Which attention a model of transformers computes by, for a while."""
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 
 from torch import nn
 
+from sinkbook.models.partial_forward import alone_with
 from sinkbook.models.wrappers import unwrapped
+
+
+@dataclass(eq=False)
+class _Use:
+    """Somebody who has a model attend by a name, for a while."""
+
+    name: str
+    attend: Callable | None
+
+
+@dataclass
+class _Shared:
+    """The uses of one configuration, by one thread or several, the latest last."""
+
+    before: str  # what the configuration named before the first of them
+    uses: list[_Use] = field(default_factory=list)
+
+
+_GUARD = threading.RLock()
+_SHARED: dict[int, _Shared] = {}  # by the id of the configuration, which the user keeps alive
+_REGISTERED: dict[str, Callable] = {}
+_NAMED = threading.RLock()
 
 
 @contextmanager
@@ -15,24 +41,58 @@ def attending_by(model: nn.Module, name: str, attend: Callable | None = None) ->
     """Have a model of transformers attend by the implementation `name` in the body.
 
     With `attend` it is ours: an attention function that is registered under the name. The masks are
-    then those of fused attention; without any, padding and windows would be dropped. Every part of
-    the model has its own implementation back afterwards, also after an exception.
+    then those of fused attention; without any, padding and windows would be dropped. Bodies may lie
+    inside each other or overlap in several threads, for one model or for several: the latest one
+    that has not ended decides, and after the last of them every part of the model has its own
+    implementation back, also after an exception.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    from transformers.masking_utils import sdpa_mask
+    from transformers import PreTrainedModel
 
     model = unwrapped(model)
-    if attend is not None:
-        AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, sdpa_mask)
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [(part.config, part.config._attn_implementation) for part in parts]
+    configs = {id(part.config): part.config for part in parts}
+    use = _Use(name, attend)
+    with alone_with(model), _GUARD:  # not in the middle of another thread's measurement
+        if attend is not None:
+            use.name = _registered(name, attend)
+        for key, config in configs.items():
+            shared = _SHARED.setdefault(key, _Shared(config._attn_implementation))
+            shared.uses.append(use)
     try:
-        model.set_attn_implementation(name)
+        with alone_with(model), _GUARD:
+            model.set_attn_implementation(use.name)
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        with _GUARD:
+            for key, config in configs.items():
+                shared = _SHARED[key]
+                shared.uses.remove(use)
+                config._attn_implementation = shared.uses[-1].name if shared.uses else shared.before
+                if not shared.uses:
+                    del _SHARED[key]
+
+
+def attention_beneath(config: object, attend: Callable) -> Callable | None:
+    """The attention function of the latest other use of a configuration; None if there is none."""
+    with _GUARD:
+        shared = _SHARED.get(id(config))
+        uses = [] if shared is None else shared.uses
+        others = [use.attend for use in uses if use.attend not in (None, attend)]
+        return others[-1] if others else None
+
+
+def _registered(name: str, attend: Callable) -> str:
+    """Register a function: under the name, or a numbered one where that is another's just now."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    in_use = {use.name for shared in _SHARED.values() for use in shared.uses}
+    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
+    free = next(n for n in names if n not in in_use or _REGISTERED.get(n) is attend)
+    _REGISTERED[free] = attend
+    AttentionInterface.register(free, attend)
+    AttentionMaskInterface.register(free, sdpa_mask)
+    return free
 
 
 @contextmanager
@@ -40,14 +100,15 @@ def registered(name: str, attend: Callable) -> Iterator[None]:
     """Have models that attend by the implementation `name` call `attend` in the body."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
-    ALL_ATTENTION_FUNCTIONS[name] = attend
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[name]
-        if before is not None:
-            ALL_ATTENTION_FUNCTIONS[name] = before
+    with _NAMED:  # models of one name wait for each other
+        before = ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
+        ALL_ATTENTION_FUNCTIONS[name] = attend
+        try:
+            yield
+        finally:
+            del ALL_ATTENTION_FUNCTIONS[name]
+            if before is not None:
+                ALL_ATTENTION_FUNCTIONS[name] = before
 
 
 def own_function(

@@ -9,7 +9,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.errors import SinkbookError
+from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import logits_of
 from sinkbook.models.wrappers import computing_device, unwrapped
 
@@ -52,7 +52,7 @@ def token_losses(
 ) -> Float[np.ndarray, "text scored"]:
     """Loss of every token but the first given those before it, in nats; or of the `last` ones.
 
-    `model` is any that `measure` takes.
+    `model` is any that `measure` takes. Raises `NotFiniteError` for a loss that is NaN or infinite.
     """
     last = input_ids.shape[1] - 1 if last is None else last
     model = unwrapped(model)
@@ -64,7 +64,16 @@ def token_losses(
         else:
             logits = logits_of(model, rows)[:, -last - 1 :]
         losses.append(next_token_losses(logits, rows[:, -last - 1 :]).cpu().numpy())
-    return np.concatenate(losses)
+    found = np.concatenate(losses)
+    if not np.isfinite(found).all():
+        text, token = np.argwhere(~np.isfinite(found))[0]
+        raise NotFiniteError(
+            f"{type(model).__name__}: the loss of the token at position "
+            f"{input_ids.shape[1] - last + token} of text {text} is {found[text, token]}. The "
+            "weights are damaged, or a number outgrew its dtype: load the model afresh, or in "
+            "float32."
+        )
+    return found
 
 
 def perplexity(losses: xr.DataArray, *, after: int = 0) -> xr.DataArray:

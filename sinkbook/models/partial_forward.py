@@ -10,9 +10,11 @@ with `kept` and then, for each cut, only the layers from the cut on:
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +24,26 @@ from sinkbook.models.layout import blocks
 from sinkbook.models.wrappers import uncompiled, unwrapped
 
 Output = Tensor | tuple | list  # the states alone, or first of several
+
+
+_GUARD = threading.Lock()
+_LOCKS: WeakValueDictionary[int, object] = WeakValueDictionary()  # by the id of a block
+
+
+@contextmanager
+def alone_with(model: nn.Module) -> Iterator[None]:
+    """Hold a model: another thread that wants to listen to its layers, or to change them, waits.
+
+    Of one thread any number may lie inside each other. Models that share layers wait for each
+    other, others do not.
+    """
+    with _GUARD:
+        held = sorted({id(block) for block in blocks(model)})  # one order for all: no deadlock
+        locks = [_LOCKS.setdefault(block, threading.RLock()) for block in held]
+    with ExitStack() as stack:
+        for lock in locks:
+            stack.enter_context(lock)
+        yield
 
 
 def logits_of(
@@ -51,7 +73,7 @@ def residual_states(model: nn.Module) -> Iterator[list[Float[Tensor, "batch posi
     """Keep the residual states while the body runs the model once, the embedding first."""
     states: list[Tensor] = []
     found = blocks(model)
-    with uncompiled(), ExitStack() as hooks:
+    with alone_with(model), uncompiled(), ExitStack() as hooks:
         first = found[0].register_forward_pre_hook(
             lambda _, arguments, keywords: states.append(state_into(arguments, keywords)),
             with_kwargs=True,
@@ -67,7 +89,7 @@ def residual_states(model: nn.Module) -> Iterator[list[Float[Tensor, "batch posi
 def kept(model: nn.Module) -> Iterator[list[Output]]:
     """Keep what each layer gives while the body runs the model once."""
     outputs: list[Output] = []
-    with uncompiled(), ExitStack() as hooks:
+    with alone_with(model), uncompiled(), ExitStack() as hooks:
         for block in blocks(model):
             handle = block.register_forward_hook(lambda *call: outputs.append(call[2]))
             hooks.callback(handle.remove)
@@ -81,7 +103,7 @@ def given(model: nn.Module, outputs: Sequence[Output], *, below: int) -> Iterato
     `outputs` is what `kept` found for the same tokens. Whether that is the same as running all
     layers depends on the architecture: ask `can_resume`.
     """
-    with uncompiled(), ExitStack() as undo:
+    with alone_with(model), uncompiled(), ExitStack() as undo:
         for block, output in zip(blocks(model)[:below], outputs, strict=False):
             own = vars(block).get("forward")
             undo.callback(partial(_restore, block, own))

@@ -1,5 +1,6 @@
 """Whole attention maps, for pictures of short texts. `measure.py` needs none."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import layers
 from sinkbook.models.wrappers import computing_device
-from sinkbook.probe.masks import Scope
+from sinkbook.probe.masks import Scope, integers
 from sinkbook.probe.recorder import Recorder
+
+TokenIds = Int[Tensor, "batch position"] | Sequence[Sequence[int]]
 
 LONGEST = 1024
 
@@ -23,7 +26,10 @@ class AttentionMap(NamedTuple):
 
 
 def attention_weights(
-    model: nn.Module, input_ids: Int[Tensor, "batch position"], *, layer: int
+    model: nn.Module,
+    input_ids: TokenIds,
+    *,
+    layer: int,
 ) -> Float[Tensor, "batch head query key"]:
     """The attention weights of one layer, all queries against all keys.
 
@@ -36,7 +42,10 @@ def attention_weights(
 
 
 def attention_logits(
-    model: nn.Module, input_ids: Int[Tensor, "batch position"], *, layer: int
+    model: nn.Module,
+    input_ids: TokenIds,
+    *,
+    layer: int,
 ) -> Float[Tensor, "batch head query key"]:
     """The attention logits of one layer, after scaling, soft cap and biases; as the weights are.
 
@@ -48,7 +57,7 @@ def attention_logits(
 @torch.no_grad()
 def attention_maps(
     model: nn.Module,
-    input_ids: Int[Tensor, "batch position"],
+    input_ids: TokenIds,
     *,
     queries: Int[Tensor, " asked"] | None = None,
     layer: int | None = None,
@@ -66,14 +75,15 @@ def attention_maps(
             weights = [r.weights.masked_fill(~r.visible, 0.0) for r in rows]
             found[number] = AttentionMap(torch.cat(hidden, dim=2), torch.cat(weights, dim=2))
 
-    input_ids = input_ids.to(computing_device(model))
+    input_ids = integers("input_ids", input_ids).to(computing_device(model))
     real = torch.ones_like(input_ids, dtype=torch.bool)
     scope = Scope(torch.zeros_like(input_ids[:, 0]), real, real, frozenset())
     Recorder(model, scope, look).run({"input_ids": input_ids}, with_logits=False)
     return found
 
 
-def _map_of(model: nn.Module, input_ids: Tensor, layer: int) -> AttentionMap:
+def _map_of(model: nn.Module, input_ids: Tensor | Sequence, layer: int) -> AttentionMap:
+    input_ids = integers("input_ids", input_ids)
     if input_ids.shape[1] > LONGEST:
         raise SinkbookError(
             f"a map of {input_ids.shape[1]} tokens cannot be looked at. Give at most {LONGEST}, or "

@@ -12,7 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinkbook.probe.fused import NEVER
-from sinkbook.probe.masks import Heads, KeyHeads, Outputs, Scope, Spans, Values, blank, pairs
+from sinkbook.probe.masks import Outputs, Scope, Spans, Values, blank, pairs
+
+# A cache makes the keys more than the queries.
+Queries = Float[Tensor, "batch head query width"]
+Keys = Float[Tensor, "batch key_head key width"]
 
 ENTRIES = 2**23  # weights that exist at one time (32 MiB in float32)
 
@@ -27,8 +31,8 @@ class Rows(NamedTuple):
 
 
 def softmax_rows(
-    query: Heads,
-    key: KeyHeads,
+    query: Queries,
+    key: Keys,
     scaling: float,
     visible: Spans | Bool[Tensor, "batch head_or_1 query key"],
     bias: Tensor | None = None,
@@ -42,15 +46,10 @@ def softmax_rows(
     """
     exact = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length, _ = query.shape
-    key = key.to(exact).repeat_interleave(heads // key.shape[1], dim=1)
     asked = torch.arange(length) if queries is None else queries
-    step = max(1, ENTRIES // (batch * heads * length))
+    step = max(1, ENTRIES // (batch * heads * key.shape[2]))
     for positions in asked.to(query.device).split(step):
-        logits = scaling * query[:, :, positions].to(exact) @ key.mT
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if bias is not None:
-            logits = logits + bias[:, :, positions].to(exact)
+        logits = logits_of(query, key, positions, scaling, bias, softcap)
         seen = pairs(visible, positions)
         masked = logits.masked_fill(~seen, NEVER)
         if learned_sink is not None:
@@ -61,6 +60,36 @@ def softmax_rows(
         yield Rows(positions, logits, seen, weights)
 
 
+def logits_of(
+    query: Queries,
+    key: Keys,
+    positions: Int[Tensor, " asked"],
+    scaling: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "batch head asked key"]:
+    """The logits of some queries, in float32 or wider, whatever the states come in."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    key = key.to(exact).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = scaling * query[:, :, positions].to(exact) @ key.mT
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits if bias is None else logits + bias[:, :, positions].to(exact)
+
+
+def outputs_of(
+    rows: Iterable[Rows], value: Float[Tensor, "batch key_head key value_width"]
+) -> Float[Tensor, "batch head query value_width"]:
+    """The head outputs of formed weights."""
+    return torch.cat([_output(part, value) for part in rows], dim=2)
+
+
+def _output(part: Rows, value: Tensor) -> Tensor:
+    states = value.to(part.weights.dtype)
+    states = states.repeat_interleave(part.weights.shape[1] // value.shape[1], dim=1)
+    return (part.weights @ states).to(value.dtype)
+
+
 def read_formed(
     rows: Iterable[Rows], value: Values, scope: Scope
 ) -> tuple[Outputs, dict[str, Tensor]]:
@@ -69,9 +98,7 @@ def read_formed(
 
     def with_outputs() -> Iterator[Rows]:
         for part in rows:
-            repeats = part.weights.shape[1] // value.shape[1]
-            states = value.to(part.weights.dtype).repeat_interleave(repeats, dim=1)
-            outputs.append((part.weights @ states).to(value.dtype))
+            outputs.append(_output(part, value))
             yield part
 
     reading = read_rows(with_outputs(), scope)

@@ -21,10 +21,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.attention_interface import attending_by, own_function, registered
+from sinkbook.models.attention_interface import (
+    attending_by,
+    attention_beneath,
+    own_function,
+    registered,
+)
+from sinkbook.probe import explicit
+from sinkbook.probe.masks import shown
 
 NAME = "sinkbook"  # of our attention function in transformers' registries
-HIDDEN = -3e4  # additive masks hold something lower, biases do not
 
 active: ContextVar = ContextVar("active recorder", default=None)
 
@@ -82,9 +88,9 @@ def _listen(
         logits = heard.scores
     else:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        repeats = query.shape[1] // key.shape[1]
-        logits = scaling * query @ key.repeat_interleave(repeats, dim=1).mT
-        logits = logits if bias is None else logits + bias
+        every = torch.arange(query.shape[2])
+        with without_autocast(query.device):
+            logits = explicit.logits_of(query, key, every.to(query.device), scaling, bias)
     recorder.read_weights(logits, visible, weights, value, route="chunked", normalised=False)
     return output, weights
 
@@ -92,21 +98,13 @@ def _listen(
 def _interface_attention(
     module, query, key, value, attention_mask, scaling=None, is_causal=None, **keywords
 ):
-    """What `AttentionInterface` calls. Where nobody measures, it is plain fused attention."""
+    """What `AttentionInterface` calls: for threads that do not measure, what was there before."""
     recorder = active.get()
     if recorder is None or recorder.layer is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            is_causal=is_causal,
-            **keywords,
-        )
+        config = getattr(module, "config", None)
+        attend = attention_beneath(config, _interface_attention) or _plain_attention
+        how = {"scaling": scaling, "is_causal": is_causal, **keywords}
+        return attend(module, query, key, value, attention_mask, **how)
     output = recorder.attend(
         query,
         key,
@@ -121,6 +119,40 @@ def _interface_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _plain_attention(module, query, key, value, attention_mask, **keywords):
+    """Attention as the model's own: fused, or formed where it has what no fused kernel knows."""
+    bias, softcap, sink = (keywords.get(name) for name in ("position_bias", "softcap", "s_aux"))
+    if bias is None and softcap is None and sink is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+    asked, keys = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        visible = torch.ones(asked, keys, dtype=torch.bool, device=query.device)
+        attention_mask = visible.tril(keys - asked)[None, None]
+    visible = attention_mask
+    if attention_mask.dtype != torch.bool:
+        visible = shown(attention_mask)
+        bias = attention_mask if bias is None else bias + attention_mask
+    scaling = keywords.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with without_autocast(query.device):
+        visible = visible.expand(len(query), -1, -1, -1)
+        rows = explicit.softmax_rows(query, key, scaling, visible, bias, softcap, sink)
+        output = explicit.outputs_of(rows, value)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """The probe's arithmetic is its own, whatever the model computes in."""
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
 @contextlib.contextmanager
 def transformers_attention(model: nn.Module, recorder) -> Iterator[None]:
     """Have a model of transformers call `_interface_attention`, or listen to its own attention."""
@@ -129,7 +161,7 @@ def transformers_attention(model: nn.Module, recorder) -> Iterator[None]:
             yield
         return
     name, own = own_function(model, [layer.attention for layer in recorder.layers])
-    if own is None:
+    if own in (None, _interface_attention):  # ours: another model of this configuration's
         with attending_by(model, NAME, _interface_attention):
             yield
         return
@@ -189,7 +221,7 @@ class _Overhearing(TorchFunctionMode):
             same = torch.equal(formed, weights)
             self.scores = self.weights = None
             real = recorder.scope.real.to(weights.device)
-            visible = (scores > HIDDEN).tril() & real[:, None, None]
+            visible = shown(scores).tril() & real[:, None, None]
             recorder.read_weights(scores, visible, weights, value, route="eager", normalised=same)
         return result
 

@@ -1,5 +1,6 @@
 """What is asked of an attention, and which keys each of its queries sees."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,11 +8,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinkbook.errors import SinkbookError
+
 Heads = Float[Tensor, "batch head position width"]
 KeyHeads = Float[Tensor, "batch key_head position width"]
 Values = Float[Tensor, "batch key_head position value_width"]
 Outputs = Float[Tensor, "batch head position value_width"]
 PerQuery = Float[Tensor, "batch head position"]
+
+HIDDEN = -3e4  # additive masks hold something lower, biases do not
+FAINT = -5e3  # and where they hold -1e4, as in half precision, there is a gap above it
+GAP = 2e3
 
 ROWS = 512  # queries whose masks exist at one time
 
@@ -88,6 +95,50 @@ def pairs(
     keys = torch.arange(visible.first.shape[1], device=queries.device)
     first, last = (ends[:, queries, None] for ends in (visible.first, visible.last))
     return ((first <= keys) & (keys <= last))[:, None]
+
+
+def shown(values: Tensor) -> Tensor:
+    """Where an additive mask, or logits that one was added to, lets a query see a key.
+
+    Masks hold -inf, the lowest number of a dtype, or -1e4. The last is told by the gap between it
+    and what is visible from biases that fall steadily with the distance, as those of ALiBi do.
+    """
+    visible = values > HIDDEN
+    faint = visible & (values < FAINT)
+    if faint.any():
+        above = values[visible & ~faint]
+        if len(above) and above.min() - values[faint].max() > GAP:
+            visible &= ~faint
+    return visible
+
+
+def integers(
+    name: str, given: Tensor | Sequence, shape: torch.Size | None = None
+) -> Int[Tensor, "batch position"] | Bool[Tensor, "batch position"]:
+    """Ids, or marks of tokens, as a tensor of integers or truth values, from any nested sequence.
+
+    Raises `SinkbookError` for rows of different lengths, for other numbers, and for another shape.
+    """
+    try:
+        values = torch.as_tensor(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise SinkbookError(
+            f"{name} cannot be read as a table (batch, position): {error}. Give rows of one length,"
+            " padded where they are shorter, with an attention_mask that says so."
+        ) from error
+    if values.is_floating_point() or values.is_complex():
+        raise SinkbookError(f"{name} holds numbers of {values.dtype}. Give integers.")
+    if shape is not None and values.shape != shape:
+        raise SinkbookError(
+            f"{name} has shape {tuple(values.shape)} and input_ids {tuple(shape)}. Give one entry "
+            "per token."
+        )
+    if shape is None and (values.ndim != 2 or not values.numel()):
+        raise SinkbookError(
+            f"{name} has shape {tuple(values.shape)}, not (batch, position) with one token at "
+            f"least. Give one text as {name}[None]."
+        )
+    return values
 
 
 def blank(values: Tensor, kept: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.wrappers import computing_device
-from sinkbook.probe.listening import HIDDEN
-from sinkbook.probe.masks import Scope
+from sinkbook.probe.finite import check_losses, check_variable
+from sinkbook.probe.masks import Scope, integers, shown
 from sinkbook.probe.recorder import Recorder
 from sinkbook.progress import progress
 
@@ -57,12 +57,12 @@ DEFAULT = ("sink_attention", "sink_logit", "value_norm", "residual_norm")
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    input_ids: Int[Tensor, "batch position"],
+    input_ids: Int[Tensor, "batch position"] | Sequence[Sequence[int]],
     variables: Sequence[str] = DEFAULT,
     *,
-    attention_mask: Tensor | None = None,
-    position_ids: Int[Tensor, "batch position"] | None = None,
-    queries: Bool[Tensor, "batch position"] | None = None,
+    attention_mask: Tensor | Sequence | None = None,
+    position_ids: Int[Tensor, "batch position"] | Sequence[Sequence[int]] | None = None,
+    queries: Bool[Tensor, "batch position"] | Sequence[Sequence[bool]] | None = None,
     sink: int | Int[Tensor, " batch"] | None = None,
 ) -> xr.Dataset:
     """Measure a causal language model's extreme tokens on `input_ids`, in one forward pass.
@@ -71,6 +71,8 @@ def measure(
     (`models.layout`); `variables` are names in `VARIABLES`. `attention_mask` (batch, position), 1
     for tokens and 0 for padding, and `position_ids`, which restart where packed documents do, go
     to the model as they are.
+
+    The arithmetic is the probe's own, in float32 or wider, also under autocast.
 
     The sink is each row's first token that is no padding, or position `sink`. Means run over
     the queries that `queries` marks (all by default), never over padding:
@@ -97,13 +99,21 @@ def measure(
 
     Returns float32; norms in the units of the residual stream, entropy and loss in nats.
     Raises `SinkbookError` for unknown variables, inputs that do not fit, and models that are
-    not causal or whose attention cannot be read. Source: arXiv 2410.13835, sections 1 and 3.
+    not causal or whose attention cannot be read; `NotFiniteError`, with layer and position, where
+    a state of a token that is no padding is NaN or infinite. One model is measured by one thread
+    at a time: others wait. Source: arXiv 2410.13835, sections 1 and 3.
     """
     started = time.perf_counter()
-    _check(variables, input_ids)
-    input_ids = input_ids.to(computing_device(model))
-    real = _real_tokens(input_ids, attention_mask)
-    counted = real if queries is None else real & queries.to(real.device)
+    _check(variables)
+    input_ids = integers("input_ids", input_ids).to(computing_device(model))
+    shape = input_ids.shape
+    if attention_mask is not None:
+        attention_mask = _mask(attention_mask).to(input_ids.device)
+    if position_ids is not None:
+        position_ids = integers("position_ids", position_ids, shape).to(input_ids.device)
+    real = counted = _real_tokens(input_ids, attention_mask)
+    if queries is not None:
+        counted = real & integers("queries", queries, shape).to(real.device).bool()
     scope = Scope(_sink_positions(sink, real), counted, real, frozenset(variables))
     recorder = Recorder(model, scope)
     logits = _run(recorder, input_ids, attention_mask, position_ids)
@@ -161,14 +171,25 @@ def measure_texts(
     return together.sortby("batch")
 
 
-def _check(variables: Sequence[str], input_ids: Tensor) -> None:
+def _check(variables: Sequence[str]) -> None:
     if unknown := [name for name in variables if name not in VARIABLES]:
         raise SinkbookError(f"no variable {unknown[0]!r}. Known: {', '.join(VARIABLES)}.")
-    if input_ids.ndim != 2:
+
+
+def _mask(attention_mask: Tensor | Sequence) -> Tensor:
+    """A mask as a tensor: 1 and 0 for each token, or for pairs truth values or what is added."""
+    mask = torch.as_tensor(attention_mask)
+    if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         raise SinkbookError(
-            f"input_ids has shape {tuple(input_ids.shape)}, not (batch, position). "
-            "Give one text as input_ids[None]."
+            f"attention_mask over pairs holds {mask.dtype}. Give truth values, True where a query "
+            "sees a key, or what is added to the logits: 0 there and -inf elsewhere."
         )
+    if mask.ndim == 2 and ((mask != 0) & (mask != 1)).any():
+        raise SinkbookError(
+            f"attention_mask holds {mask[(mask != 0) & (mask != 1)][0].item()}. Give 1 for a token "
+            "and 0 for padding, or what is added to the logits as (batch, 1, query, key)."
+        )
+    return mask
 
 
 def _run(
@@ -215,7 +236,7 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Bool[Tenso
         return torch.ones_like(input_ids, dtype=torch.bool)
     mask = attention_mask.to(input_ids.device)
     if mask.ndim == 4:
-        visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+        visible = mask if mask.dtype == torch.bool else shown(mask)
         mask = visible[:, 0].diagonal(dim1=-2, dim2=-1).expand(input_ids.shape)
     if mask.shape != input_ids.shape:
         raise SinkbookError(
@@ -244,6 +265,7 @@ def _mean_loss(logits: Tensor, input_ids: Tensor, real: Tensor) -> Float[Tensor,
     losses = []
     for row, ids, kept in zip(logits, input_ids, real[:, 1:] & real[:, :-1], strict=True):
         (loss,) = next_token_losses(row[None], ids[None])  # one text's logits are large enough
+        check_losses(loss, kept, len(losses))
         losses.append(loss[kept].mean())
     return torch.stack(losses)
 
@@ -258,7 +280,9 @@ def _dataset(recorder: Recorder, variables: Sequence[str], loss: Tensor | None) 
             values = loss.float().cpu().numpy()
         else:
             kept = recorder.residuals if dims == RESIDUAL else recorder.readings
-            values = _stack([layer.get(name) for layer in kept])
+            layers = [layer.get(name) for layer in kept]
+            check_variable(name, dims, layers, real)
+            values = _stack(layers)
             if values is None:
                 raise _nothing_to_show(recorder, name)
             if "position" in dims:

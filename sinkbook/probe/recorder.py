@@ -6,7 +6,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 
 import torch
 from jaxtyping import Float
@@ -15,17 +15,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import has_own_forward, layers, of_transformers
-from sinkbook.models.partial_forward import logits_of, state_into, state_of
+from sinkbook.models.partial_forward import alone_with, logits_of, state_into, state_of
 from sinkbook.models.trials.heads import heads
 from sinkbook.models.trials.writers import writers
 from sinkbook.models.wrappers import uncompiled, unwrapped
 from sinkbook.probe import explicit, fused
+from sinkbook.probe.finite import States
 from sinkbook.probe.listening import (
-    HIDDEN,
     active,
     named_attention,
     overhearing,
     transformers_attention,
+    without_autocast,
 )
 from sinkbook.probe.masks import (
     Heads,
@@ -36,10 +37,23 @@ from sinkbook.probe.masks import (
     Values,
     causal_spans,
     find_spans,
+    shown,
 )
+from sinkbook.probe.written import is_replaced, write_factor
 
 # Called with a layer, and a function from positions of queries to their rows.
 Look = Callable[[int, Callable[[Tensor | None], Iterator[explicit.Rows]]], None]
+
+
+def _exactly(method: Callable) -> Callable:
+    """A method that computes in float32 or wider, also in a body where the model does not."""
+
+    @wraps(method)
+    def exactly(self, *arguments, **keywords):
+        with without_autocast(self.scope.real.device):
+            return method(self, *arguments, **keywords)
+
+    return exactly
 
 
 class Recorder:
@@ -71,17 +85,33 @@ class Recorder:
         self._only: set[int] | None = None  # layers that are listened to; all by default
         self._factors: dict[int, Tensor | None] = {}
         self._masks = WeakTensorKeyDictionary()
+        self._states = States(type(model).__name__, scope.real)
 
     def run(self, inputs: dict[str, Tensor], with_logits: bool) -> Tensor | None:
-        """One forward pass; returns the logits if they are wanted, else leaves out the head."""
+        """One forward pass; returns the logits if they are wanted, else leaves out the head.
+
+        Raises `NotFiniteError` if a state of a token that is no padding is NaN or infinite.
+        """
+        try:
+            logits = self._run(inputs, with_logits)
+        except SinkbookError:
+            raise
+        except Exception as error:  # it may be of a NaN that routers and samplers stumble
+            self._states.check(error)
+            raise
+        self._states.check()
+        return logits
+
+    def _run(self, inputs: dict[str, Tensor], with_logits: bool) -> Tensor | None:
         with contextlib.ExitStack() as undo:
+            undo.enter_context(alone_with(self.model))
             undo.enter_context(uncompiled())
             undo.enter_context(_evaluating(self.model))
             undo.enter_context(self._listening())
             token = active.set(self)
             undo.callback(active.reset, token)
             if of_transformers(self.model):
-                whole = with_logits or _replaced(self.model)
+                whole = with_logits or is_replaced(self.model)
                 forward = self.model if whole else self.model.base_model
                 accepted = inspect.signature(forward.forward).parameters
                 if "use_cache" in accepted:
@@ -206,16 +236,19 @@ class Recorder:
                 "The probe measures models whose states are those of the tokens."
             )
 
+    @_exactly
     def _keep_residual(self, number: int, state: Tensor) -> None:
+        of = "the embeddings" if number == 0 else f"the residual state after layer {number - 1}"
+        norm = self._states.watch(of, state)
         if state.shape[:-1] != self.scope.real.shape:
             return  # several streams side by side have no one norm
         kept = self.residuals[number]
-        exact = torch.promote_types(state.dtype, torch.float32)
         if "residual_norm" in self.scope.variables:
-            kept["residual_norm"] = torch.linalg.vector_norm(state, dim=-1, dtype=exact)
+            kept["residual_norm"] = norm
         if "residual_max_abs" in self.scope.variables:
             kept["residual_max_abs"] = torch.linalg.vector_norm(state, float("inf"), dim=-1)
 
+    @_exactly
     def _write(self, number: int, _projection, arguments) -> None:
         factor = self._factors.get(number)
         if active.get() is self and factor is not None:
@@ -226,6 +259,7 @@ class Recorder:
             mean = norms.masked_fill(~counted, float("nan")).nanmean(-1)
             self.readings[number]["head_output_norm"] = mean
 
+    @_exactly
     def attend(
         self,
         query: Heads,
@@ -247,6 +281,11 @@ class Recorder:
                 "self-attention of whole texts only."
             )
         scope = self.scope.to(query.device)
+        given = value.dtype  # of attention's outputs; autocast leaves queries and keys in another
+        common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), given)
+        query, key, value = query.to(common), key.to(common), value.to(common)
+        for name, states in {"query": query, "key": key, "value": value}.items():
+            self._states.watch(f"a {name} of layer {self.layer}", states, axis=2)
         visible, mask_bias = self.visibility(mask, causal, scope)
         if mask_bias is not None:
             bias = mask_bias if bias is None else bias + mask_bias
@@ -263,8 +302,9 @@ class Recorder:
             output, reading = explicit.read_formed(of_queries(), value, scope)
             self.routes.add("chunked")
         self.keep(reading, value, query.shape[1])
-        return output
+        return output.to(given)
 
+    @_exactly
     def read_weights(
         self,
         logits: Float[Tensor, "batch head query key"],
@@ -279,6 +319,8 @@ class Recorder:
         scope = self.scope.to(weights.device)
         if (weights.triu(1).ne(0).any(-1) & scope.real[:, None]).any():
             raise self.not_causal()
+        self._states.watch(f"a value of layer {self.layer}", value, axis=2)
+        self._states.watch(f"an attention weight of layer {self.layer}", weights, axis=2)
         of_queries = partial(explicit.formed_rows, logits, visible, weights)
         self.look(of_queries)
         reading = explicit.read_rows(of_queries(), scope, normalised=normalised)
@@ -327,7 +369,9 @@ class Recorder:
         if mask not in self._masks:  # the layers share it
             visible, bias = mask, None
             if mask.dtype != torch.bool:
-                visible = mask > HIDDEN
+                if (mask.isnan() | mask.isposinf()).any():
+                    raise NotFiniteError(f"the mask of layer {self.layer} is NaN or infinite.")
+                visible = shown(mask)
                 bias = mask if (mask.masked_fill(~visible, 0.0) != 0).any() else None
             visible = visible.expand(len(scope.real), -1, -1, -1)
             if (visible.triu(1).any(-1) & scope.real[:, None]).any():
@@ -341,40 +385,6 @@ class Recorder:
             f"{type(self.model).__name__} lets tokens attend to later ones. The probe measures "
             "causal language models: decoders, or encoders configured with is_decoder=True."
         )
-
-
-def write_factor(
-    projection: nn.Module, heads: int, value: Float[Tensor, "*states width"]
-) -> Float[Tensor, "head rank width"] | None:
-    """`R` of each head with `|R v| = |W_O^h v|`: the triangular root of `W_O^h`'s Gram matrix.
-
-    By QR and not by squaring, which would lose half of the digits of a drained value. `None` if
-    the projection does not take the heads one after the other. `value` are states of these heads.
-    """
-    width, weight = value.shape[-1], getattr(projection, "weight", None)
-    plain = type(projection).forward is nn.Linear.forward and not _replaced(projection)
-    if plain and weight.is_floating_point():
-        weight = weight.T
-    elif type(projection).__name__ != "Conv1D" or _replaced(projection):
-        # Quantised, adapted or replaced: try it on unit vectors of the kind that it is called with.
-        if next(projection.parameters(), next(projection.buffers(), None)) is None:
-            raise SinkbookError(
-                f"{type(projection).__module__}.{type(projection).__name__} keeps W_O packed and "
-                "rounds what it reads in one range for all texts, so what a head writes depends on "
-                "the others. Leave value_norm and head_output_norm out of the variables."
-            )
-        units = torch.eye(heads * width + 1, heads * width, dtype=value.dtype, device=value.device)
-        written = projection.forward(units)
-        weight = written[:-1] - written[-1]
-    if len(weight) != heads * width:
-        return None
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return torch.linalg.qr(weight.unflatten(0, (heads, width)).mT, mode="r").R
-
-
-def _replaced(module: nn.Module) -> bool:
-    """Whether somebody has put a forward function of their own on this one module."""
-    return "forward" in vars(module)
 
 
 @contextlib.contextmanager

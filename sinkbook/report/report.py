@@ -19,7 +19,7 @@ from rich.text import Text
 
 from sinkbook import files, provenance
 from sinkbook.data import corpora
-from sinkbook.errors import SinkbookError
+from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.figures import style
 from sinkbook.models import token_windows
 from sinkbook.models.losses import token_losses
@@ -135,6 +135,8 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
 def _has(language_model: LanguageModel, tokens: token_windows.Windows, name: str) -> bool:
     try:
         measure(language_model.model, tokens, (name,))
+    except NotFiniteError:
+        raise
     except SinkbookError:
         return False
     return True

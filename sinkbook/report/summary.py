@@ -11,6 +11,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from sinkbook.errors import NotFiniteError
 from sinkbook.probe.metrics import residual_peak_ratio, sink_rate, value_drain_ratio
 
 THRESHOLD = 0.3  # mean attention above which a head has a sink: Gu et al., arXiv 2410.10781
@@ -232,7 +233,11 @@ def has_sinks(result: xr.Dataset) -> bool:
 
 
 def verdict(result: xr.Dataset) -> str:
-    """Sinks, drain and peak in one sentence."""
+    """Sinks, drain and peak in one sentence.
+
+    Raises `NotFiniteError` for measurements that are NaN or infinite in places.
+    """
+    _check_finite(result)
     heads = head_table(result)
     rate = heads.sink_rate.mean()
     sinks = _sink_heads(heads)
@@ -252,6 +257,24 @@ def verdict(result: xr.Dataset) -> str:
     first, *rest = parts
     sentence = f"{first}; {' and '.join(rest)}." if rest else f"{first}."
     return sentence[0].upper() + sentence[1:]
+
+
+def _check_finite(result: xr.Dataset) -> None:
+    """Windows have no padding: a head, or a layer, has all of its numbers or none."""
+    for name in ("sink_attention", "value_norm", "head_output_norm", "residual_norm"):
+        values = result[name]
+        over = [dim for dim in values.dims if dim in ("batch", "position")]
+        known = np.isfinite(values)
+        missing = ~known & ~values.isnull().all(over)
+        if missing.any():
+            first = np.argwhere(missing.transpose(*values.dims).values)[0].tolist()
+            place = dict(zip(values.dims, first, strict=True))
+            where = ", ".join(f"{dim.replace('_', ' ')} {at}" for dim, at in place.items())
+            raise NotFiniteError(
+                f"{name} is {values.isel(place).item()} at {where}, and there is no verdict on a "
+                "model whose numbers are not all there. Its weights are damaged, or its training "
+                "has diverged: load it afresh, or in float32."
+            )
 
 
 def _percent(share: float) -> str:

@@ -27,7 +27,7 @@ from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import can_resume, given, kept, logits_of, residual_states
 from sinkbook.models.wrappers import uncompiled, unwrapped
 from sinkbook.probe.attention_maps import attention_weights
-from sinkbook.probe.recorder import write_factor
+from sinkbook.probe.written import write_factor
 from tiny import LOUD_TOKENS, SIZES, loud_llama
 
 pytestmark = pytest.mark.weights

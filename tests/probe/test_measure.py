@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkbook import measure, probe
 from sinkbook.errors import SinkbookError
-from sinkbook.probe import explicit, fused, recorder
+from sinkbook.probe import explicit, fused
 from sinkbook.probe.masks import Scope, causal_spans, find_spans
+from sinkbook.probe.written import write_factor
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 from tiny import BOS, WORDS, tiny_model, tiny_reader
 
@@ -229,7 +230,7 @@ def test_a_drained_value_keeps_its_digits():
     projection = nn.Linear(8, 64, bias=False)
     projection.weight.data = (basis * stretch @ rotation).float()
     value = rotation[-1].float()  # the direction that is written a million times weaker
-    factor = recorder.write_factor(projection, 1, value)[0]
+    factor = write_factor(projection, 1, value)[0]
     exact = (projection.weight.double() @ value.double()).norm()
     torch.testing.assert_close((factor @ value).norm().double(), exact, rtol=0.2, atol=0)
 
@@ -248,7 +249,7 @@ def test_a_projection_that_hides_its_weights_is_tried_on_unit_vectors():
     value = torch.randn(3, 4)
     with torch.no_grad():
         norms = [
-            (recorder.write_factor(module, 3, value) @ value[..., None]).norm(dim=1)
+            (write_factor(module, 3, value) @ value[..., None]).norm(dim=1)
             for module in (adapted, plain)
         ]
     torch.testing.assert_close(*norms)

@@ -22,6 +22,7 @@ from sinkbook.models.layout import Layer, layers
 from sinkbook.models.partial_forward import (
     Output,
     all_running,
+    alone_with,
     logits_of,
     own_forward,
     state_into,
@@ -92,9 +93,16 @@ def on_trial(
     """Gives a function that runs short texts through the model as it is by itself.
 
     Without the hooks that others have hung on it, which may count or keep what they see, and in
-    evaluation mode; both are put back. Raises `SinkbookError` if the model cannot be run.
+    evaluation mode; both are put back, and other threads wait until then. Raises `SinkbookError` if
+    the model cannot be run.
     """
     model = unwrapped(model)
+    with alone_with(model), _as_it_is(model, texts, length) as run:
+        yield run
+
+
+@contextmanager
+def _as_it_is(model: nn.Module, texts: int, length: int) -> Iterator[Callable[[], None]]:
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hung = [(module, kind, vars(module)[kind]) for module in model.modules() for kind in kinds]
     training = [module for module in model.modules() if module.training]
