@@ -45,55 +45,71 @@ def in_processes(
     Raises `SinkbookError` when all others are done, with every item whose work raised an error, or
     whose process died, and why; the first error is its cause.
     """
-    # Not forked from here: a process that has used torch's threads can hang in its fork. The
-    # server imports torch once, for this call and for later ones.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([_function(work).__module__])
-    made: dict[int, Made] = {}
-    failures: dict[int, Exception] = {}
-    waiting = iter(enumerate(items))
-    workers: dict[Connection, BaseProcess] = {}
-    working: dict[Connection, int] = {}
-
-    def hand_out(here: Connection) -> None:
-        """Give a process the next item that waits and can be sent."""
-        for place, item in waiting:
-            try:
-                here.send(item)
-            except Exception as error:  # the item cannot be pickled, or the process is gone
-                failures[place] = error
-                _tell(item, error)
-            else:
-                working[here] = place
-                return
-
+    processes = _Processes(work, items)
+    made, failures = processes.made, processes.failures
     with progress(label, len(items)) as show:
         try:
             for _ in range(min(len(items), os.cpu_count() or 1, most or len(items))):
-                here, process = _start(context, work)
-                workers[here] = process
-                hand_out(here)
-            while working:
-                for here in wait(list(working)):
-                    place = working.pop(here)
-                    try:
-                        made[place] = _result(here, workers[here])
-                    except Exception as error:
-                        failures[place] = error
-                        _tell(items[place], error)
-                        if isinstance(error, _DiedError):
-                            _end({here: workers.pop(here)})
-                            if len(made) + len(failures) + len(working) < len(items):
-                                here, process = _start(context, work)
-                                workers[here] = process
+                processes.begin()
+            while processes.working:
+                for here in wait(list(processes.working)):
+                    processes.go_on(here)
                     show(len(made) + len(failures))
-                    if here in workers:
-                        hand_out(here)
         finally:
-            _end(workers)
+            _end(processes.workers)
     if failures:
         raise _failed(label, len(items), [(items[p], failures[p]) for p in sorted(failures)])
     return [made[place] for place in range(len(items))]
+
+
+class _Processes:
+    """Processes at work, which item each works on, and what became of the others."""
+
+    def __init__(self, work: Callable[[Item], Made], items: Sequence[Item]):
+        # Not forked from here: a process that has used torch's threads can hang in its fork. The
+        # server imports torch once, for this call and for later ones.
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload([_function(work).__module__])
+        self._work, self._items = work, items
+        self._waiting = iter(enumerate(items))
+        self.workers: dict[Connection, BaseProcess] = {}
+        self.working: dict[Connection, int] = {}
+        self.made: dict[int, Made] = {}
+        self.failures: dict[int, Exception] = {}
+
+    def begin(self) -> None:
+        """Start one more process, on the next item that waits."""
+        here, process = _start(self._context, self._work)
+        self.workers[here] = process
+        self._hand_out(here)
+
+    def go_on(self, here: Connection) -> None:
+        """Take what a process has made, and give it, or its successor, the next item."""
+        place = self.working.pop(here)
+        try:
+            self.made[place] = _result(here, self.workers[here])
+        except Exception as error:
+            self._fail(place, error)
+            if isinstance(error, _DiedError):
+                _end({here: self.workers.pop(here)})
+                if len(self.made) + len(self.failures) + len(self.working) < len(self._items):
+                    self.begin()
+                return
+        self._hand_out(here)
+
+    def _hand_out(self, here: Connection) -> None:
+        for place, item in self._waiting:
+            try:
+                here.send(item)
+            except Exception as error:  # the item cannot be pickled, or the process is gone
+                self._fail(place, error)
+            else:
+                self.working[here] = place
+                return
+
+    def _fail(self, place: int, error: Exception) -> None:
+        self.failures[place] = error
+        _tell(self._items[place], error)
 
 
 class _DiedError(SinkbookError):

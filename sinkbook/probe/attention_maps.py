@@ -1,6 +1,5 @@
 """Whole attention maps, for pictures of short texts. `measure.py` needs none."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +9,8 @@ from torch import Tensor, nn
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import layers
 from sinkbook.models.wrappers import computing_device
-from sinkbook.probe.masks import Scope, integers
+from sinkbook.probe.masks import Scope, TokenTable, integers
 from sinkbook.probe.recorder import Recorder
-
-TokenIds = Int[Tensor, "batch position"] | Sequence[Sequence[int]]
 
 LONGEST = 1024
 
@@ -27,7 +24,7 @@ class AttentionMap(NamedTuple):
 
 def attention_weights(
     model: nn.Module,
-    input_ids: TokenIds,
+    input_ids: TokenTable,
     *,
     layer: int,
 ) -> Float[Tensor, "batch head query key"]:
@@ -43,7 +40,7 @@ def attention_weights(
 
 def attention_logits(
     model: nn.Module,
-    input_ids: TokenIds,
+    input_ids: TokenTable,
     *,
     layer: int,
 ) -> Float[Tensor, "batch head query key"]:
@@ -57,7 +54,7 @@ def attention_logits(
 @torch.no_grad()
 def attention_maps(
     model: nn.Module,
-    input_ids: TokenIds,
+    input_ids: TokenTable,
     *,
     queries: Int[Tensor, " asked"] | None = None,
     layer: int | None = None,
@@ -82,7 +79,7 @@ def attention_maps(
     return found
 
 
-def _map_of(model: nn.Module, input_ids: Tensor | Sequence, layer: int) -> AttentionMap:
+def _map_of(model: nn.Module, input_ids: TokenTable, layer: int) -> AttentionMap:
     input_ids = integers("input_ids", input_ids)
     if input_ids.shape[1] > LONGEST:
         raise SinkbookError(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -15,6 +16,8 @@ KeyHeads = Float[Tensor, "batch key_head position width"]
 Values = Float[Tensor, "batch key_head position value_width"]
 Outputs = Float[Tensor, "batch head position value_width"]
 PerQuery = Float[Tensor, "batch head position"]
+
+TokenTable = Int[Tensor, "batch position"] | Sequence | np.ndarray
 
 HIDDEN = -3e4  # additive masks hold something lower, biases do not
 FAINT = -5e3  # and where they hold -1e4, as in half precision, there is a gap above it
@@ -113,7 +116,7 @@ def shown(values: Tensor) -> Tensor:
 
 
 def integers(
-    name: str, given: Tensor | Sequence, shape: torch.Size | None = None
+    name: str, given: Tensor | Sequence | np.ndarray, shape: torch.Size | None = None
 ) -> Int[Tensor, "batch position"] | Bool[Tensor, "batch position"]:
     """Ids, or marks of tokens, as a tensor of integers or truth values, from any nested sequence.
 

@@ -28,7 +28,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.wrappers import computing_device
 from sinkbook.probe.finite import check_losses, check_variable
-from sinkbook.probe.masks import Scope, integers, shown
+from sinkbook.probe.masks import Scope, TokenTable, integers, shown
 from sinkbook.probe.recorder import Recorder
 from sinkbook.progress import progress
 
@@ -57,12 +57,12 @@ DEFAULT = ("sink_attention", "sink_logit", "value_norm", "residual_norm")
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    input_ids: Int[Tensor, "batch position"] | Sequence[Sequence[int]],
+    input_ids: TokenTable,
     variables: Sequence[str] = DEFAULT,
     *,
-    attention_mask: Tensor | Sequence | None = None,
-    position_ids: Int[Tensor, "batch position"] | Sequence[Sequence[int]] | None = None,
-    queries: Bool[Tensor, "batch position"] | Sequence[Sequence[bool]] | None = None,
+    attention_mask: Tensor | Sequence | np.ndarray | None = None,
+    position_ids: TokenTable | None = None,
+    queries: Bool[Tensor, "batch position"] | Sequence | np.ndarray | None = None,
     sink: int | Int[Tensor, " batch"] | None = None,
 ) -> xr.Dataset:
     """Measure a causal language model's extreme tokens on `input_ids`, in one forward pass.
@@ -70,9 +70,7 @@ def measure(
     `model` is any causal LM of transformers, a toy, or one of your own that names its parts
     (`models.layout`); `variables` are names in `VARIABLES`. `attention_mask` (batch, position), 1
     for tokens and 0 for padding, and `position_ids`, which restart where packed documents do, go
-    to the model as they are.
-
-    The arithmetic is the probe's own, in float32 or wider, also under autocast.
+    to the model as they are. The arithmetic is the probe's own: float32 or wider, autocast off.
 
     The sink is each row's first token that is no padding, or position `sink`. Means run over
     the queries that `queries` marks (all by default), never over padding:
@@ -96,28 +94,22 @@ def measure(
     state more than there are blocks: `residual_layer` 0 is the embedding, `l` the state after `l`
     blocks and what block `layer=l` reads. NaN where there is nothing to measure: at padding, in
     blocks without attention, for rows without a query that counts.
-
     Returns float32; norms in the units of the residual stream, entropy and loss in nats.
     Raises `SinkbookError` for unknown variables, inputs that do not fit, and models that are
-    not causal or whose attention cannot be read; `NotFiniteError`, with layer and position, where
-    a state of a token that is no padding is NaN or infinite. One model is measured by one thread
-    at a time: others wait. Source: arXiv 2410.13835, sections 1 and 3.
+    not causal or whose attention cannot be read; `NotFiniteError` where what counts is NaN or
+    infinite. Threads wait for a model that another one measures.
+    Source: arXiv 2410.13835, sections 1 and 3.
     """
     started = time.perf_counter()
     _check(variables)
-    input_ids = integers("input_ids", input_ids).to(computing_device(model))
-    shape = input_ids.shape
-    if attention_mask is not None:
-        attention_mask = _mask(attention_mask).to(input_ids.device)
-    if position_ids is not None:
-        position_ids = integers("position_ids", position_ids, shape).to(input_ids.device)
-    real = counted = _real_tokens(input_ids, attention_mask)
+    inputs = _inputs(input_ids, attention_mask, position_ids, computing_device(model))
+    real = counted = _real_tokens(inputs)
     if queries is not None:
-        counted = real & integers("queries", queries, shape).to(real.device).bool()
+        counted = real & integers("queries", queries, real.shape).to(real.device).bool()
     scope = Scope(_sink_positions(sink, real), counted, real, frozenset(variables))
     recorder = Recorder(model, scope)
-    logits = _run(recorder, input_ids, attention_mask, position_ids)
-    loss = _mean_loss(logits, input_ids, real) if "loss" in variables else None
+    logits = _run(recorder, inputs)
+    loss = _mean_loss(logits, inputs["input_ids"], real) if "loss" in variables else None
     result = _dataset(recorder, variables, loss)
     result.attrs = _circumstances(recorder) | {
         "sink": "first token of each row" if sink is None else "given by position",
@@ -176,7 +168,7 @@ def _check(variables: Sequence[str]) -> None:
         raise SinkbookError(f"no variable {unknown[0]!r}. Known: {', '.join(VARIABLES)}.")
 
 
-def _mask(attention_mask: Tensor | Sequence) -> Tensor:
+def _mask(attention_mask: Tensor | Sequence | np.ndarray) -> Tensor:
     """A mask as a tensor: 1 and 0 for each token, or for pairs truth values or what is added."""
     mask = torch.as_tensor(attention_mask)
     if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
@@ -192,27 +184,30 @@ def _mask(attention_mask: Tensor | Sequence) -> Tensor:
     return mask
 
 
-def _run(
-    recorder: Recorder,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-) -> Tensor | None:
+def _inputs(
+    input_ids: TokenTable,
+    attention_mask: Tensor | Sequence | np.ndarray | None,
+    position_ids: TokenTable | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What the model is called with, as tensors where it computes."""
+    inputs = {"input_ids": integers("input_ids", input_ids)}
+    if attention_mask is not None:
+        inputs["attention_mask"] = _mask(attention_mask)
+    if position_ids is not None:
+        shape = inputs["input_ids"].shape
+        inputs["position_ids"] = integers("position_ids", position_ids, shape)
+    return {name: states.to(device) for name, states in inputs.items()}
+
+
+def _run(recorder: Recorder, inputs: dict[str, Tensor]) -> Tensor | None:
     """The forward pass that the recorder listens to. Returns the logits if the loss is wanted."""
-    inputs = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-    }
-    inputs = {
-        name: states.to(input_ids.device) for name, states in inputs.items() if states is not None
-    }
     try:
         return recorder.run(inputs, with_logits=recorder.scope.asks_for("loss"))
     except IndexError as error:
         raise SinkbookError(
-            f"the model cannot take {input_ids.shape[1]} positions with token ids up to "
-            f"{int(input_ids.max())}. Cut the text, or use the model's own tokenizer."
+            f"the model cannot take {inputs['input_ids'].shape[1]} positions with token ids up to "
+            f"{int(inputs['input_ids'].max())}. Cut the text, or use the model's own tokenizer."
         ) from error
 
 
@@ -230,11 +225,11 @@ def _circumstances(recorder: Recorder) -> dict[str, str]:
     }
 
 
-def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Bool[Tensor, "b t"]:
+def _real_tokens(inputs: dict[str, Tensor]) -> Bool[Tensor, "b t"]:
     """Which tokens are no padding. A mask over pairs shows it on its diagonal."""
-    if attention_mask is None:
+    input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is None:
         return torch.ones_like(input_ids, dtype=torch.bool)
-    mask = attention_mask.to(input_ids.device)
     if mask.ndim == 4:
         visible = mask if mask.dtype == torch.bool else shown(mask)
         mask = visible[:, 0].diagonal(dim1=-2, dim2=-1).expand(input_ids.shape)
