@@ -97,8 +97,7 @@ def measure(
     Returns float32; norms in the units of the residual stream, entropy and loss in nats.
     Raises `SinkbookError` for unknown variables, inputs that do not fit, and models that are
     not causal or whose attention cannot be read; `NotFiniteError` where what counts is NaN or
-    infinite. Threads wait for a model that another one measures.
-    Source: arXiv 2410.13835, sections 1 and 3.
+    infinite. Threads wait for each other. Source: arXiv 2410.13835, sections 1 and 3.
     """
     started = time.perf_counter()
     _check(variables)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sinkbook.errors import SinkbookError
+from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.layout import has_own_forward, layers, of_transformers
 from sinkbook.models.partial_forward import alone_with, logits_of, state_into, state_of
 from sinkbook.models.trials.heads import heads
