@@ -23,6 +23,7 @@ from sinkbook.probe import explicit, fused
 from sinkbook.probe.finite import States
 from sinkbook.probe.listening import (
     active,
+    evaluating,
     named_attention,
     overhearing,
     transformers_attention,
@@ -106,7 +107,7 @@ class Recorder:
         with contextlib.ExitStack() as undo:
             undo.enter_context(alone_with(self.model))
             undo.enter_context(uncompiled())
-            undo.enter_context(_evaluating(self.model))
+            undo.enter_context(evaluating(self.model))
             undo.enter_context(self._listening())
             token = active.set(self)
             undo.callback(active.reset, token)
@@ -385,19 +386,3 @@ class Recorder:
             f"{type(self.model).__name__} lets tokens attend to later ones. The probe measures "
             "causal language models: decoders, or encoders configured with is_decoder=True."
         )
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whatever mode each module is in.
-
-    By the mark alone: some modules do more where `train` is called, such as merging adapters.
-    """
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

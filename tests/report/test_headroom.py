@@ -172,7 +172,7 @@ def test_headroom_that_cannot_be_known_is_called_unknown():
 def test_residual_states_that_overflow_are_refused_and_named():
     model = tiny_model(initializer_range=0.3).to(torch.float16)
     model.model.layers[0].mlp.down_proj.weight.data.fill_(60_000.0)
-    with pytest.raises(SinkbookError, match="no finite number after layer 0.*overflowed float16"):
+    with pytest.raises(SinkbookError, match="after layer 0 is infinite"):
         measured(model)
     broken = tiny_model()
     broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
