@@ -176,7 +176,7 @@ def test_residual_states_that_overflow_are_refused_and_named():
         measured(model)
     broken = tiny_model()
     broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(SinkbookError, match="after layer 1, at position 0 of text 0"):
+    with pytest.raises(SinkbookError, match="after layer 1 is NaN, first at position 0 of text 0"):
         measured(broken)
 
 
