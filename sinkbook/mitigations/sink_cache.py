@@ -246,7 +246,7 @@ def _attend_streaming(
     A kept token that has left the window stands before it, at its rank among those that have. So
     a query meets it not from its own position `n` but from `window - 1` after the last of them.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux", "position_bias", "indices", "block_indices"):
         if keywords.get(name) is not None:
             raise SinkbookError(
                 f"{type(module).__name__} has a {name}, which streaming would leave out. "

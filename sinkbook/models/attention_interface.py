@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from sinkbook.errors import SinkbookError
 from sinkbook.models.partial_forward import alone_with
 from sinkbook.models.wrappers import unwrapped
 
@@ -93,6 +95,31 @@ def _registered(name: str, attend: Callable) -> str:
     AttentionInterface.register(free, attend)
     AttentionMaskInterface.register(free, sdpa_mask)
     return free
+
+
+def with_selection(
+    module: nn.Module, attention_mask: Tensor | None, keywords: dict
+) -> Tensor | None:
+    """The mask without the keys that a layer's indexer has not chosen; takes that from `keywords`.
+
+    Such layers hide these keys themselves from the functions that they know by name, and tell all
+    others by `indices` (batch, query, chosen). Raises `SinkbookError` for choices of whole blocks.
+    """
+    if keywords.pop("block_indices", None) is not None:
+        raise SinkbookError(
+            f"{type(module).__name__} chooses blocks of keys, which sinkbook does not read. Give a "
+            "model whose layers attend to all keys, or choose them one by one."
+        )
+    indices = keywords.pop("indices", None)
+    if indices is None:
+        return attention_mask
+    hidden = torch.ones(
+        *indices.shape[:2], attention_mask.shape[-1], dtype=torch.bool, device=indices.device
+    )
+    hidden = hidden.scatter(-1, indices.long(), False)[:, None]
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & ~hidden
+    return attention_mask.masked_fill(hidden, torch.finfo(attention_mask.dtype).min)
 
 
 @contextmanager

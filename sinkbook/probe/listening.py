@@ -26,6 +26,7 @@ from sinkbook.models.attention_interface import (
     attention_beneath,
     own_function,
     registered,
+    with_selection,
 )
 from sinkbook.probe import explicit
 from sinkbook.probe.masks import shown
@@ -100,6 +101,7 @@ def _interface_attention(
 ):
     """What `AttentionInterface` calls: for threads that do not measure, what was there before."""
     recorder = active.get()
+    attention_mask = with_selection(module, attention_mask, keywords)
     if recorder is None or recorder.layer is None:
         config = getattr(module, "config", None)
         attend = attention_beneath(config, _interface_attention) or _plain_attention

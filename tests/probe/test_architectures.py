@@ -39,6 +39,7 @@ from sinkbook.llm.checkpoint_metrics import last_query_logits, measure_checkpoin
 from sinkbook.models import load
 from sinkbook.models.interventions import zero
 from sinkbook.models.layout import layers
+from sinkbook.models.partial_forward import state_of
 from sinkbook.probe.attention_maps import attention_maps, attention_weights
 
 pytestmark = pytest.mark.weights
@@ -116,6 +117,10 @@ def eager(model: PreTrainedModel, **inputs) -> tuple[dict[int, Layer], torch.Ten
     def watching(module, query, key, value, attention_mask, **keywords):
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.clamp(min=-1e30)  # the softmax is in float32
+        if (chosen := keywords.pop("indices", None)) is not None:  # by the layer's indexer
+            hidden = torch.ones_like(attention_mask, dtype=torch.bool)
+            hidden = hidden.scatter(-1, chosen[:, None].long(), False)
+            attention_mask = attention_mask.masked_fill(hidden, -1e30)
         function = sys.modules[type(module).__module__].eager_attention_forward
         output, formed = function(module, query, key, value, attention_mask, **keywords)
         number = next(n for n, block in enumerate(blocks) if module in block.modules())
@@ -235,6 +240,35 @@ def test_the_probe_agrees_with_eager_attention(kind, listed):
         real = torch.ones_like(ids) if mask is None else mask
         agree(result, eager(model, **inputs), model, real.bool(), tolerance=1e-5)
     listed(result.attrs["route"].partition("+")[0], kind)
+
+
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "glm_moe_dsa", "axk2"])
+def test_what_a_model_computes_is_not_changed_by_measuring_it(kind):
+    """By the implementation that it has, whatever it asks this one's name for."""
+    model = tiny_with(kind, **({} if kind in ARCHITECTURES else {"num_key_value_heads": 4}))
+    ids = token_ids()
+    states = []
+    hooks = [
+        layer.block.register_forward_hook(lambda _, __, out: states.append(state_of(out)))
+        for layer in layers(model)
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    measured = measure(model, ids, ("residual_max_abs",)).residual_max_abs
+    for number, state in enumerate(states, start=1):
+        expected = state.abs().amax(-1)
+        np.testing.assert_allclose(
+            measured.sel(residual_layer=number), expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_layers_that_choose_blocks_of_keys_are_refused():
+    kinds = {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 4}
+    model = tiny_with("minimax_m3_vl_text", **kinds, index_topk_blocks=1, num_key_value_heads=4)
+    with pytest.raises(SinkbookError, match="MiniMaxM3VLAttention chooses blocks of keys"):
+        measure(model, token_ids())
 
 
 # Where some weight goes to a learned sink, the logits of the keys do not make the weights alone.
