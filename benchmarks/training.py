@@ -8,8 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from benchmarks.timing import alternate, row
+from sinkbook import SinkCallback
 from sinkbook.book import experiments
 from sinkbook.book.settings import Settings
 from sinkbook.toy.optimizers import OPTIMIZERS
@@ -21,7 +29,7 @@ from sinkbook.toy.transformer import Transformer
 
 
 def ratios() -> list[dict]:
-    """Batches against a loop, steps in two precisions, many seeds, and measuring."""
+    """Batches against a loop, steps in two precisions, many seeds, measuring and watching."""
     torch.set_num_threads(1)
     quick = experiments.one_layer(Settings("quick"))[0]
     # The paper's width and length; a smaller batch, which makes drawing it dearer per text.
@@ -33,6 +41,7 @@ def ratios() -> list[dict]:
         *_bfloat16_steps(three_layers),
         _measuring(quick),
         _many_seeds(quick),
+        _watching(),
     ]
 
 
@@ -129,3 +138,38 @@ def _many_seeds(config: TrainingConfig) -> dict:
     in_a_row = _in_an_empty_store(lambda: train_all(configs, way="sequence"))
     name = "8 seeds by the chosen way / one after the other"
     return row(name, [together], [in_a_row], 0.6)
+
+
+def _watching() -> dict:
+    """A hundred steps of a small Llama and one call of the callback, against the steps alone.
+
+    Steps and calls are taken in turn and added up: in two trainings of a hundred steps each, what
+    is looked for would be less than what they differ by anyway.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=341,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    texts, watched = torch.randint(2048, (8, 256)), torch.randint(2048, (8, 128))
+    callback, arguments = SinkCallback(watched), TrainingArguments(use_cpu=True, report_to="none")
+    state, control = TrainerState(global_step=callback.every), TrainerControl()
+
+    def step() -> None:
+        model(input_ids=texts, labels=texts).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def watch() -> None:
+        callback.on_step_end(arguments, state, control, model=model)
+
+    seconds = alternate({"step": step, "watch": watch}, 7)
+    plain = [callback.every * s for s in seconds["step"]]
+    watching = [steps + s for steps, s in zip(plain, seconds["watch"], strict=True)]
+    name = f"training a small Llama with SinkCallback(every={callback.every}) / without"
+    return row(name, watching, plain, 1.01)
