@@ -5,6 +5,7 @@ See `basic.py` and `curves.py`.
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -219,4 +220,26 @@ def life_of_a_llama(head: xr.Dataset) -> list[Axes]:
         ax.xaxis.set_major_formatter(_short)
     axes[0, 0].legend(fontsize=8)
     axes[0, 1].set_ylim(0, 1)
+    return list(axes.flat)
+
+
+def watched(log: pd.DataFrame) -> list[Axes]:
+    """Six panels along training of a trainer's log: its loss, and the keys of `SinkCallback`."""
+    quantities = {
+        "loss": ("next-token loss (nats)", OTHER),
+        "sink/rate": ("share of sinks among heads", SINK),
+        "sink/strongest_attention": ("attention, strongest head", SINK),
+        "sink/value_drain_ratio": ("value norm, <s> / others", DRAIN),
+        "sink/residual_peak_ratio": ("residual norm, <s> / others", PEAK),
+        "sink/largest_magnitude": ("largest residual entry", PEAK),
+    }
+    _, axes = plt.subplots(2, 3, figsize=(8.4, 5.0))
+    for ax, (key, (label, colour)) in zip(axes.flat, quantities.items(), strict=True):
+        known = log[key].dropna()
+        ax.plot(known.index, known, "o-", color=colour, ms=3, lw=1.3)
+        ax.set(xlabel="training step", ylabel=label, xlim=(0, None))
+        if key in ("sink/rate", "sink/strongest_attention"):
+            ax.set_ylim(0, 1)
+        elif key != "loss":
+            ax.set_ylim(0, None)
     return list(axes.flat)

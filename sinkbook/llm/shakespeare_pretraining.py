@@ -13,14 +13,25 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Int
 from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from sinkbook import store
 from sinkbook.data import corpora
@@ -324,3 +335,50 @@ def follow_copying_head(measured: xr.Dataset) -> xr.Dataset:
             ).reset_coords(drop=True)
         )
     return xr.concat(found, dim=measured.seed)
+
+
+WATCHED_STEPS = 200  # until a Llama has its sinks
+
+
+def watched_llama(config: PretrainingConfig, callbacks: list[TrainerCallback]) -> pd.DataFrame:
+    """What transformers' `Trainer` logs while it trains a Llama on the same texts.
+
+    A row for each step at which something was logged, the loss every ten. The model is as wide
+    and as deep as the toy, in all else transformers' own, and is not kept.
+    """
+    set_seed(config.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.model.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=4 * config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            bos_token_id=START,
+            eos_token_id=None,
+        )
+    )
+    count = WATCHED_STEPS * config.batch_size
+    texts = Characters(config).batch_at(count, config.seed, 0)
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=WATCHED_STEPS,
+                per_device_train_batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
+                lr_scheduler_type="constant",
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                seed=config.seed,
+            ),
+            train_dataset=[{"input_ids": text, "labels": text} for text in texts],
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return pd.DataFrame(trainer.state.log_history).groupby("step").first()
