@@ -40,7 +40,8 @@ from transformers.trainer_callback import (
 )
 from transformers.training_args import TrainingArguments
 
-from sinkbook.errors import SinkbookError
+from sinkbook.errors import NotFiniteError, SinkbookError
+from sinkbook.models.partial_forward import alone_with
 from sinkbook.models.pretrained import prefix_of
 from sinkbook.models.wrappers import computing_device, in_own_precision, unwrapped
 from sinkbook.probe.measure import measure
@@ -236,10 +237,12 @@ def _measured(model: nn.Module, ids: Tensor, mask: Tensor | None) -> xr.Dataset:
     device = computing_device(model)
     of_cuda = [device] if device.type == "cuda" else []
     # No model draws in evaluation mode; one with code of its own might.
-    with torch.random.fork_rng(of_cuda), in_own_precision(model):
+    with alone_with(model), torch.random.fork_rng(of_cuda), in_own_precision(model):
         try:
             names = ("sink_attention", *NORMS)
             return measure(model, ids, names, attention_mask=mask)
+        except NotFiniteError:
+            raise
         except SinkbookError:
             result = measure(model, ids, ("sink_attention",), attention_mask=mask)
             for name in NORMS:

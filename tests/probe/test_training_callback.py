@@ -13,7 +13,9 @@ from transformers.integrations import integration_utils
 
 from sinkbook import SinkbookError, SinkCallback, measure, sink_metrics
 from sinkbook.probe.metrics import residual_peak_ratio, sink_rate, value_drain_ratio
-from tiny import WORDS, tiny_model, tiny_tokenizer, tiny_toy
+from sinkbook.report.quantities import quantities
+from sinkbook.report.report import measure_windows
+from tiny import WORDS, tiny_model, tiny_reader, tiny_tokenizer, tiny_toy
 
 pytestmark = pytest.mark.weights
 
@@ -288,6 +290,50 @@ def test_a_model_that_was_prepared_twice_over_a_forward_of_its_own_is_measured_i
 def test_a_model_outside_transformers_is_measured():
     toy = tiny_toy().train()
     assert_metrics(sink_metrics(toy, TOKENS), expected(toy))
+
+
+class Diverging(TrainerCallback):
+    """The third step leads nowhere."""
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step == 3:
+            nn.init.constant_(model.transformer.h[0].mlp.c_fc.weight, float("nan"))
+
+
+def test_of_a_model_that_has_diverged_nothing_is_logged_and_the_training_goes_on(tmp_path):
+    with pytest.warns(UserWarning, match="no sinks measured at step 4: .*NaN"):
+        trainer = train(tmp_path, Diverging(), SinkCallback(TOKENS, every=2))
+    assert trainer.state.global_step == 6
+    assert [entry["step"] for entry in logged(trainer)] == [2]
+
+
+def test_what_a_model_does_not_have_is_left_out():
+    """Differential attention has no one W_O for a head, and so no value norm."""
+    model = tiny_model("diffllama")
+    found, names = sink_metrics(model, TOKENS), ("sink_attention", "residual_norm")
+    assert sorted(found) == [
+        "sink/largest_magnitude",
+        "sink/rate",
+        "sink/residual_peak_ratio",
+        "sink/strongest_attention",
+    ]
+    attention = measure(model, TOKENS, names).sink_attention.mean("batch")
+    assert found["sink/strongest_attention"] == pytest.approx(float(attention.max()), rel=1e-5)
+
+
+def test_the_numbers_are_those_that_a_report_tells_of_the_same_texts():
+    model, tokens = gpt2(vocab_size=len(WORDS), initializer_range=1.0), TOKENS % len(WORDS)
+    told = quantities(measure_windows(tiny_reader(model), tokens))
+    found = sink_metrics(model, tokens)
+    assert found["sink/rate"] > 0
+    for key, name in {
+        "rate": "sink_rate",
+        "strongest_attention": "strongest_sink_attention",
+        "value_drain_ratio": "value_drain_ratio",
+        "residual_peak_ratio": "residual_peak_ratio",
+        "largest_magnitude": "largest_magnitude",
+    }.items():
+        assert found[f"sink/{key}"] == pytest.approx(told[name], rel=1e-5), name
 
 
 # --- What it is given ------------------------------------------------------------------------
