@@ -1,5 +1,6 @@
 """What `sinkbook probe` and `compare` say: tables, pages that open offline, explorers of heads."""
 
-from sinkbook.report.report import probe
+import lazy_loader
 
-__all__ = ["probe"]
+# Imported when it is first used: who draws explorers does not depend on what a report draws.
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"report": ["probe"]})
