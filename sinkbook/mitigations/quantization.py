@@ -25,7 +25,7 @@ from sinkbook.errors import SinkbookError, whole_number
 from sinkbook.mitigations.experts import check_by_text, compute_by_text, expert_matrices
 from sinkbook.models.layout import blocks
 from sinkbook.models.losses import token_losses
-from sinkbook.models.partial_forward import state_into
+from sinkbook.models.partial_forward import alone_with, state_into
 from sinkbook.models.wrappers import computing_device, uncompiled
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
@@ -200,7 +200,7 @@ def quantized(
     if activations is not None:
         _check_ranges(activations)
     shape: list[int] = []  # texts and tokens that the layers are called with
-    with ExitStack() as undo, torch.no_grad(), uncompiled():
+    with alone_with(model), ExitStack() as undo, torch.no_grad(), uncompiled():
         for part in _parts(model):
             for matrix in part.matrices if weights else ():
                 undo.callback(setattr, matrix, "data", matrix.data)

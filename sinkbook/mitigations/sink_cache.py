@@ -32,7 +32,7 @@ from sinkbook.mitigations.rotation import (
 )
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.losses import token_losses
-from sinkbook.models.partial_forward import logits_of, state_of
+from sinkbook.models.partial_forward import alone_with, logits_of, state_of
 from sinkbook.models.wrappers import computing_device, uncompiled, unwrapped
 from sinkbook.progress import progress
 from sinkbook.toy.transformer import Transformer
@@ -169,17 +169,18 @@ def tried(model: nn.Module) -> dict[nn.Module, Rotation]:
     if isinstance(model, nn.Module) and isinstance(unwrapped(model), Transformer):
         return {}
     model = streamable(model)
-    turns, calls = rotations(model), {}
+    calls = {}
 
     def keep(module, *call) -> None:
         calls.setdefault(module, call)
 
-    with evaluating(model), ExitStack() as hooks:
+    with alone_with(model), evaluating(model), ExitStack() as hooks:
+        turns = rotations(model)
         for module in turns:
             hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
         text = torch.arange(1, SHORT + 1) * (model.get_input_embeddings().num_embeddings - 1)
         logits_of(model, text[None].to(computing_device(model)) // SHORT)
-    with evaluating(model), _streaming(model, SHORT, [], turns):
+    with alone_with(model), evaluating(model), _streaming(model, SHORT, [], turns):
         for module, (arguments, keywords, output) in calls.items():
             uncached = {"past_key_values": None} if "past_key_values" in keywords else {}
             again = state_of(module(*arguments, **keywords | uncached))
@@ -199,7 +200,7 @@ def _streaming(
 ) -> Iterator[None]:
     """`streaming` of a model that has been `tried`."""
     positions = torch.tensor(kept, dtype=torch.long)
-    with ExitStack() as undo:
+    with alone_with(model), ExitStack() as undo:
         if isinstance(unwrapped(model), Transformer):
             for module in model.modules():
                 if hasattr(module, "attention_function"):

@@ -4,8 +4,9 @@
         loss_without = loss_of(model, tokens)
 
 Every intervention is a context manager that leaves the model as it found it, also after an
-exception. Interventions nest, and each sees what the ones before it have changed. Where a part's
-writes can be taken hold of is tried on a short text the first time (`trials`).
+exception. Interventions nest, and each sees what the ones before it have changed. Another thread
+that would measure or change the same model waits until the body has ended. Where a part's writes
+can be taken hold of is tried on a short text the first time (`trials`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import Layer, layers
-from sinkbook.models.partial_forward import state_of
+from sinkbook.models.partial_forward import alone_with, state_of
 from sinkbook.models.trials.heads import heads
 from sinkbook.models.trials.writers import Inside, rewrite, with_state, writers
 from sinkbook.models.wrappers import uncompiled
@@ -72,7 +73,7 @@ def replace(
         "head": None if head is None else _numbers("head", head),
         "position": None if position is None else _numbers("position", position),
     }
-    with uncompiled(), ExitStack() as hooks:
+    with alone_with(model), uncompiled(), ExitStack() as hooks:
         for index in chosen:
             _hang(model, part, found[index], index, where, hooks)
         yield

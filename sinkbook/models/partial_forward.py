@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import blocks
 from sinkbook.models.wrappers import uncompiled, unwrapped
 
@@ -28,6 +29,8 @@ Output = Tensor | tuple | list  # the states alone, or first of several
 
 _GUARD = threading.Lock()
 _LOCKS: WeakValueDictionary[int, object] = WeakValueDictionary()  # by the id of a block
+_HOLDERS: dict[int, int] = {}  # threads, by the id of a block
+_WAITING: dict[int, int] = {}  # the block that a thread waits for, by thread
 
 
 @contextmanager
@@ -35,15 +38,44 @@ def alone_with(model: nn.Module) -> Iterator[None]:
     """Hold a model: another thread that wants to listen to its layers, or to change them, waits.
 
     Of one thread any number may lie inside each other. Models that share layers wait for each
-    other, others do not.
+    other, others do not. Who waits for another thread in the body should not need it for the model.
+    Raises `SinkbookError` where two threads would wait for each other for ever.
     """
     with _GUARD:
         held = sorted({id(block) for block in blocks(model)})  # one order for all: no deadlock
-        locks = [_LOCKS.setdefault(block, threading.RLock()) for block in held]
+        locks = {block: _LOCKS.setdefault(block, threading.RLock()) for block in held}
     with ExitStack() as stack:
-        for lock in locks:
-            stack.enter_context(lock)
+        for block, lock in locks.items():
+            _acquire(block, lock, type(model).__name__)
+            stack.callback(_release, block, lock, _HOLDERS.get(block))
+            _HOLDERS[block] = threading.get_ident()
         yield
+
+
+def _acquire(block: int, lock, name: str) -> None:
+    if lock.acquire(blocking=False):
+        return
+    me = threading.get_ident()
+    with _GUARD:
+        thread = _HOLDERS.get(block)
+        while thread is not None and thread != me:
+            thread = _HOLDERS.get(_WAITING.get(thread))
+        if thread == me:
+            raise SinkbookError(
+                f"another thread uses this {name} and waits for a model that this thread uses, so "
+                "both would wait for ever. Let each thread use one model at a time."
+            )
+        _WAITING[me] = block
+    try:
+        lock.acquire()
+    finally:
+        _WAITING.pop(me, None)
+
+
+def _release(block: int, lock, before: int | None) -> None:
+    if before != threading.get_ident():  # else it lies inside another body of this thread
+        _HOLDERS.pop(block, None)
+    lock.release()
 
 
 def logits_of(

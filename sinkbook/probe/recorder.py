@@ -318,7 +318,8 @@ class Recorder:
     ) -> None:
         """File what weights that the model has formed itself show."""
         scope = self.scope.to(weights.device)
-        if (weights.triu(1).ne(0).any(-1) & scope.real[:, None]).any():
+        later = weights.triu(1)
+        if ((later.ne(0) & ~later.isnan()).any(-1) & scope.real[:, None]).any():
             raise self.not_causal()
         self._states.watch(f"a value of layer {self.layer}", value, axis=2)
         self._states.watch(f"an attention weight of layer {self.layer}", weights, axis=2)

@@ -10,7 +10,6 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.quantization import STEPS
 
 FLOAT16 = 65504.0  # the largest finite number
@@ -71,18 +70,6 @@ def headroom(result: xr.Dataset) -> Headroom | None:
         first_token_apart=_largest(result, apart),
         int8_steps_there=_steps(apart[everything.text, everything.residual_layer]),
     )
-
-
-def refuse_overflow(result: xr.Dataset) -> None:
-    """Raise SinkbookError where a residual state is infinite or no number: nothing holds then."""
-    if len(found := np.argwhere(~np.isfinite(_sizes(result)))):
-        layer = found[:, 1].min()
-        text, _, position = found[found[:, 1] == layer][0]
-        raise SinkbookError(
-            f"the residual state of {result.attrs['model']!r} is no finite number "
-            f"{after(int(layer))}, at position {position} of text {text}. It has overflowed "
-            f"{result.attrs['dtype']}, or the weights are damaged: load it in bfloat16 or float32."
-        )
 
 
 def _sizes(result: xr.Dataset) -> Float[np.ndarray, "text residual_layer position"]:

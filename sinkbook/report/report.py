@@ -22,7 +22,6 @@ from sinkbook.data import corpora
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.figures import style
 from sinkbook.models import token_windows
-from sinkbook.models.losses import token_losses
 from sinkbook.models.pretrained import LanguageModel, load
 from sinkbook.probe.measure import VARIABLES, measure
 from sinkbook.progress import progress
@@ -96,11 +95,11 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
     """Measure a model on windows of tokens, a few at a time; shows progress.
 
     Returns the variables in `MEASURED` and `NORMS`, those that the model does not have as NaN,
-    and `token` (batch, position), the tokens as text. Raises SinkbookError where residual states,
-    or the losses of a model without one, are no finite numbers: NaN says that there is nothing to
-    measure, and not that something went wrong.
+    and `token` (batch, position), the tokens as text. Raises NotFiniteError as `measure` does, and
+    where the losses of the first window are no numbers: then what reads the last layer is damaged.
     """
     present = [name for name in NORMS if _has(language_model, tokens[:1, :2], name)]
+    measure(language_model.model, tokens[:1], ("loss",))  # refused if the output head is damaged
     results = []
     with progress("measuring", len(tokens)) as show:
         for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
@@ -122,13 +121,6 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
         "sinkbook": provenance.versions()["sinkbook"],
         "date": date.today().isoformat(),
     }
-    if "residual_max_abs" in present:
-        headroom.refuse_overflow(result)
-    elif not np.isfinite(token_losses(language_model.model, tokens)).all():
-        raise SinkbookError(
-            f"the losses of {language_model.name!r} are no finite numbers. It has overflowed "
-            f"{result.attrs['dtype']}, or the weights are damaged: load it in bfloat16 or float32."
-        )
     return result
 
 

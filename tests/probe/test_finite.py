@@ -31,6 +31,14 @@ def weight_named(model, *endings):
     return named[-1].data
 
 
+def test_a_damaged_query_is_not_taken_for_one_that_sees_what_comes_later():
+    """Where the model forms its weights itself, as BLOOM does."""
+    model = tiny_model("bloom", n_head=4, n_layer=2, initializer_range=0.3)
+    weight_named(model, "query_key_value.weight")[0, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match="attention weight of layer 1 is NaN"):
+        measure(model, IDS, ("sink_attention",))
+
+
 VALUES = ("v_proj.weight", "wv.weight", "Wv.weight")
 
 

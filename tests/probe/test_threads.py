@@ -9,7 +9,8 @@ import torch
 import xarray as xr
 from transformers import LlamaForCausalLM
 
-from sinkbook import attention_weights, measure
+from sinkbook import attention_weights, measure, quantized, zero
+from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.sink_cache import streaming
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.partial_forward import alone_with, kept, logits_of, residual_states
@@ -202,3 +203,63 @@ def test_a_held_model_can_be_held_again_by_its_own_thread():
         result = measure(model, TEXTS[0])
     np.testing.assert_array_equal(result.sink_attention, measure(model, TEXTS[0]).sink_attention)
     assert attention_weights(model, TEXTS[0], layer=0).shape == (1, 4, 16, 16)
+
+
+CHANGES = {
+    "cut": lambda model: zero(model, "attention", layer=1),
+    "another cut": lambda model: zero(model, "head", layer=0, head=2),
+    "streaming": lambda model: streaming(model, window=4, kept=1),
+    "eight bits": lambda model: quantized(model, "token"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_that_of_its_thread_and_others_wait_until_it_has_ended(name):
+    """Both ways to use a changed model, and the whole one and other changes beside it."""
+    model = loud_llama()
+    before = state_of(model)
+
+    def changed(change):
+        with CHANGES[change](model), torch.no_grad():
+            logits = logits_of(model, TEXTS[0])
+            if change == "streaming":
+                return logits, None
+            return logits, measure(model, TEXTS[0])
+
+    def whole():
+        return None, measure(model, TEXTS[1])
+
+    jobs = [lambda: changed(name), whole, lambda: changed("cut"), whole] * 3
+    expected = [job() for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        found = [running.result(timeout=SECONDS) for running in [pool.submit(j) for j in jobs]]
+    for (logits, result), (own_logits, own_result) in zip(found, expected, strict=True):
+        if own_logits is not None:
+            assert torch.equal(logits, own_logits)
+        if own_result is not None:
+            xr.testing.assert_equal(result, own_result)
+    assert not torch.equal(expected[0][0], logits_of(model, TEXTS[0]))
+    assert state_of(model) == before
+
+
+def test_two_threads_that_would_wait_for_each_other_for_ever_are_told():
+    models, both, told = [loud_llama(), loud_llama(layers=3)], threading.Barrier(2), []
+
+    def cross(own, other):
+        with zero(own, "mlp", layer=0):
+            both.wait(timeout=SECONDS)
+            try:
+                measure(other, TEXTS[0])
+            except SinkbookError as error:
+                told.append(str(error))
+
+    threads = [
+        threading.Thread(target=cross, args=pair, daemon=True) for pair in (models, models[::-1])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=SECONDS)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(told) == 1 and "both would wait for ever" in told[0]
+    assert all(measure(model, TEXTS[0]).sink_attention.notnull().all() for model in models)
