@@ -92,6 +92,8 @@ _MEANINGS = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "rope.scale_linear": None,
+    "rope.scaling.attn_factor": None,
+    "attention.temperature_scale": None,
     "expert_weights_scale": "routed_scaling_factor",
 }
 _NEUTRAL = (None, 0, 1)
@@ -117,6 +119,8 @@ def check_header(file: Path, config: PretrainedConfig) -> None:
         value = _value(reader, f"{architecture}.{key}")
         if value not in _NEUTRAL and not _near(value, getattr(config, name or "", None)):
             dropped.append(f"{key} = {value}")
+    if _value(reader, f"{architecture}.attention.causal") is False:
+        dropped.append("attention.causal = False")
     base = _value(reader, f"{architecture}.rope.freq_base")
     if base is not None and not any(_near(base, theta) for theta in _thetas(config)):
         dropped.append(f"rope.freq_base = {base}")

@@ -43,6 +43,7 @@ from sinkbook.models.weight_files import (
     check_downloaded,
     check_folder,
     check_hub,
+    check_numbers,
     check_read,
 )
 
@@ -159,6 +160,11 @@ def load(
             source, card = path, f"{name}, a folder."
         elif _may_be_on_hub(name):
             source, card = name, f"{name} from the hub, revision {options['revision']}."
+        elif path.is_file():
+            raise SinkbookError(
+                f"{name!r} is a file. Give the folder that it lies in; only a .gguf file is a "
+                "model by itself."
+            )
         else:
             raise _unknown(name)
         if revision and source != name:
@@ -185,8 +191,14 @@ def prefix_of(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """What the tokenizer itself puts before a text, tried out on several: one token, two, none."""
     found = set()
     for text in ("a", "the", "1 2", "one two three"):
-        whole = tokenizer(text, verbose=False)["input_ids"]
-        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            whole = tokenizer(text, verbose=False)["input_ids"]
+            own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # whatever a tokenizer raises whose files do not fit its class
+            raise SinkbookError(
+                f"the tokenizer of {name!r} does not read {text!r}: {error}. Load a tokenizer that "
+                "is whole."
+            ) from error
         starts = range(len(whole) - len(own), -1, -1)
         start = next((n for n in starts if own and whole[n : n + len(own)] == own), None)
         if start is not None:
@@ -247,6 +259,8 @@ def _read(
             check_hub(name, str(options["revision"]))
         config = AutoConfig.from_pretrained(source, **options)
         _refuse_encoders(name, config)
+        if not options["trust_remote_code"]:
+            _refuse_own_class(name, config)
         if "gguf_file" in options:
             check_header(Path(source) / str(options["gguf_file"]), config)
         else:
@@ -258,6 +272,8 @@ def _read(
         check_read(name, model, report)
         if "gguf_file" in options:
             check_tensors(Path(source) / str(options["gguf_file"]), model)
+        else:
+            check_numbers(name, source, str(options["revision"]), model)
         return model.to(device), tokenizer
     except SinkbookError:
         raise
@@ -288,6 +304,24 @@ def _refuse_encoders(name: str, config: PretrainedConfig) -> None:
         )
 
 
+def _refuse_own_class(name: str, config: PretrainedConfig) -> None:
+    """Refuse a model whose own class transformers has not, and would take another of its own for.
+
+    Of the same name it is one that transformers has taken over, as Phi's are.
+    """
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "")
+    taken = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if own and taken is not None and own.rpartition(".")[2] != taken.__name__:
+        raise _comes_with_code(name, f" ({own})")
+
+
+def _comes_with_code(name: str, which: str = "") -> SinkbookError:
+    return SinkbookError(
+        f"{name!r} comes with code of its own{which}, which is not run. If you have read that code "
+        "and trust it, add `trust_remote_code=True`."
+    )
+
+
 def _explain(name: str, revision: str, error: Exception) -> SinkbookError:
     """Say in one sentence why transformers could not load a model."""
     causes: list[BaseException] = [error]
@@ -311,9 +345,11 @@ def _explain(name: str, revision: str, error: Exception) -> SinkbookError:
     if "use_safetensors" in str(error):
         return SinkbookError(f"{name!r} has no weights as safetensors. {NO_PICKLES}")
     if "custom code" in str(error):
+        return _comes_with_code(name)
+    if "module 'torch' has no attribute" in str(error):
         return SinkbookError(
-            f"{name!r} comes with code of its own, which is not run. If you have read that code "
-            "and trust it, add `trust_remote_code=True`."
+            f"the config.json of {name!r} names a dtype that torch does not have: "
+            f"{str(error).split()[-1]}. Write it as torch names it: bfloat16, float16 or float32."
         )
     if "backend tokenizer" in str(error):
         return SinkbookError(

@@ -7,8 +7,10 @@ of what to do, and never read around.
 
 import json
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath
 
+from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file
 
@@ -33,6 +35,9 @@ _POINTERS = {
     b"version https://hawser": "a pointer of Git LFS. In the folder run: git lfs pull",
     b"/annex/objects/": "a pointer of git-annex. In the folder run: git annex get",
 }
+_PAGES = (b"<!doctype", b"<html")
+# What else a file of weights may be.
+_PICKLED = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
 # --- Before reading --------------------------------------------------------------------------
@@ -80,19 +85,33 @@ def check_hub(name: str, revision: str) -> None:
         _explicit_name(repr(name), Path(found))
     if found := cached_file(name, _INDEX, **settings):
         _shards(repr(name), Path(found))
+        check_downloaded(Path(found).parent.glob("*.safetensors"))
+    elif found := cached_file(name, _WEIGHTS, **settings | {"local_files_only": True}):
+        check_downloaded([Path(found)])
 
 
 def check_downloaded(paths: Iterable[Path]) -> None:
-    """Refuse what stands for a large file that was never downloaded, and links to nowhere."""
+    """Refuse what stands for a large file that was never downloaded, links to nowhere, pickles."""
     for path in paths:
         if not path.exists():
             raise SinkbookError(f"{str(path)!r} is a link to a file that is not there.")
         if path.is_file():
             with path.open("rb") as file:
                 start = file.read(200)
+            if not start and path.suffix != ".txt":
+                raise SinkbookError(f"{str(path)!r} is empty. Download it again.")
+            if start.lstrip().lower().startswith(_PAGES):
+                raise SinkbookError(
+                    f"{str(path)!r} is a web page. Download it again, from a link to the file."
+                )
             for mark, what in _POINTERS.items():
                 if mark in start[: len(mark) + 40]:
                     raise SinkbookError(f"{str(path)!r} is not downloaded, it is {what}")
+            if path.suffix in (".safetensors", ".gguf") and start.startswith(_PICKLED):
+                raise SinkbookError(
+                    f"{str(path)!r} is a pickle under another name, which can run any code. "
+                    f"{NO_PICKLES}"
+                )
 
 
 def _weight_names(here: str, folder: Path) -> list[str]:
@@ -168,6 +187,29 @@ def _adapter(here: str, file: str, config: Path) -> SinkbookError:
 # --- After reading ---------------------------------------------------------------------------
 
 
+def check_numbers(name: str, source: str, revision: str, model: nn.Module) -> None:
+    """Refuse whole numbers where the model has fractions: their scales would be left out.
+
+    `source` is the folder, or the repository on the hub, that the model was read from.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    folder = Path(source)
+    if not folder.is_dir():
+        held = cached_file(source, "config.json", revision=revision, local_files_only=True)
+        folder = Path(held).parent
+    for file in _weight_names(repr(name), folder):
+        with safe_open(folder / file, "pt") as stored:
+            for tensor in stored.keys():  # noqa: SIM118, it is no dictionary
+                kind = stored.get_slice(tensor).get_dtype()
+                if tensor.endswith(".weight") and kind.lstrip("IU").isdigit():
+                    raise SinkbookError(
+                        f"{name!r} holds {tensor} as whole numbers ({kind}), and its config does "
+                        "not say how they are scaled. Load the model that was quantised, or save "
+                        "it with its quantization_config."
+                    )
+
+
 def check_read(name: str, model: nn.Module, report: dict) -> None:
     """Refuse a model whose tensors and those of its file are not the same, by transformers' report.
 
@@ -180,10 +222,12 @@ def check_read(name: str, model: nn.Module, report: dict) -> None:
             "vocabulary that has grown is in vocab_size), or take both from one place."
         )
     missing, unexpected = sorted(report["missing_keys"]), _unexpected(model, report)
-    if missing and unexpected and (prefix := _prefix(missing, unexpected)):
+    if missing and unexpected:
         raise SinkbookError(
-            f"the weights of {name!r} are stored under other names: {unexpected[0]} {prefix}. "
-            "Rename the tensors and save them again, or save the model inside the wrapper."
+            f"the weights of {name!r} are stored under other names: "
+            f"{_other_names(missing, unexpected)} ({len(missing)} tensors are missing). Rename the "
+            "tensors and save them again, or save the model inside the wrapper, if it was in one; "
+            "or take config and weights from one place."
         )
     if missing:
         raise SinkbookError(
@@ -210,11 +254,14 @@ def _unexpected(model: nn.Module, report: dict) -> list[str]:
     )
 
 
-def _prefix(missing: list[str], unexpected: list[str]) -> str | None:
-    """How the names in the file differ from those that were looked for, if all do by a prefix."""
-    for wanted in missing:
-        if unexpected[0].endswith(f".{wanted}"):
-            return f"has the prefix {unexpected[0].removesuffix(wanted)!r} before {wanted}"
-        if wanted.endswith(f".{unexpected[0]}"):
-            return f"lacks the prefix {wanted.removesuffix(unexpected[0])!r} of {wanted}"
-    return None
+def _other_names(missing: list[str], unexpected: list[str]) -> str:
+    """How the names in a file differ from those that were looked for, by the nearest two."""
+    stored, wanted = max(
+        ((stored, wanted) for stored in unexpected[:50] for wanted in missing[:50]),
+        key=lambda pair: SequenceMatcher(None, *pair, autojunk=False).ratio(),
+    )
+    if stored.endswith(f".{wanted}"):
+        return f"{stored} has the prefix {stored.removesuffix(wanted)!r} before {wanted}"
+    if wanted.endswith(f".{stored}"):
+        return f"{stored} lacks the prefix {wanted.removesuffix(stored)!r} of {wanted}"
+    return f"it has {stored}, perhaps for {wanted}"

@@ -270,6 +270,11 @@ CHANGING = {
     "attn_logit_softcapping": lambda writer: writer.add_attn_logit_softcapping(20.0),
     "logit_scale": lambda writer: writer.add_logit_scale(0.0625),
     "residual_scale": lambda writer: writer.add_residual_scale(0.22),
+    "rope.scaling.attn_factor": lambda writer: writer.add_rope_scaling_attn_factors(1.5),
+    "attention.temperature_scale": lambda writer: writer.add_float32(
+        "llama.attention.temperature_scale", 0.1
+    ),
+    "attention.causal = False": lambda writer: writer.add_causal_attention(False),
     "tensors for which transformers has no place, such as blk.0.attn_q.bias": lambda writer: (
         writer.add_tensor("blk.0.attn_q.bias", np.ones(32, dtype=np.float32))
     ),
@@ -472,8 +477,8 @@ def test_what_is_not_in_the_hub_cache_is_an_error_that_says_so(hub_cache):
     assert third.startswith("'someone/pickled' has no weights as safetensors")
 
 
-def test_an_adapter_and_an_index_that_names_a_pickle_are_refused_on_the_hub_too(hub_cache):
-    for name in ("adapter", "leading"):
+def test_what_is_refused_in_a_folder_is_refused_on_the_hub_too(hub_cache):
+    for name in ("adapter", "leading", "pointer", "whole-numbers"):
         copy = hub_cache / "hub" / f"models--someone--{name}"
         shutil.copytree(hub_cache / "hub" / "models--someone--tiny", copy)
     snapshot = Path("snapshots", "0" * 40)
@@ -483,18 +488,24 @@ def test_an_adapter_and_an_index_that_names_a_pickle_are_refused_on_the_hub_too(
     (led / "model.safetensors").rename(led / "weights.bin")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "weights.bin"}}
     (led / "model.safetensors.index.json").write_text(json.dumps(index))
+    pointing = hub_cache / "hub" / "models--someone--pointer" / snapshot / "model.safetensors"
+    pointing.write_text("version https://git-lfs.github.com/spec/v1\n")
+    whole = hub_cache / "hub" / "models--someone--whole-numbers" / snapshot / "model.safetensors"
+    numbers = {name: (100 * tensor).char() for name, tensor in load_file(whole).items()}
+    save_file(numbers, whole, metadata={"format": "pt"})
     done = run_offline(
         hub_cache,
         "from sinkbook.models.pretrained import SinkbookError, load\n"
-        "for name in ('someone/adapter', 'someone/leading'):\n"
+        "for name in ('adapter', 'leading', 'pointer', 'whole-numbers'):\n"
         "    try:\n"
-        "        load(name)\n"
+        "        load(f'someone/{name}')\n"
         "    except SinkbookError as error:\n"
         "        print(error)\n",
     )
-    first, second = done.stdout.splitlines()
+    first, second, third, fourth = done.stdout.splitlines()
     assert first.startswith("'someone/adapter' holds an adapter of PEFT")
     assert "model.safetensors.index.json names 'weights.bin'" in second
+    assert "git lfs pull" in third and "as whole numbers (I8)" in fourth
 
 
 def test_loading_the_default_model_leaves_stderr_empty():

@@ -97,6 +97,26 @@ def test_a_gguf_file_that_was_not_downloaded_and_a_link_to_nowhere_are_called_so
     assert "model.safetensors" in refusal(folder)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("page", ["<!DOCTYPE html><html>", "\n<html lang='en'>Not found"])
+def test_a_web_page_in_the_place_of_a_file_is_called_so(folder, file, page):
+    (folder / file).write_text(page)
+    assert f"{file}' is a web page" in refusal(folder)
+
+
+def test_a_pickle_that_is_called_safetensors_is_refused_unopened(folder):
+    executed = folder.parent / "executed"
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Trap(executed)))
+    assert "a pickle under another name" in refusal(folder)
+    torch.save(rows().state_dict(), folder / "model.safetensors")  # a zip archive of pickles
+    assert "a pickle under another name" in refusal(folder)
+    assert not executed.exists()
+
+
+def test_a_file_inside_a_folder_is_answered_with_the_folder(folder):
+    assert "is a file. Give the folder" in refusal(folder / "model.safetensors")
+
+
 def test_pickles_beside_whole_weights_are_nobodys_business(folder):
     (folder / "pytorch_model.bin").write_text(POINTER.format("ab" * 32))
     load(folder, device="cpu")
@@ -130,6 +150,57 @@ def test_a_tokenizer_with_more_ordinary_tokens_than_the_model_has_embeddings_is_
 def test_names_with_a_prefix_are_called_so(folder, prefix):
     rename(folder, lambda name: prefix + name)
     assert f"has the prefix {prefix!r}" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("own", "stored"),
+    [
+        (".layers.0.", ".layers.0._checkpoint_wrapped_module."),
+        ("model.", "model._orig_mod."),
+        ("model.", "transformer."),
+    ],
+)
+def test_names_that_differ_elsewhere_are_set_side_by_side(folder, own, stored):
+    rename(folder, lambda name: name.replace(own, stored, 1))
+    said = refusal(folder)
+    assert "stored under other names" in said
+    found = next(word for word in said.split() if stored in word).strip(",")
+    assert f"it has {found}, perhaps for {found.replace(stored, own, 1)} (" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "unheard of"}}])
+def test_whole_numbers_without_a_scale_are_no_weights(folder, dtype, config):
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = (100 * weights[name]).to(dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change(folder / "config.json", **config)
+    assert f"holds {name} as whole numbers" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["torch.bfloat16", "fp16", "auto"])
+def test_a_dtype_that_torch_does_not_have_is_named(folder, name):
+    change(folder / "config.json", dtype=name)
+    assert f"names a dtype that torch does not have: '{name}'" in refusal(folder)
+
+
+def test_a_class_of_its_own_is_not_taken_for_that_of_transformers(folder):
+    """Of the same name it is: transformers has taken such models over."""
+    own = {"AutoModelForCausalLM": "modeling_long_llama.LongLlamaForCausalLM"}
+    change(folder / "config.json", auto_map=own)
+    said = refusal(folder)
+    assert "modeling_long_llama.LongLlamaForCausalLM" in said and "trust_remote_code=True" in said
+    change(folder / "config.json", auto_map={"AutoModelForCausalLM": "code.LlamaForCausalLM"})
+    load(folder, device="cpu")
+
+
+def test_a_tokenizer_that_cannot_read_is_refused(folder, monkeypatch):
+    def raises(*_, **__):
+        raise Exception("WordPiece error: Missing [UNK] token from the vocabulary")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast._encode_plus", raises)
+    assert "does not read 'a': WordPiece error" in refusal(folder)
 
 
 def test_names_without_the_prefix_of_the_model_inside_are_read_whole(folder):
