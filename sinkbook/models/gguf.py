@@ -112,7 +112,7 @@ def check_header(file: Path, config: PretrainedConfig) -> None:
     if (_value(reader, "split.count") or 0) > 1:
         raise SinkbookError(
             f"{str(file)!r} is one of {_value(reader, 'split.count')} parts of a model. Join them "
-            "with: llama-gguf-split --merge"
+            "with llama.cpp's llama-gguf-split."
         )
     dropped = [*_scalings(reader, architecture)]
     for key, name in _MEANINGS.items():
