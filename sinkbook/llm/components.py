@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.interventions import zero
+from sinkbook.models.interventions import WAYS, reading, replace, stand_in, zero
 from sinkbook.models.layout import Layer, layers
 from sinkbook.models.partial_forward import can_resume, given, kept, residual_states, state_of
 from sinkbook.probe.measure import measure
@@ -23,6 +23,7 @@ from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from sinkbook.progress import progress
 
 PARTS = ("attention", "mlp")
+IN_ITS_PLACE = (*WAYS, "elsewhere")
 Tokens = Int[Tensor, "batch position"]
 
 # --- What is written -------------------------------------------------------------------------
@@ -248,6 +249,45 @@ def effects_of_each(
         for tokens in groups
     ]
     return xr.concat(found, dim="batch")
+
+
+def in_its_place(
+    model: nn.Module,
+    input_ids: Tokens,
+    part: str,
+    *,
+    layer: int,
+    position: int = 0,
+    ways: Sequence[str] = IN_ITS_PLACE,
+    seed: int = 0,
+) -> xr.Dataset:
+    """`symptoms` with each of several things in the place of what a part writes at one position.
+
+    Over `way` besides: "whole" first, the model as it is, and then the `ways`. Those of
+    `interventions.stand_in` take a part's place by what it writes at this position of other texts;
+    "elsewhere" by its mean over all other positions of all texts, what it writes on average.
+    Position 0 sees only itself: where the texts begin with the same token, they write the same
+    there, and "mean" and "shuffled" change nothing. Raises `SinkbookError` for other words.
+    """
+    if unknown := [way for way in ways if way not in IN_ITS_PLACE]:
+        raise SinkbookError(
+            f"no way {unknown[0]!r} to take a part away. Known: {', '.join(IN_ITS_PLACE)}."
+        )
+    with kept(model) as outputs, reading(model, part, layer=layer) as runs:
+        found = [symptoms(model, input_ids)]
+    written = runs[0]
+    at = written[:, [position]]
+    others = torch.arange(written.shape[1], device=written.device) != position % written.shape[1]
+    below = layer if can_resume(model, input_ids) else 0
+    for way in ways:
+        if way == "elsewhere":
+            new = written[:, others].float().mean((0, 1)).to(written)
+        else:
+            new = stand_in(at, way, seed=seed)
+        cut = replace(model, part, new, layer=layer, position=position)
+        with cut, given(model, outputs, below=below):
+            found.append(symptoms(model, input_ids).fillna(found[0]))
+    return xr.concat(found, dim=xr.Variable("way", ["whole", *ways]))
 
 
 def matters_most(left: Float[xr.DataArray, "part cut batch"]) -> tuple[str, int]:

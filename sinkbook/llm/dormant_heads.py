@@ -5,11 +5,13 @@
     changes = ablate(reader.model, held_out, candidates)
 
 A scan measures all heads in one pass. What a head is worth is only known once it is taken away,
-which takes a pass for each, so `select` proposes a few. `dormant_head_tests.py` judges them.
+which takes a pass for each, so `select` proposes a few. `dormant_head_tests.py` judges them. In the
+place of a head can stand nothing, its mean over texts, or what it writes on another (`ablate`).
 Source: arXiv 2410.13835, section 3.1 and Figure 8.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from sinkbook.data import corpora
 from sinkbook.models import token_windows
-from sinkbook.models.interventions import zero
+from sinkbook.models.interventions import check_ways, reading, replace, stand_in
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.partial_forward import can_resume, given, kept, logits_of
 from sinkbook.models.pretrained import LanguageModel
@@ -197,29 +199,50 @@ def loss_changes(
     model: nn.Module,
     tokens: Int[xr.DataArray, "text position"],
     heads: Sequence[tuple[int, int]],
+    *,
+    way: str = "zero",
+    seed: int = 0,
 ) -> Float[xr.DataArray, "cut text query"]:
-    """What zeroing each head, alone, adds to the loss of every next token, in nats.
+    """What taking each head away, alone, adds to the loss of every next token, in nats.
 
-    `heads` are (layer, head). The change at position n is that of predicting token n + 1; the last
-    position has none. The layers below a head are not run again, where the model allows that.
+    `heads` are (layer, head). In the place of what a head writes stands what `way` says, a word in
+    `interventions.WAYS`: nothing, its mean over the other texts, or what it writes on another one,
+    drawn by `seed`. The change at position n is that of predicting token n + 1; the last position
+    has none. The layers below a head are not run again, where the model allows that.
+    Raises `SinkbookError` for an unknown way, and for one text where others are needed.
     """
-    return _loss_changes(
-        model, tokens, heads, resumes=can_resume(model, _batches(model, tokens)[0])
-    )
+    check_ways([way])
+    resumes = can_resume(model, _batches(model, tokens)[0])
+    return _loss_changes(model, tokens, [(*head, way) for head in heads], resumes, seed)
 
 
 def _loss_changes(
-    model: nn.Module, tokens: xr.DataArray, heads: Sequence[tuple[int, int]], *, resumes: bool
+    model: nn.Module,
+    tokens: xr.DataArray,
+    cuts: Sequence[tuple[int, int, str]],
+    resumes: bool,
+    seed: int,
 ) -> xr.DataArray:
-    changes = []
-    for ids in _batches(model, tokens):
-        with kept(model) as outputs:
-            whole = _losses(model, ids)
+    """`cuts` are (layer, head, way)."""
+    batches, changes = _batches(model, tokens), []
+    reads = {layer for layer, _, way in cuts if way != "zero"}
+    run = None
+    with ExitStack() as hooks:
+        written = {n: hooks.enter_context(reading(model, "head", layer=n)) for n in reads}
+        for ids in batches if reads else ():
+            run = _whole(model, ids)
+    states = {layer: torch.cat(parts) for layer, parts in written.items()}
+    stand_ins = [
+        stand_in(states[layer][:, :, [head]], way, seed=seed).split(BATCH) if layer in reads else ()
+        for layer, head, way in cuts
+    ]
+    for number, ids in enumerate(batches):
+        outputs, whole = run if run and len(batches) == 1 else _whole(model, ids)
         rows = []
-        for layer, head in heads:
-            below = layer if resumes else 0
-            cut = zero(model, "head", layer=layer, head=head)
-            with cut, given(model, outputs, below=below):
+        for (layer, head, _), instead in zip(cuts, stand_ins, strict=True):
+            new = instead[number] if instead else 0.0
+            cut = replace(model, "head", new, layer=layer, head=head)
+            with cut, given(model, outputs, below=layer if resumes else 0):
                 rows.append(_losses(model, ids) - whole)
         changes.append(torch.stack(rows))
     found = torch.cat(changes, dim=1).cpu().numpy()
@@ -228,6 +251,12 @@ def _loss_changes(
         dims=("cut", "text", "position"),
         coords={"text": tokens.text, "position": tokens.position[:-1]},
     )
+
+
+def _whole(model: nn.Module, ids: Int[Tensor, "text position"]) -> tuple[list, Tensor]:
+    """What the layers of the whole model give, and its losses."""
+    with kept(model) as outputs:
+        return outputs, _losses(model, ids)
 
 
 def _losses(model: nn.Module, ids: Int[Tensor, "text position"]) -> Float[Tensor, "text query"]:
@@ -245,36 +274,49 @@ def ablate(
     candidates: pd.DataFrame,
     *,
     everywhere: Sequence[int] = (),
-) -> Float[xr.DataArray, "candidate domain text"]:
-    """What zeroing each candidate adds to the mean next-token loss of each text, in nats.
+    way: str | Sequence[str] = "zero",
+    other_ways: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Float[xr.DataArray, "*way candidate domain text"]:
+    """What taking each candidate away adds to the mean next-token loss of each text, in nats.
 
     Each is taken away in its own two domains, those in the rows `everywhere` in all of them; NaN
-    elsewhere. Shows progress on a terminal.
+    elsewhere. Several words for a `way` (`loss_changes`) give a dimension of that name; those after
+    the first are tried on the rows `other_ways` alone (all rows if that is None), in their own two
+    domains. Means and other texts are those of the same domain. Shows progress on a terminal.
     """
-    shape = (len(candidates), tokens.sizes["domain"], tokens.sizes["text"])
-    changes = xr.DataArray(
-        np.full(shape, np.nan),
-        dims=("candidate", "domain", "text"),
-        coords={
-            "candidate": candidates.index,
-            "domain": tokens.domain,
-            "text": tokens.text,
-        },
-    )
+    ways = [way] if isinstance(way, str) else list(way)
+    check_ways(ways)
+    coords = {"way": ways, "candidate": candidates.index}
+    coords |= {"domain": tokens.domain.values, "text": tokens.text.values}
+    shape = [len(values) for values in coords.values()]
+    changes = xr.DataArray(np.full(shape, np.nan), dims=tuple(coords), coords=coords)
     resumes = can_resume(model, _batches(model, tokens[0])[0])
+    tried = candidates.index if other_ways is None else other_ways
     with progress("taking heads away", tokens.sizes["domain"]) as show:
         for number, domain in enumerate(tokens.domain.values):
             own = (candidates[list(SIDES)] == domain).any(axis=1)
-            rows = candidates.index[own | candidates.index.isin(everywhere)]
-            if len(rows):
-                heads = list(
-                    candidates.loc[rows, ["layer", "head"]].itertuples(index=False, name=None)
-                )
+            rows = {
+                name: candidates.index[
+                    own & candidates.index.isin(tried)
+                    if place
+                    else own | candidates.index.isin(everywhere)
+                ]
+                for place, name in enumerate(ways)
+            }
+            cuts = [
+                (*candidates.loc[row, ["layer", "head"]], name)
+                for name, of_way in rows.items()
+                for row in of_way
+            ]
+            if cuts:
                 texts = tokens.sel(domain=domain)
-                found = _loss_changes(model, texts, heads, resumes=resumes)
-                changes.loc[{"candidate": rows, "domain": domain}] = found.mean("position").values
+                found = _loss_changes(model, texts, cuts, resumes, seed).mean("position").values
+                for name, of_way in rows.items():
+                    where = {"way": name, "candidate": of_way, "domain": domain}
+                    changes.loc[where], found = found[: len(of_way)], found[len(of_way) :]
             show(number + 1)
-    return changes
+    return changes.isel(way=0, drop=True) if isinstance(way, str) else changes
 
 
 # --- Along one text --------------------------------------------------------------------------

@@ -7,6 +7,9 @@ Every intervention is a context manager that leaves the model as it found it, al
 exception. Interventions nest, and each sees what the ones before it have changed. Another thread
 that would measure or change the same model waits until the body has ended. Where a part's writes
 can be taken hold of is tried on a short text the first time (`trials`).
+
+Zero is not the only thing to put in a part's place, and may harm more than the part's absence:
+`reading` keeps what a part writes, and `stand_in` makes of it what is put there instead.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,11 +24,14 @@ from torch import Tensor, nn
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import Layer, layers
 from sinkbook.models.partial_forward import alone_with, state_of
-from sinkbook.models.trials.heads import heads
+from sinkbook.models.trials.heads import Heads, heads
+from sinkbook.models.trials.sums import Term
 from sinkbook.models.trials.writers import Inside, rewrite, with_state, writers
 from sinkbook.models.wrappers import uncompiled
 
 PARTS = ("attention", "head", "value", "mlp", "residual")
+WRITING = ("attention", "head", "mlp")
+WAYS = ("zero", "mean", "shuffled")  # of taking a part away: what stands in its place
 Numbers = SupportsIndex | Iterable[SupportsIndex]  # one or many: lists, ranges, arrays, tensors
 
 
@@ -66,8 +72,7 @@ def replace(
     found = layers(model)
     chosen = _numbers("layer", layer)
     for index in chosen:
-        if not 0 <= index < len(found):
-            raise SinkbookError(f"layer {index} is not there; 0 to {len(found) - 1} are.")
+        _check_layer(index, len(found))
     where = {
         "with_": torch.as_tensor(with_),
         "head": None if head is None else _numbers("head", head),
@@ -75,13 +80,99 @@ def replace(
     }
     with alone_with(model), uncompiled(), ExitStack() as hooks:
         for index in chosen:
-            _hang(model, part, found[index], index, where, hooks)
+            _hang(model, part, found, index, where, hooks)
         yield
 
 
 def zero(model: nn.Module, part: str, **where) -> AbstractContextManager[None]:
     """Cut a part: `replace` with 0. Zeroed heads, attentions and MLPs write nothing."""
     return replace(model, part, 0.0, **where)
+
+
+@contextmanager
+def reading(model: nn.Module, part: str, *, layer: int) -> Iterator[list[Tensor]]:
+    """Keep what a part of one layer writes, a tensor for each run of the model in the body.
+
+    Parts are those in `WRITING`, and shapes as in `replace`: for "head" those of all heads. With
+    what was kept in its place (`replace`) the model does what it did. Raises as `replace`.
+    """
+    if part not in WRITING:
+        raise SinkbookError(f"no part named {part!r} to read. Known: {', '.join(WRITING)}.")
+    found = layers(model)
+    _check_layer(layer, len(found))
+    written: list[Tensor] = []
+    with alone_with(model), uncompiled(), ExitStack() as hooks:
+        block = found[layer].block
+        if part == "head":
+            count = _known_heads(model, part, layer).count
+
+            def note(states: Tensor) -> Tensor:
+                written.append(states.detach().unflatten(-1, (count, -1)).clone())
+                return states
+
+            Inside(block, hooks, own_shape=True).change_input(found[layer].output, note, hooks)
+        else:
+            terms = _known_terms(model, part, found, layer)
+            _note_terms(Inside(block, hooks), terms, written, hooks)
+        yield written
+
+
+def _note_terms(inside: Inside, terms: list[Term], written: list[Tensor], hooks: ExitStack) -> None:
+    """Add up the terms that a part's write is the sum of, run by run."""
+    came = 0
+
+    def note(states: Tensor, factor: float) -> Tensor:
+        nonlocal came
+        own = factor * states.detach()
+        if came % len(terms):
+            written[-1] = written[-1] + own
+        else:
+            written.append(own)
+        came += 1
+        return states
+
+    for term in terms:
+        inside.change_output(term.module, partial(note, factor=term.factor), hooks)
+
+
+def stand_in(
+    written: Float[Tensor, "text position *states"], way: str, *, seed: int = 0
+) -> Float[Tensor, "text position *states"]:
+    """What is put in the place of what a part writes on some texts, by a way in `WAYS`.
+
+    - "zero": nothing;
+    - "mean": at each position its mean over the *other* texts, so that of a text's own nothing is
+      left, however few there are;
+    - "shuffled": what it writes on another text at the same position. Which one is drawn by
+      `seed`; each text is another's once.
+
+    What the texts have in common stays with the last two, so that what they cost is what the part
+    says of one text and not of the others. Raises `SinkbookError` for an unknown way, and for one
+    text, which has no others. Source: arXiv 2604.14433 for the controls; 2211.00593 for means at
+    each position.
+    """
+    check_ways([way])
+    if way == "zero":
+        return torch.zeros_like(written)
+    count = len(written)
+    if count < 2:
+        raise SinkbookError(
+            f"way {way!r} needs other texts, and there is {count}. Give two or more."
+        )
+    if way == "mean":
+        exact = written.to(torch.promote_types(written.dtype, torch.float32))
+        return ((exact.sum(0) - exact) / (count - 1)).to(written)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    another = torch.empty_like(order)
+    another[order] = order.roll(1)
+    return written[another.to(written.device)]
+
+
+def check_ways(ways: Iterable[str]) -> None:
+    """Raises `SinkbookError` for a word that is not in `WAYS`."""
+    for way in ways:
+        if way not in WAYS:
+            raise SinkbookError(f"no way {way!r} to take a part away. Known: {', '.join(WAYS)}.")
 
 
 def _numbers(name: str, given: Numbers) -> list[int]:
@@ -98,14 +189,14 @@ def _numbers(name: str, given: Numbers) -> list[int]:
     return numbers.flatten().tolist()
 
 
-def _hang(
-    model: nn.Module, part: str, layer: Layer, index: int, where: dict, hooks: ExitStack
-) -> None:
-    """Hang the hooks of one layer on it."""
-    if part in ("head", "value"):
-        _hang_on_heads(model, part, layer, index, where, hooks)
-        return
-    writing = writers(model)[index]
+def _check_layer(index: int, count: int) -> None:
+    if not 0 <= index < count:
+        raise SinkbookError(f"layer {index} is not there; 0 to {count - 1} are.")
+
+
+def _known_terms(model: nn.Module, part: str, found: list[Layer], index: int) -> list[Term]:
+    """What a part adds to the residual state; none for "residual", which is the state."""
+    writing, layer = writers(model)[index], found[index]
     refusal = writing.odd_state if part == "residual" else writing.refusal
     if not refusal and part != "residual" and not getattr(writing, part):
         refusal = f"layer {index} has no {part} of its own"
@@ -117,6 +208,26 @@ def _hang(
         raise SinkbookError(
             f"no {part} to replace in layer {index} of {type(model).__name__}: {refusal}."
         )
+    return [] if part == "residual" else getattr(writing, part)
+
+
+def _known_heads(model: nn.Module, part: str, index: int) -> Heads:
+    known = heads(model)[index]
+    refusal = known.no_heads if part == "head" else known.no_values
+    if refusal:
+        raise SinkbookError(f"layer {index} has no {part} to replace: it has {refusal}.")
+    return known
+
+
+def _hang(
+    model: nn.Module, part: str, found: list[Layer], index: int, where: dict, hooks: ExitStack
+) -> None:
+    """Hang the hooks of one layer on it."""
+    layer = found[index]
+    if part in ("head", "value"):
+        _hang_on_heads(model, part, layer, index, where, hooks)
+        return
+    terms = _known_terms(model, part, found, index)
     if part == "residual":
         write = partial(_write_over, heads=None, start=0.0, **where)
         handle = layer.block.register_forward_hook(
@@ -129,16 +240,13 @@ def _hang(
         own = where["with_"] / factor if factor else torch.tensor(0.0)
         return _write_over(states, heads=None, start=0.0, **where | {"with_": own})
 
-    rewrite(Inside(layer.block, hooks), getattr(writing, part), add, hooks)
+    rewrite(Inside(layer.block, hooks), terms, add, hooks)
 
 
 def _hang_on_heads(
     model: nn.Module, part: str, layer: Layer, index: int, where: dict, hooks: ExitStack
 ) -> None:
-    known = heads(model)[index]
-    refusal = known.no_heads if part == "head" else known.no_values
-    if refusal:
-        raise SinkbookError(f"layer {index} has no {part} to replace: it has {refusal}.")
+    known = _known_heads(model, part, index)
     count, start = (known.count, 0.0) if part == "head" else (known.values, known.start)
     for number in where["head"] or []:
         if not 0 <= number < count:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from sinkbook.errors import SinkbookError
 from sinkbook.llm import components
 from sinkbook.llm.neurons import cut_units, unit_writes
-from sinkbook.models.interventions import zero
+from sinkbook.models.interventions import reading, replace, zero
 from tiny import tiny_model, tiny_toy
 
 TOKENS = torch.randint(1, 50, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -202,3 +202,46 @@ def test_a_peak_is_the_first_direction_of_a_text_and_gone_without_its_token(peak
     assert after.with_sink.min() > 0.99
     assert after.without_sink.max() < 0.9
     assert squeezed.with_sink.isel(residual_layer=0) < 0.9
+
+
+# --- Other things than zero in a part's place ------------------------------------------------
+
+OTHER_STARTS = TOKENS.clone()
+OTHER_STARTS[:, 0] = torch.tensor([0, 4, 9])
+
+
+def test_what_all_texts_have_written_in_first_place_can_be_exchanged_and_not_be_averaged(peaked):
+    found = components.in_its_place(peaked, TOKENS, "mlp", layer=WRITER)
+    assert found.way.values.tolist() == ["whole", "zero", "mean", "shuffled", "elsewhere"]
+    height = found.residual_peak_ratio.isel(residual_layer=WRITER + 1).mean("batch")
+    np.testing.assert_allclose(height.sel(way=["mean", "shuffled"]), height[0], rtol=1e-5)
+    assert height[0] > 20
+    assert height.sel(way=["zero", "elsewhere"]).max() < 3
+
+
+def test_a_text_without_the_peak_gets_it_from_another(peaked):
+    found = components.in_its_place(peaked, OTHER_STARTS, "mlp", layer=WRITER)
+    height = found.residual_peak_ratio.isel(residual_layer=WRITER + 1)
+    assert (height.sel(way="whole") > 20).values.tolist() == [True, False, False]
+    assert (height.sel(way="shuffled") > 20).sum() == 1
+    assert not height.sel(way="shuffled", batch=0) > 20
+    assert (height.sel(way="mean") > 10).values.tolist() == [False, True, True]
+
+
+def test_each_way_is_that_of_the_whole_model_with_the_same_in_its_place(model):
+    ways = components.in_its_place(model, OTHER_STARTS, "mlp", layer=2)
+    with reading(model, "mlp", layer=2) as written:
+        whole = components.symptoms(model, OTHER_STARTS)
+    (mlp,) = written
+    elsewhere = mlp[:, 1:].reshape(-1, mlp.shape[-1]).mean(0)
+    mean = torch.stack([mlp[[1, 2], 0].mean(0), mlp[[0, 2], 0].mean(0), mlp[[0, 1], 0].mean(0)])
+    xr.testing.assert_allclose(ways.sel(way="whole", drop=True), whole)
+    for way, new in {"zero": 0.0, "mean": mean[:, None], "elsewhere": elsewhere}.items():
+        with replace(model, "mlp", new, layer=2, position=0):
+            by_hand = components.symptoms(model, OTHER_STARTS)
+        xr.testing.assert_allclose(ways.sel(way=way, drop=True), by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_another_word_for_a_way_is_refused(peaked):
+    with pytest.raises(SinkbookError, match="no way 'average'.*shuffled, elsewhere"):
+        components.in_its_place(peaked, TOKENS, "mlp", layer=1, ways=["average"])

@@ -110,6 +110,95 @@ def test_a_scan_is_the_probe_domain_by_domain_and_text_by_text():
     np.testing.assert_allclose(there.output_share.mean("head"), 1, rtol=1e-5)
 
 
+# --- Other things than zero in a head's place ------------------------------------------------
+
+OTHER_WAYS = ("mean", "shuffled")
+
+
+def with_a_constant_head(layer: int, head: int):
+    """A GPT-2 of which one head writes the same at every position of every text."""
+    model = EACH_LAYOUT["gpt2"]().requires_grad_(False)
+    projection, width = model.transformer.h[layer].attn.c_attn, model.config.n_embd
+    size = width // model.config.n_head
+    own = slice(2 * width + head * size, 2 * width + (head + 1) * size)
+    projection.weight[:, own], projection.bias[own] = 0, 3
+    return model
+
+
+def test_a_head_that_writes_a_constant_is_missed_against_zero_and_not_against_its_mean():
+    tokens = random_tokens(texts=9).sel(domain="prose", drop=True)  # more than one batch
+    heads = [(1, 2), (1, 0)]
+    zeroed, *others = (
+        dormant_heads.loss_changes(with_a_constant_head(1, 2), tokens, heads, way=way)
+        for way in ("zero", *OTHER_WAYS)
+    )
+    assert abs(zeroed[0]).max() > 1e-3
+    for changes in others:
+        assert abs(changes[0]).max() < 1e-6 and abs(changes[1]).max() > 1e-4
+
+
+def test_what_it_writes_on_an_equal_text_is_what_a_head_writes():
+    tokens = random_tokens().sel(domain="prose", drop=True)
+    equal = tokens.isel(text=[2] * 5).assign_coords(text=range(5))
+    for way in OTHER_WAYS:
+        assert abs(dormant_heads.loss_changes(toy(), equal, [(1, 2)], way=way)).max() < 1e-6
+    assert abs(dormant_heads.loss_changes(toy(), equal, [(1, 2)])).max() > 1e-3
+
+
+def test_the_loss_against_a_heads_mean_is_that_of_a_slow_float64_reference():
+    model = EACH_LAYOUT["llama"]().requires_grad_(False).double()
+    tokens = random_tokens(texts=10).sel(domain="code", drop=True)
+    layer, head, width = 1, 3, 4
+    own = slice(head * width, (head + 1) * width)
+    reads, written, without = model.model.layers[layer].self_attn.o_proj, [], []
+    note = reads.register_forward_pre_hook(lambda _, inputs: written.append(inputs[0][0, :, own]))
+    whole = np.concatenate([by_hand(model, ids[None]) for ids in tokens.values])
+    note.remove()
+    for number, ids in enumerate(tokens.values):
+        mean = sum(other for n, other in enumerate(written) if n != number) / (len(written) - 1)
+
+        def put(_, inputs, mean=mean):
+            changed = inputs[0].clone()
+            changed[0, :, own] = mean
+            return (changed,)
+
+        hook = reads.register_forward_pre_hook(put)
+        without.append(by_hand(model, ids[None])[0])
+        hook.remove()
+    found = dormant_heads.loss_changes(model, tokens, [(layer, head)], way="mean")
+    np.testing.assert_allclose(found[0], np.stack(without) - whole, rtol=0, atol=2e-6)
+    assert abs(found).max() > 1e-3
+
+
+def test_several_ways_stand_beside_each_other_each_as_by_itself():
+    model, tokens = toy(), random_tokens()
+    candidates = dormant_heads.select(dormant_heads.scan(model, tokens), 3)
+    ways = ("zero", *OTHER_WAYS)
+    together = dormant_heads.ablate(
+        model, tokens, candidates, everywhere=[0], way=ways, other_ways=[0, 2]
+    )
+    assert together.dims == ("way", "candidate", "domain", "text")
+    alone = dormant_heads.ablate(model, tokens, candidates, everywhere=[0])
+    np.testing.assert_allclose(together.sel(way="zero"), alone, atol=1e-6)
+    for way in OTHER_WAYS:
+        alone = dormant_heads.ablate(model, tokens, candidates, way=way)
+        assert alone.notnull().all("text").sum("domain").values.tolist() == [2, 2, 2]
+        alone[1] = np.nan
+        np.testing.assert_allclose(together.sel(way=way), alone, atol=1e-6)
+
+
+def test_an_unknown_way_is_refused_before_anything_runs():
+    tokens = random_tokens()
+    candidates = pd.DataFrame({"layer": [0]})
+    for way in ("means", ["zero", "means"]):
+        with pytest.raises(SinkbookError, match="no way 'means'.*zero, mean, shuffled"):
+            dormant_heads.ablate(torch.nn.Identity(), tokens, candidates, way=way)
+    with pytest.raises(SinkbookError, match="no way 'means'"):
+        dormant_heads.loss_changes(
+            torch.nn.Identity(), tokens.sel(domain="code"), [(0, 1)], way="means"
+        )
+
+
 # --- A head that is dormant on one kind of text ----------------------------------------------
 
 # Token 0 opens each text, 1 to 9 are words of the sleepy domain, 10 to 19 of the other.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.interventions import replace, zero
+from sinkbook.models.interventions import WAYS, reading, replace, stand_in, zero
 from sinkbook.models.layout import layers
 from sinkbook.models.partial_forward import logits_of
 from sinkbook.probe import measure
@@ -142,3 +142,43 @@ def test_an_absent_part_cannot_be_cut():
     model = Transformer(TransformerConfig(width=16, layers=2, without_mlp=(1,)))
     with pytest.raises(SinkbookError, match="layer 1 has no mlp"), zero(model, "mlp", layer=1):
         pass
+
+
+# --- What stands in a part's place -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["attention", "head", "mlp"])
+def test_with_what_it_writes_in_its_place_a_part_is_not_missed_and_with_another_texts_it_is(
+    model, part
+):
+    with reading(model, part, layer=1) as written:
+        whole, _ = logits_of(model, TOKENS), logits_of(model, TOKENS[:1])
+    assert [len(states) for states in written] == [2, 1]
+    where = {"layer": 1, "head": range(4)} if part == "head" else {"layer": 1}
+    with replace(model, part, written[0], **where):
+        torch.testing.assert_close(logits_of(model, TOKENS), whole)
+    with replace(model, part, stand_in(written[0], "shuffled"), **where):
+        assert (logits_of(model, TOKENS) - whole).abs().amax((1, 2)).min() > 1e-4
+
+
+def test_the_mean_of_the_others_and_another_text_are_those_by_hand():
+    written = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0))
+    for text in range(5):
+        others = [n for n in range(5) if n != text]
+        torch.testing.assert_close(stand_in(written, "mean")[text], written[others].mean(0))
+    for seed in range(10):
+        drawn = stand_in(written, "shuffled", seed=seed)
+        which = [(written == row).flatten(1).all(1).nonzero().item() for row in drawn]
+        assert sorted(which) == list(range(5)) and all(n != m for n, m in enumerate(which))
+    assert not stand_in(written, "zero").any()
+
+
+def test_other_ways_other_parts_and_a_single_text_are_refused(model):
+    with pytest.raises(SinkbookError, match=f"no way 'noise'.*{', '.join(WAYS)}"):
+        stand_in(torch.ones(2, 3, 4), "noise")
+    with pytest.raises(SinkbookError, match="needs other texts"):
+        stand_in(torch.ones(1, 3, 4), "mean")
+    with pytest.raises(SinkbookError, match="no part named 'residual' to read"):
+        reading(model, "residual", layer=0).__enter__()
+    with pytest.raises(SinkbookError, match="layer 7 is not there"):
+        reading(model, "mlp", layer=7).__enter__()

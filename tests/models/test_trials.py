@@ -15,7 +15,7 @@ from torch import nn
 from architectures import ARCHITECTURES, tiny_with
 from sinkbook.errors import SinkbookError
 from sinkbook.models import partial_forward
-from sinkbook.models.interventions import replace, zero
+from sinkbook.models.interventions import reading, replace, zero
 from sinkbook.models.layout import layers
 from sinkbook.models.partial_forward import state_into, state_of
 from sinkbook.models.trials.heads import heads
@@ -109,6 +109,20 @@ def test_a_layer_without_parts_passes_on_its_input_and_adds_what_a_part_is_made_
             close(after[:, -1], before[:, -1])
             assert ((after - before)[:, :-1].norm(dim=-1) > 1e-6).all()
     assert bool(refused) == (kind in POST_NORM | OTHERWISE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_of_a_part_is_what_it_adds(kind):
+    model = made(kind)
+    for number in range(2):
+        for part, other in zip(PARTS, reversed(PARTS), strict=True):
+            try:
+                with zero(model, other, layer=number), reading(model, part, layer=number) as read:
+                    before, after = around(model, number)
+            except SinkbookError:
+                assert cut_both(model, number) is None
+                continue
+            close(after - before, read[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
