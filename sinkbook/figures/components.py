@@ -101,6 +101,26 @@ def part_dots(
     return list(axes)
 
 
+def way_dots(
+    panels: dict[str, tuple[Float[xr.DataArray, "way batch"], bool]], labels: dict[str, str]
+) -> list[Axes]:
+    """A panel for each quantity: what stands in a part's place by rows, one dot a text.
+
+    Values come with whether their axis is logarithmic. `labels` says each way in words, top first.
+    """
+    _, axes = plt.subplots(1, len(panels), figsize=(7.4, 0.8 + 0.36 * len(labels)), sharey=True)
+    axes = np.atleast_1d(axes)
+    for ax, (label, (values, log)) in zip(axes, panels.items(), strict=True):
+        for place, way in enumerate(labels):
+            texts = values.sel(way=way).values
+            ax.plot(texts, np.full(len(texts), place), "o", color=PEAK, ms=4, alpha=0.6, mew=0)
+        ax.axvline(1 if log else 0, color=OTHER, lw=0.8, zorder=0)
+        ax.set(xlabel=label, xscale="log" if log else "linear")
+    axes[0].set_yticks(range(len(labels)), labels.values())
+    axes[0].set_ylim(len(labels) - 0.5, -0.5)
+    return list(axes)
+
+
 def symptom_panels(whole: xr.Dataset, cut: xr.Dataset) -> list[Axes]:
     """Peak, drain and sinks by layer, whole and cut, as `components.symptoms` has them.
 

@@ -68,6 +68,39 @@ def effects(found: pd.DataFrame, ax: Axes | None = None) -> Axes:
     zero, where the grey band marks the changes that count as none, and logarithmic beyond.
     """
     ax = axes_or_new(ax, figsize=(7, 0.9 + 0.28 * len(found)))
+    labels = [f"{row.name_}: {row.active} / {row.dormant}" for row in _renamed(found)]
+    _draw_changes(found, labels, ax)
+    ax.set_xlabel("rise of the loss without the head (nats)")
+    boundary = (found.chosen_by == "random").to_numpy().argmax() - 0.5
+    ax.axhline(boundary, color=OTHER, lw=0.8)
+    return ax
+
+
+IN_ITS_PLACE = {"zero": "nothing", "mean": "its mean", "shuffled": "another text's"}
+
+
+def effects_by_way(found: dict[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
+    """`effects` of the same heads by what stands in their place, the ways of each head together.
+
+    `found` has the rows of `evidence` for each way in `interventions.WAYS`.
+    """
+    ways, heads = len(found), next(iter(found.values())).index
+    together = pd.concat([table.assign(way=way) for way, table in found.items()])
+    rows = pd.concat([together.loc[[head]] for head in heads], ignore_index=True)
+    ax = axes_or_new(ax, figsize=(7, 0.9 + 0.28 * len(rows)))
+    labels = [
+        f"{row.name_}: {IN_ITS_PLACE[row.way]}" if number % ways == 0 else IN_ITS_PLACE[row.way]
+        for number, row in enumerate(_renamed(rows))
+    ]
+    _draw_changes(rows, labels, ax)
+    ax.set_xlabel("rise of the loss with that in the head's place (nats)")
+    for boundary in range(ways, len(rows), ways):
+        ax.axhline(boundary - 0.5, color=OTHER, lw=0.8)
+    return ax
+
+
+def _draw_changes(found: pd.DataFrame, labels: Sequence[str], ax: Axes) -> None:
+    """A row for each of `evidence`: changes of loss in both domains, with 95 % intervals."""
     ax.axvspan(-MOST_RISE, MOST_RISE, color=OTHER, alpha=0.15, lw=0)
     ax.axvline(LEAST_RISE, color=OTHER, lw=1, ls="--")
     places = np.arange(len(found))
@@ -78,20 +111,12 @@ def effects(found: pd.DataFrame, ax: Axes | None = None) -> Axes:
     handles = [plt.Line2D([], [], color=c, marker="o", ms=4, lw=1.2) for c in (WORKS, SLEEPS)]
     named = ["in its active kind of text", "in its dormant kind"]
     ax.legend(handles, named, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-    labels = [f"{row.name_}: {row.active} / {row.dormant}" for row in _renamed(found)]
     ax.set_yticks(places, labels, fontsize=8)
     ax.set_xscale("symlog", linthresh=MOST_RISE, linscale=0.6)
     ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1]
     limits = ax.get_xlim()
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set(
-        xlim=limits,
-        ylim=(len(found) - 0.5, -0.5),
-        xlabel="rise of the loss without the head (nats)",
-    )
-    boundary = (found.chosen_by == "random").to_numpy().argmax() - 0.5
-    ax.axhline(boundary, color=OTHER, lw=0.8)
-    return ax
+    ax.set(xlim=limits, ylim=(len(found) - 0.5, -0.5))
 
 
 def _renamed(found: pd.DataFrame):

@@ -263,7 +263,7 @@ def in_its_place(
 ) -> xr.Dataset:
     """`symptoms` with each of several things in the place of what a part writes at one position.
 
-    Over `way` besides: "whole" first, the model as it is, and then the `ways`. Those of
+    Over `way` besides, for `effects`: "whole" first, the model as it is, then the `ways`. Those of
     `interventions.stand_in` take a part's place by what it writes at this position of other texts;
     "elsewhere" by its mean over all other positions of all texts, what it writes on average.
     Position 0 sees only itself: where the texts begin with the same token, they write the same
@@ -287,7 +287,8 @@ def in_its_place(
         cut = replace(model, part, new, layer=layer, position=position)
         with cut, given(model, outputs, below=below):
             found.append(symptoms(model, input_ids).fillna(found[0]))
-    return xr.concat(found, dim=xr.Variable("way", ["whole", *ways]))
+    together = xr.concat(found, dim=xr.Variable("way", ["whole", *ways]))
+    return together.assign_coords(cut=layer)
 
 
 def matters_most(left: Float[xr.DataArray, "part cut batch"]) -> tuple[str, int]:
