@@ -1,5 +1,7 @@
 """What each head of a language model habitually looks at, and what it is there for."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,13 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkbook.models.interventions import reading
+from sinkbook.models.layout import layers
 from sinkbook.models.pretrained import LanguageModel
+from sinkbook.models.trials.heads import heads
 from sinkbook.probe.attention_maps import attention_maps
+from sinkbook.probe.measure import measure
+from sinkbook.probe.recorder import write_factor
 
 Tokens = Int[Tensor, "text position"]
 
@@ -87,6 +94,66 @@ def kind_of_head(
     rests = scores.sel(kind=KINDS[0], drop=True) > threshold
     resting = xr.where(rests, 0, -1)
     return xr.where(work.max("kind") > threshold, work.argmax("kind") + 1, resting)
+
+
+@torch.no_grad()
+def writes_at_rest(model: nn.Module, tokens: Tokens, *, least: float = 0.5) -> xr.Dataset:
+    """What each head writes while it looks at the first token: nothing, or always the same?
+
+    Over (layer, head), of the queries after position 0 that give it more than `least`:
+
+    - `share`: how many of all these queries do;
+    - `relative_norm`: the length of what is written to the residual stream there (root mean
+      square), over the mean length of the other tokens' values as the head writes them;
+    - `effective_rank`: of what is written there, see `effective_rank`.
+
+    A no-op writes next to nothing: the first is near 0, whatever the second is. A broadcast writes
+    one constant direction of ordinary length: the first is about 1 and so is the second. NaN where
+    no query rests, and for layers without heads to take hold of. Source: the two kinds of sinks of
+    arXiv 2606.08105, negligible values and outputs of low rank.
+    """
+    known, found = heads(model), layers(model)
+    readable = [n for n in range(len(found)) if not known[n].no_heads]
+    with ExitStack() as hooks:
+        written = {n: hooks.enter_context(reading(model, "head", layer=n)) for n in readable}
+        result = measure(model, tokens, ("sink_attention_by_query", "value_norm"))
+    shape = (3, result.sizes["layer"], result.sizes["head"])
+    values = np.full(shape, np.nan)
+    for number in readable:
+        (states,) = written[number]
+        factor = write_factor(found[number].output, states.shape[2], states)
+        if factor is None:
+            continue
+        writes = torch.einsum("bphw,hrw->hbpr", states.to(factor), factor)[:, :, 1:]
+        there = result.isel(layer=number, head=slice(len(writes)), position=slice(1, None))
+        rests = there.sink_attention_by_query.transpose("head", "batch", "position") > least
+        rests = torch.from_numpy(rests.values).to(writes.device)
+        ordinary = there.value_norm.mean(("batch", "position")).values
+        for head, (one, at) in enumerate(zip(writes, rests, strict=True)):
+            resting = one[at].double()
+            length = resting.square().sum(-1).mean().sqrt().item()
+            rank = effective_rank(resting).item()
+            values[:, number, head] = at.double().mean().item(), length / ordinary[head], rank
+    names = ("share", "relative_norm", "effective_rank")
+    return xr.Dataset(
+        {name: (("layer", "head"), of_all) for name, of_all in zip(names, values, strict=True)},
+        coords={"layer": result.layer, "head": result["head"]},
+    )
+
+
+def effective_rank(states: Float[Tensor, "*batch state width"]) -> Float[Tensor, "*batch"]:
+    """Participation ratio of the squared singular values, `(sum s^2)^2 / sum s^4`.
+
+    As many as there are directions if all carry the same, and 1 if one carries all; NaN if there
+    is nothing. Of the states themselves, without subtracting their mean, which a constant is.
+    Source: Gao et al., "A theory of multineuronal dimensionality, dynamics and measurement"
+    (bioRxiv 214262), who take the covariance.
+
+    >>> effective_rank(torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]])).item()
+    2.0
+    """
+    moment = states.mT @ states
+    return moment.diagonal(dim1=-2, dim2=-1).sum(-1).square() / moment.square().sum((-2, -1))
 
 
 def is_delimiter(language_model: LanguageModel, tokens: Tokens) -> Bool[Tensor, "text position"]:

@@ -5,6 +5,7 @@
 
 from sinkbook.probe.measure import DEFAULT, VARIABLES, measure, measure_texts
 from sinkbook.probe.metrics import (
+    above_null,
     kurtosis_of_dimensions,
     kurtosis_of_text,
     kurtosis_of_tokens,
@@ -18,6 +19,7 @@ from sinkbook.probe.metrics import (
 __all__ = [
     "DEFAULT",
     "VARIABLES",
+    "above_null",
     "kurtosis_of_dimensions",
     "kurtosis_of_text",
     "kurtosis_of_tokens",

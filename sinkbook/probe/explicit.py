@@ -132,7 +132,7 @@ def read_rows(parts: Iterable[Rows], scope: Scope, normalised: bool = True) -> d
     `|A| / sum |A|` is taken, and rows that attend to nothing are left out.
     """
     sink_attention, sink_logit, row_sums, entropies = [], [], [], []
-    received = seen = on_sink = in_all = 0.0
+    received = seen = even = on_sink = in_all = 0.0
     for positions, logits, visible, weights in parts:
         counted = scope.counted[:, None, positions]
         index = scope.sink[:, None, None, None]
@@ -156,7 +156,9 @@ def read_rows(parts: Iterable[Rows], scope: Scope, normalised: bool = True) -> d
         shares = weights if normalised else weights.abs() / size[..., None]
         entropies.append(blank(torch.special.entr(shares).sum(-1), counted & (size > 0)))
         received = received + (weights * counted[..., None]).sum(2)
-        seen = seen + (visible & counted[..., None]).sum(2)
+        asking = visible & counted[..., None]
+        seen = seen + asking.sum(2)
+        even = even + (asking / visible.sum(-1, keepdim=True).clamp(min=1)).sum(2)
     return {
         "sink_attention_by_query": torch.cat(sink_attention, dim=2),
         "sink_logit_by_query": torch.cat(sink_logit, dim=2),
@@ -164,4 +166,5 @@ def read_rows(parts: Iterable[Rows], scope: Scope, normalised: bool = True) -> d
         "attention_row_sum": torch.cat(row_sums, dim=2).nanmean(-1),
         "attention_entropy": torch.cat(entropies, dim=2).nanmean(-1),
         "key_importance": received / seen,
+        "even_importance": (even / seen).expand_as(received),
     }

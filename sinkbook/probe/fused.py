@@ -142,6 +142,10 @@ def read_fused(
         received, entropy = _read_keys(query, key, scaling, lse, spans, scope)
         reading["key_importance"] = received / _times_seen(spans, scope)[:, None]
         reading["attention_entropy"] = entropy / scope.counted.sum(-1, keepdim=True)
+    if scope.asks_for("even_importance"):
+        even = scope.counted / (spans.last - spans.first + 1)
+        even = _sum_over_seeing(spans, even.double()) / _times_seen(spans, scope)
+        reading["even_importance"] = even[:, None].to(lse.dtype).expand_as(lse)
     return output, reading
 
 
@@ -211,10 +215,16 @@ def _read_keys(
 
 def _times_seen(spans: Spans, scope: Scope) -> Float[Tensor, "batch position"]:
     """How many counted queries see each key."""
-    counted = scope.counted.float()
-    steps = F.pad(torch.zeros_like(counted), (0, 1))
-    steps.scatter_add_(1, spans.first, counted).scatter_add_(1, spans.last + 1, -counted)
-    return steps.cumsum(1)[:, :-1].round()
+    return _sum_over_seeing(spans, scope.counted.float()).round()
+
+
+def _sum_over_seeing(
+    spans: Spans, values: Float[Tensor, "batch position"]
+) -> Float[Tensor, "batch position"]:
+    """For each key the sum of a value of the queries that see it."""
+    steps = F.pad(torch.zeros_like(values), (0, 1))
+    steps.scatter_add_(1, spans.first, values).scatter_add_(1, spans.last + 1, -values)
+    return steps.cumsum(1)[:, :-1]
 
 
 def _at(running: Tensor, index: Int[Tensor, "batch position"]) -> Tensor:

@@ -45,6 +45,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "sink_attention_by_query": (HEAD_POSITION, "1", "attention of each query on the sink token"),
     "sink_logit_by_query": (HEAD_POSITION, "1", "sink logit of each query"),
     "key_importance": (HEAD_POSITION, "1", "mean attention that a key receives"),
+    "even_importance": (HEAD_POSITION, "1", "key importance if all rows were even"),
     "value_norm": (HEAD_POSITION, "1", "norm of the value state as the head writes it"),
     "raw_value_norm": (HEAD_POSITION, "1", "norm of the value state before W_O"),
     "residual_norm": (RESIDUAL, "1", "norm of the residual state"),
@@ -84,7 +85,8 @@ def measure(
       read both with the row sum, since a large share of nothing is nothing. Magnitudes, where
       weights may be negative; NaN for a head that attends to nothing.
     - `attention_entropy`, `attention_row_sum`, `head_output_norm`: over all queries.
-    - `key_importance`: over the queries that can see the key.
+    - `key_importance`: over the queries that can see the key; `even_importance`, what it would be
+      if each of them gave all keys that it sees the same.
 
     `value_norm` is `|W_O^h v|`, one per query head also where heads share their values;
     `head_output_norm` is `|W_O^h o|` of what reaches W_O, gates included. `residual_max_abs` is

@@ -1,8 +1,11 @@
 """What is derived from measurements and residual states: rates, ratios, outliers, kurtoses."""
 
+import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+ROUNDING = 1e-3  # of attention that is the same, relative
 
 Hidden = Float[Tensor, "*batch position width"]
 
@@ -15,6 +18,32 @@ def sink_rate(result: xr.Dataset, threshold: float = 0.3) -> xr.DataArray:
     """
     attention = result.sink_attention
     return (attention > threshold).where(attention.notnull()).mean("head")
+
+
+def above_null(result: xr.Dataset, level: float = 0.95) -> xr.DataArray:
+    """Whether a head gives the sink more than heads of its layer give any position as old.
+
+    1 or 0 over (batch, layer, head) of what `measure` gives, with `key_importance` and
+    `even_importance` and without `queries`; NaN for layers without attention. Its mean over heads
+    is a sink rate without a fixed threshold: where attention is spread, no token gets 0.3, and
+    where it is sharp, many do, so the bar is the layer's own habit. What counts is attention
+    received in units of an even spread over the same rows. A head has a sink if there it exceeds
+    the quantile `level` of what all heads of the layer give, in all texts, to positions nearly as
+    old as the sink: the eighth of the text that follows it, and 8 tokens at least. Were the sink
+    one of these, about 1 - `level` of the heads would still have one.
+
+    That thresholds need an empirical null is argued in arXiv 2606.02378; this one is our own.
+    """
+    received = result.key_importance / result.even_importance
+    age = result.position - result.sink
+    length = result.key_importance.notnull().any(("layer", "head")).sum("position")
+    null = received.where((age > 0) & (age <= np.maximum(length // 8, 8)))
+    null = null.stack(draw=("batch", "head", "position"), create_index=False)
+    known = null.notnull().any("draw")
+    bar = null.where(known, 0.0).quantile(level, "draw")  # of layers that attend
+    at_sink = received.sel(position=result.sink).drop_vars("position")
+    above = at_sink > bar.drop_vars("quantile") * (1 + ROUNDING)
+    return above.where(at_sink.notnull() & known).transpose("batch", "layer", "head")
 
 
 def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:

@@ -186,6 +186,7 @@ def layer_table(result: xr.Dataset) -> tuple[str, ...]:
         (
             str(layer),
             _number(row.sink_rate, 2),
+            _number(row.above_null, 2),
             summary.strongest_heads(row, ", ") or "–",
             _number(row.value_drain_ratio, 2),
             _number(row.residual_peak_ratio, 2),
@@ -195,13 +196,13 @@ def layer_table(result: xr.Dataset) -> tuple[str, ...]:
     ]
     note = (
         "Sink rate: share of heads whose attention on the first token exceeds "
-        f"{summary.THRESHOLD}. Value ratio: the first token's value norm over the mean of the "
-        "others', median over heads. Residual ratio: its residual norm after the layer over the "
-        "median of the others'. Largest entry: the largest magnitude in any token's residual state "
-        "after the layer. "
+        f"{summary.THRESHOLD}. Above null: {summary.ABOVE_NULL}. Value ratio: the first token's "
+        "value norm over the mean of the others', median over heads. Residual ratio: its residual "
+        "norm after the layer over the median of the others'. Largest entry: the largest magnitude "
+        "in any token's residual state after the layer. "
         "<code>summary.csv</code> has every head, <code>result.nc</code> every token."
     )
-    return html_table(summary.LAYER_COLUMNS, rows, left=(2,)), f'<p class="note">{note}</p>'
+    return html_table(summary.LAYER_COLUMNS, rows, left=(3,)), f'<p class="note">{note}</p>'
 
 
 def html_table(titles: Iterable[str], rows: list[tuple[str, ...]], left: tuple[int, ...]) -> str:

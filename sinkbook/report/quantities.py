@@ -19,6 +19,7 @@ from sinkbook.report.headroom import Headroom, advice, headroom
 
 QUANTITIES = {
     "sink_rate": "share of the heads that are sinks on the first token, mean over texts",
+    "sink_rate_above_null": f"{summary.ABOVE_NULL}, mean over texts",
     "strongest_sink_attention": "mean attention on the first token of the head with most of it",
     "value_drain_ratio": "value norm of the first token over the others': median over the heads "
     "that are sinks, over all where none is",
@@ -42,6 +43,7 @@ def quantities(result: xr.Dataset) -> dict[str, float]:
     room = headroom(result)
     found = {
         "sink_rate": heads.sink_rate.mean(),
+        "sink_rate_above_null": heads.above_null.mean(),
         "strongest_sink_attention": heads.sink_attention.max(),
         "value_drain_ratio": summary.drain(heads),
         "residual_peak_ratio": np.nan if np.isnan(ratio).all() else np.nanmax(ratio),

@@ -28,7 +28,13 @@ from sinkbook.progress import progress
 from sinkbook.report import figures, headroom, summary
 from sinkbook.report.html import html_page
 
-MEASURED = ("sink_attention", "sink_logit", "attention_entropy", "key_importance")
+MEASURED = (
+    "sink_attention",
+    "sink_logit",
+    "attention_entropy",
+    "key_importance",
+    "even_importance",
+)
 # Not every architecture has these: not differential attention, nor several residual streams.
 NORMS = ("value_norm", "head_output_norm", "residual_norm", "residual_max_abs")
 TOKENS_AT_ONCE = 1024
@@ -140,8 +146,8 @@ def terminal(result: xr.Dataset) -> Group:
         title=f"{result.attrs['model']}: {describe_texts(result)}",
         title_justify="left",
         title_style="bold",
-        caption="value ratio: median over heads. residual ratio and largest entry of any token: "
-        "after the layer.",
+        caption=f"above null: {summary.ABOVE_NULL}. value ratio: median over heads. residual ratio "
+        "and largest entry of any token: after the layer.",
         caption_justify="left",
     )
     for title in summary.LAYER_COLUMNS:
@@ -149,10 +155,10 @@ def terminal(result: xr.Dataset) -> Group:
         table.add_column(title, justify="left" if words else "right", no_wrap=words)
     for layer, row in summary.layer_table(result).iterrows():
         heads = summary.strongest_heads(row, "  ")
-        numbers = (row.sink_rate, row.value_drain_ratio, row.residual_peak_ratio)
-        rate, value, residual = ("-" if np.isnan(x) else f"{x:.2f}" for x in numbers)
+        numbers = (row.sink_rate, row.above_null, row.value_drain_ratio, row.residual_peak_ratio)
+        rate, above, value, residual = ("-" if np.isnan(x) else f"{x:.2f}" for x in numbers)
         largest = headroom.magnitude(row.residual_max_abs)
-        table.add_row(str(layer), rate, heads or "-", value, residual, largest)
+        table.add_row(str(layer), rate, above, heads or "-", value, residual, largest)
     room = headroom.headroom(result)
     lines = [
         Text(summary.verdict(result), style="bold"),

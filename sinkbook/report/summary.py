@@ -12,15 +12,21 @@ import xarray as xr
 from jaxtyping import Float
 
 from sinkbook.errors import NotFiniteError
-from sinkbook.probe.metrics import residual_peak_ratio, sink_rate, value_drain_ratio
+from sinkbook.probe.metrics import above_null, residual_peak_ratio, sink_rate, value_drain_ratio
 
 THRESHOLD = 0.3  # mean attention above which a head has a sink: Gu et al., arXiv 2410.10781
 DRAINED, PEAKED = 0.5, 3.0  # ratios to the other tokens from which on the verdict says so
 LEAST_QUERIES = 16  # fewer queries say little about a key near the end of a text
 
+ABOVE_NULL = (
+    "share of heads that give the first token more than 95 % of what the layer's heads give other "
+    "early positions, in units of an even spread"
+)
 HEAD_COLUMNS = {
     "sink_attention": "mean attention on the sink token",
     "sink_rate": f"share of the texts in which that exceeds {THRESHOLD}",
+    "above_null": "share of the texts in which the sink token gets more than 95 % of what the "
+    "layer's heads give other early positions, in units of an even spread",
     "sink_logit": "logit of the sink token above the mean of the other visible keys",
     "attention_entropy": "mean entropy of an attention row, nats",
     "value_drain_ratio": "norm of the sink token's value state over the mean of the others'",
@@ -29,6 +35,7 @@ HEAD_COLUMNS = {
 LAYER_COLUMNS = (
     "layer",
     "sink rate",
+    "above null",
     "strongest heads",
     "value ratio",
     "residual ratio",
@@ -43,6 +50,7 @@ def head_table(result: xr.Dataset) -> pd.DataFrame:
         {
             "sink_attention": attention,
             "sink_rate": (attention > THRESHOLD).where(attention.notnull()),
+            "above_null": above_null(result),
             "sink_logit": result.sink_logit,
             "attention_entropy": result.attention_entropy,
             "value_drain_ratio": value_drain_ratio(result),
@@ -68,6 +76,7 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
     """One row per layer.
 
     - `sink_rate`: share of the layer's heads that are sinks, mean over texts.
+    - `above_null`: the same share by the layer's own null in place of a threshold.
     - `strongest`: the heads with most attention on the sink token, a list of (head, attention).
     - `value_drain_ratio`: the median over heads of the drain ratio.
     - `residual_peak_ratio`: the sink token's residual norm after the layer over the median of the
@@ -79,6 +88,7 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
     table = pd.DataFrame(
         {
             "sink_rate": sink_rate(result, THRESHOLD).mean("batch").to_series(),
+            "above_null": heads.above_null.mean(),
             "value_drain_ratio": heads.value_drain_ratio.median(),
             "residual_peak_ratio": median_peak_ratio(result).values[1:],
             "residual_max_abs": result.residual_max_abs.max(("batch", "position")).values[1:],

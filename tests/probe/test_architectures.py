@@ -62,6 +62,7 @@ VARIABLES = (
     "sink_logit",
     "attention_entropy",
     "key_importance",
+    "even_importance",
     "value_norm",
     "head_output_norm",
     "residual_norm",
@@ -183,6 +184,7 @@ def definitions(layer: Layer, projection, real: torch.Tensor) -> dict[str, torch
         "sink_logit": mean(contrast, asked & others.any(-1)),
         "attention_entropy": mean(torch.special.entr(weights).sum(-1), queries),
         "key_importance": mean(weights.mT, seen.mT),
+        "even_importance": mean((visible / visible.sum(-1, keepdim=True)).mT, seen.mT),
     }
     if projection is not None:
         write = columns(projection, layer.entering).unflatten(0, (weights.shape[1], -1))

@@ -76,6 +76,8 @@ def test_a_toy_is_measured_as_the_definitions_say(toy, tokens):
     close(result.attention_row_sum, torch.ones(3, 2))
     seen = torch.arange(32, 0, -1)
     close(result.key_importance, weights.sum(2) / seen)
+    even = plain["causal"] / torch.arange(1, 33)[:, None]
+    close(result.even_importance, (even.sum(0) / seen).expand(3, 2, 32))
     close(result.value_norm, plain["write"].norm(dim=-1))
     close(result.raw_value_norm, plain["value"].norm(dim=-1))
     close(result.head_output_norm, (weights @ plain["write"]).norm(dim=-1).mean(-1))
@@ -103,7 +105,7 @@ def test_the_loss_is_the_models_own(toy, tokens):
     close(measure(toy, tokens, ("loss",)).loss, expected.unflatten(0, (3, 31)).mean(1))
 
 
-def test_an_unnormalised_kernel_is_measured_by_its_own_weights(relu_toy, tokens):
+def test_an_unnormalised_kernel_is_measured_by_its_own_weights(relu_toy, toy, tokens):
     result = measure(relu_toy, tokens, tuple(probe.VARIABLES)).isel(layer=0)
     plain = first_layer(relu_toy, tokens)
     count = torch.arange(1, 33)[:, None]
@@ -111,6 +113,8 @@ def test_an_unnormalised_kernel_is_measured_by_its_own_weights(relu_toy, tokens)
     close(result.sink_attention, weights[:, :, 1:, 0].mean(-1))
     close(result.attention_row_sum, weights.sum(-1).mean(-1))
     close(result.key_importance, weights.sum(2) / torch.arange(32, 0, -1))
+    even = measure(toy, tokens, ("even_importance",)).even_importance.isel(layer=0)
+    close(result.even_importance, torch.as_tensor(even.values))
     close(result.head_output_norm, (weights @ plain["write"]).norm(dim=-1).mean(-1))
     shares = weights / weights.sum(-1, keepdim=True)
     close(result.attention_entropy, torch.special.entr(shares).sum(-1).nanmean(-1))
@@ -490,6 +494,61 @@ def test_phenomena_are_told_from_norms_and_attention(extreme):
     np.testing.assert_array_equal(probe.residual_peak_height(extreme)[:, 0], [87, 38])
     others = xr.DataArray([[1, 1, 0, 0], [1, 1, 0, 1]], dims=("batch", "position")) == 1
     np.testing.assert_array_equal(probe.residual_peak_ratio(extreme, others)[:, 0], [90, 20])
+
+
+def by_matrices(weights: torch.Tensor) -> xr.Dataset:
+    """What `measure` finds of given attention, (batch, layer, head, query, key)."""
+    length = weights.shape[-1]
+    seen = torch.arange(length, 0, -1)
+    even = torch.ones(length, length).tril() / torch.arange(1, length + 1)[:, None]
+    dims = ("batch", "layer", "head", "position")
+    received = weights.sum(-2) / seen
+    spread = (even.sum(0) / seen).expand_as(received)
+    return xr.Dataset(
+        {"key_importance": (dims, received.numpy()), "even_importance": (dims, spread.numpy())},
+        coords={"sink": ("batch", [0] * len(weights)), "position": range(length)},
+    )
+
+
+def test_a_planted_sink_is_above_the_null_and_even_local_or_sharp_attention_is_not():
+    length, generator = 64, torch.Generator().manual_seed(0)
+    even = torch.ones(length, length).tril()
+    sharp = (8 * torch.rand(2, 8, length, length, generator=generator)).exp() * even
+    even, sharp = (rows / rows.sum(-1, keepdim=True) for rows in (even, sharp))
+    layers = {"even": even.expand(2, 8, length, length), "sharp": sharp}
+    layers["local"] = torch.eye(length).expand(2, 8, length, length)
+    planted = sharp.clone()
+    planted[:, 3] *= 0.8
+    planted[:, 3, :, 0] += 0.2  # less than the usual 0.3
+    layers["planted"] = planted
+    found = probe.above_null(by_matrices(torch.stack(list(layers.values()), 1)))
+    for number, name in enumerate(layers):
+        rate = found.isel(layer=number).mean("batch")
+        if name == "planted":
+            assert rate[3] == 1 and rate.drop_isel(head=3).mean() <= 0.15
+        else:
+            assert rate.mean() <= (0.15 if name == "sharp" else 0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 8}])
+def test_heads_that_look_at_all_they_see_alike_are_never_above_the_null(changes):
+    model = tiny_model("mistral" if changes else "llama", **changes)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    tokens = torch.randint(0, 97, (3, 48), generator=torch.Generator().manual_seed(0))
+    names = ("key_importance", "even_importance")
+    mask = torch.ones_like(tokens)
+    mask[1, :7], mask[2, 40:] = 0, 0
+    result = measure(model, tokens, names, attention_mask=mask)
+    np.testing.assert_allclose(result.key_importance, result.even_importance, rtol=1e-4)
+    assert (probe.above_null(result) == 0).all()
+
+
+def test_layers_without_attention_have_no_null():
+    weights = torch.ones(1, 2, 2, 16, 16).tril() / torch.arange(1, 17)[:, None]
+    weights[:, 1] = NAN
+    found = probe.above_null(by_matrices(weights))
+    assert (found.isel(layer=0) == 0).all() and found.isel(layer=1).isnull().all()
 
 
 def test_massive_activations_are_large_and_stand_out():

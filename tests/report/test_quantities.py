@@ -61,6 +61,11 @@ def test_the_numbers_are_those_of_the_table_and_of_the_definitions(result):
     found = quantities.quantities(result)
     attention = result.sink_attention.values
     assert found["sink_rate"] == pytest.approx(np.mean(attention > 0.3))
+    received = (result.key_importance / result.even_importance).values
+    oldest = range(1, 1 + max(8, received.shape[-1] // 8))
+    bars = [np.quantile(received[:, n][..., oldest], 0.95) for n in range(received.shape[1])]
+    above = received[..., 0] > 1.001 * np.array(bars)[:, None]
+    assert found["sink_rate_above_null"] == pytest.approx(above.mean()) and 0 < above.mean() < 1
     assert found["strongest_sink_attention"] == pytest.approx(attention.mean(0).max())
     norm = result.value_norm.values
     ratio = (norm[..., 0] / norm[..., 1:].mean(-1)).mean(0)
@@ -100,7 +105,7 @@ def test_the_status_is_3_exactly_when_a_condition_is_so(sinkbook, arguments, res
 @pytest.mark.parametrize(
     "written, complaint",
     [
-        ("sinkrate<0.4", "no quantity named 'sinkrate'. Known: sink_rate, strongest_sink"),
+        ("sinkrate<0.4", "no quantity named 'sinkrate'. Known: sink_rate, sink_rate_above_null, str"),
         ("sink_rate", "'sink_rate' is no condition"),
         ("sink_rate=0.4", "is no condition"),
         ("sink_rate==0.4", "is no condition"),
