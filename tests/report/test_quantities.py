@@ -105,7 +105,10 @@ def test_the_status_is_3_exactly_when_a_condition_is_so(sinkbook, arguments, res
 @pytest.mark.parametrize(
     "written, complaint",
     [
-        ("sinkrate<0.4", "no quantity named 'sinkrate'. Known: sink_rate, sink_rate_above_null, str"),
+        (
+            "sinkrate<0.4",
+            "no quantity named 'sinkrate'. Known: sink_rate, sink_rate_above_null, str",
+        ),
         ("sink_rate", "'sink_rate' is no condition"),
         ("sink_rate=0.4", "is no condition"),
         ("sink_rate==0.4", "is no condition"),
