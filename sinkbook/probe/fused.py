@@ -143,8 +143,8 @@ def read_fused(
         reading["key_importance"] = received / _times_seen(spans, scope)[:, None]
         reading["attention_entropy"] = entropy / scope.counted.sum(-1, keepdim=True)
     if scope.asks_for("even_importance"):
-        even = scope.counted / (spans.last - spans.first + 1)
-        even = _sum_over_seeing(spans, even.double()) / _times_seen(spans, scope)
+        seen, spread = _times_seen(spans, scope), scope.counted / (spans.last - spans.first + 1)
+        even = blank(_sum_over_seeing(spans, spread.double()) / seen, seen > 0)
         reading["even_importance"] = even[:, None].to(lse.dtype).expand_as(lse)
     return output, reading
 

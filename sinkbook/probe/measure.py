@@ -85,8 +85,7 @@ def measure(
       read both with the row sum, since a large share of nothing is nothing. Magnitudes, where
       weights may be negative; NaN for a head that attends to nothing.
     - `attention_entropy`, `attention_row_sum`, `head_output_norm`: over all queries.
-    - `key_importance`: over the queries that can see the key; `even_importance`, what it would be
-      if each of them gave all keys that it sees the same.
+    - `key_importance`: over the queries that see the key; `even_importance`: were their rows even.
 
     `value_norm` is `|W_O^h v|`, one per query head also where heads share their values;
     `head_output_norm` is `|W_O^h o|` of what reaches W_O, gates included. `residual_max_abs` is

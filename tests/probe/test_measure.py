@@ -138,6 +138,9 @@ def test_queries_restrict_the_means_and_not_what_a_query_sees(toy, tokens):
     received = weights[:, :, [0, 5, 9]].sum(2) / torch.tensor([3] + [2] * 5 + [1] * 4 + [0] * 22)
     close(some.key_importance.isel(layer=0), received)
     assert some.key_importance.isel(position=slice(10, None)).isnull().all()
+    seldom = measure(toy, tokens, ("even_importance",), queries=chosen).even_importance
+    np.testing.assert_allclose(seldom.isel(position=0), (1 + 1 / 6 + 1 / 10) / 3, rtol=1e-6)
+    assert seldom.isel(position=slice(10, None)).isnull().all()
 
 
 def test_the_sink_can_be_any_position(toy, tokens):
