@@ -368,6 +368,9 @@ def main() -> None:
     notices = logging.StreamHandler()
     notices.setFormatter(logging.Formatter("sinkbook: %(message)s"))
     logging.getLogger("sinkbook").addHandler(notices)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # neither closed nor another's
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     try:
         app()
     except SinkbookError as error:

@@ -127,12 +127,20 @@ def _tell(item: object, error: BaseException) -> None:
 
 def in_words(error: BaseException) -> str:
     """An error as it stands in a list of failures: without its class, if it is meant for users."""
+    said = _said_by(error)
     if isinstance(error, SinkbookError):
-        return str(error)
-    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return said
+    words = f"{type(error).__name__}: {said}" if said else type(error).__name__
     if isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":
         words += f" ({KILLED})"
     return words
+
+
+def _said_by(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # whatever its class does when it is asked
+        return ""
 
 
 def _failed(label: str, count: int, failures: list[tuple[object, Exception]]) -> SinkbookError:
@@ -229,7 +237,7 @@ def _sendable(error: Exception) -> Exception:
     try:
         error = pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class does when it is made again
-        error = RuntimeError(str(error))
+        error = RuntimeError(_said_by(error))
     error.add_note(f"In another process:\n{lines}")
     return error
 

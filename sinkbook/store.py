@@ -52,7 +52,8 @@ class DamagedError(Exception):
 
 def runs_folder() -> Path:
     """The folder of the run store: `$SINKBOOK_RUNS`, by default `runs` in the cache folder."""
-    return Path(os.environ.get("SINKBOOK_RUNS") or cache_folder() / "runs")
+    chosen = os.environ.get("SINKBOOK_RUNS")
+    return Path(chosen).expanduser() if chosen else cache_folder() / "runs"
 
 
 @contextmanager

@@ -120,3 +120,13 @@ def test_a_folder_that_cannot_be_made_is_no_store(tmp_path):
         store.locked(tmp_path / "file" / "run"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("SINKBOOK_RUNS", store.runs_folder), ("SINKBOOK_CACHE", files.cache_folder)],
+)
+def test_a_chosen_folder_may_begin_at_home(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, "~/kept")
+    assert folder() == tmp_path / "kept"

@@ -122,6 +122,20 @@ def raise_unsendable(item):
     raise UnsendableError("this", "that")
 
 
+class SilentError(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def raise_silent(item):
+    raise SilentError
+
+
+def test_an_error_that_has_no_words_is_named_by_its_class():
+    with pytest.raises(SinkbookError, match="1: SilentError$"):
+        in_processes(raise_silent, [1], label="failing")
+
+
 def test_an_error_that_cannot_be_sent_arrives_in_words():
     with pytest.raises(SinkbookError, match="RuntimeError: this and that"):
         in_processes(raise_unsendable, [1], label="failing")

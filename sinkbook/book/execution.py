@@ -124,6 +124,12 @@ def _kernel_of_this_python() -> Iterator[dict[str, str]]:
         yield {"JUPYTER_PATH": os.pathsep.join(filter(None, places))}
 
 
+def _folders() -> dict[str, str]:
+    """The cache and the store as they lie from here: a chapter runs in the book's own folder."""
+    chosen = {name: os.environ.get(name) for name in ("SINKBOOK_CACHE", "SINKBOOK_RUNS")}
+    return {name: str(Path(at).expanduser().absolute()) for name, at in chosen.items() if at}
+
+
 def _unformatted(path: Path) -> str:
     """A path that is itself again when papermill has put parameters where it has braces."""
     return str(path).replace("{", "{{").replace("}", "}}")
@@ -161,7 +167,7 @@ class _Run:
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                env={**_ENVIRONMENT, **os.environ, **kernels},
+                env={**_ENVIRONMENT, **os.environ, **_folders(), **kernels},
             )
 
     @property

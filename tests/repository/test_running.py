@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,6 +32,29 @@ def test_a_chapter_gets_the_profile_and_the_seed(repository, sinkbook):
     assert status == 0 and str(path) in stdout
     output = read_notebook(path)["cells"][-1]["outputs"][0]
     assert "".join(output["text"]) == "paper 7\n"
+
+
+def test_a_chapter_keeps_its_runs_where_the_command_line_does(
+    repository, sinkbook, monkeypatch, tmp_path
+):
+    """Paths that begin here, or at home, though a chapter runs in the book's own folder."""
+    monkeypatch.chdir(repository.root)
+    monkeypatch.setenv("SINKBOOK_CACHE", "here/cache")
+    monkeypatch.setenv("SINKBOOK_RUNS", "~/runs")
+    repository.chapter(
+        "01_good", 'import os; print(os.environ["SINKBOOK_CACHE"], os.environ["SINKBOOK_RUNS"])'
+    )
+    assert sinkbook("run", "01")[0] == 0
+    output = read_notebook(repository.executed("01_good"))["cells"][-1]["outputs"][0]
+    folders = f"{repository.root / 'here' / 'cache'} {Path('~/runs').expanduser()}\n"
+    assert "".join(output["text"]) == folders
+
+
+def test_what_a_terminal_cannot_show_is_spelt_out():
+    code = "import sinkbook.cli as cli; cli.app = lambda: print('≥ è'); cli.main()"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stdout == b"\\u2265 \\xe8\n"
 
 
 def test_an_unchanged_chapter_is_taken_from_the_cache_and_said_so(
