@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sinkbook.errors import SinkbookError, whole_number
-from sinkbook.models.losses import next_token_losses
-from sinkbook.models.wrappers import computing_device, unwrapped
+from sinkbook.models.losses import next_token_losses, token_losses
+from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, unwrapped
 from sinkbook.probe.measure import measure
 from sinkbook.progress import progress
 
@@ -27,7 +27,7 @@ Tokens = Int[Tensor, "text position"]
 
 
 def eviction_losses(
-    model: nn.Module,
+    model: AnyModel,
     input_ids: Tokens,
     *,
     prompt: int,
@@ -55,10 +55,23 @@ def eviction_losses(
     model = _of_transformers(model)
     input_ids = input_ids.to(computing_device(model))
     beginning, rest = input_ids[:, :prompt], input_ids[:, prompt:]
-    read = _read(model, beginning)
+    with evaluating(model):
+        return _losses_by_policy(model, beginning, rest, budgets, sinks, seed)
+
+
+def _losses_by_policy(
+    model: PreTrainedModel,
+    beginning: Tokens,
+    rest: Int[Tensor, "text following"],
+    budgets: list[int],
+    sinks: int,
+    seed: int,
+) -> xr.DataArray:
+    prompt, read = beginning.shape[1], _read(model, beginning)
     importance = _importance(model, beginning, read)
     whole = _continued(model, deepcopy(read), rest, prompt)
-    _check_movable(model, read, rest, prompt, whole)
+    direct = token_losses(model, torch.cat([beginning, rest], 1), last=rest.shape[1] - 1)
+    _check_movable(model, read, rest, prompt, whole, direct)
     recency = torch.arange(prompt).expand_as(importance).float()
     generator = torch.Generator().manual_seed(seed)
     order = {  # what is highest is kept
@@ -84,9 +97,9 @@ def eviction_losses(
     )
 
 
-def _of_transformers(model: nn.Module) -> PreTrainedModel:
+def _of_transformers(model: AnyModel) -> PreTrainedModel:
     """The model of transformers that a module is or wraps."""
-    model = unwrapped(model) if isinstance(model, nn.Module) else model
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise SinkbookError(
             f"{type(model).__name__} is no model of transformers, and has no cache to evict from. "
@@ -151,8 +164,12 @@ def _check_movable(
     rest: Tokens,
     prompt: int,
     whole: Float[np.ndarray, "text scored"],
+    direct: Float[np.ndarray, "text scored"],
 ) -> None:
     """Whether a key is the same wherever it lies in the cache, and positions are those given.
+
+    And whether a text goes on from a cache as it does when it is read at once, `direct`: under
+    dynamic scaling the keys of a prompt are turned otherwise than those of the longer text.
 
     If so, the cache may be turned round and nothing changes. The losses of models that hide far
     keys, or count distance in the cache, do change; and those of models that do not take positions
@@ -164,7 +181,7 @@ def _check_movable(
     turned = _continued(model, keep_keys(read, kept), rest, prompt)
     shifted = _continued(model, deepcopy(read), rest, prompt - 1)
     windows = [getattr(x, "sliding_window", None) or np.inf for x in read.layers]
-    change = np.abs(turned - whole)
+    change = np.maximum(np.abs(turned - whole), np.abs(direct - whole))
     if layer.dtype in (torch.float32, torch.float64):
         same = change.max() <= 2e-4 * (1 + np.abs(whole).max())
     else:  # a token's own loss is known to a tenth of a nat
@@ -172,9 +189,10 @@ def _check_movable(
     if min(windows) < prompt + rest.shape[1] or not same or (shifted == whole).all():
         raise SinkbookError(
             f"{type(model).__name__} does not take the position of a key from the key alone: it "
-            "counts distances in the cache (ALiBi), or hides keys that are far away (a window "
-            "shorter than the text). Without some keys it would see the others elsewhere. Give "
-            "shorter texts, or a model with rotary or learned positions and no window."
+            "counts distances in the cache (ALiBi), turns keys by the length of the text (dynamic "
+            "scaling), or hides keys that are far away (a window shorter than the text). Without "
+            "some keys it would see the others elsewhere. Give shorter texts, or a model with "
+            "rotary or learned positions and no window."
         )
 
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +19,15 @@ import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from transformers import Cache
 
 from sinkbook.errors import SinkbookError, whole_number
-from sinkbook.mitigations.experts import check_by_text, compute_by_text, expert_matrices
-from sinkbook.models.layout import blocks
+from sinkbook.mitigations.experts import check_by_text, compute_by_text
+from sinkbook.mitigations.matrices import Part, parts
+from sinkbook.models.layout import blocks, of_transformers
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import alone_with, state_into
-from sinkbook.models.wrappers import computing_device, uncompiled
+from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, uncompiled, unwrapped
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
 
@@ -136,7 +137,7 @@ def _smoothed(size: Hidden, channel: Float[Tensor, "*batch 1 width"]) -> Hidden:
 
 @torch.no_grad()
 def layer_errors(
-    model: nn.Module,
+    model: AnyModel,
     input_ids: Int[Tensor, "text position"],
     *,
     first: int = 1,
@@ -148,6 +149,7 @@ def layer_errors(
     leaves out the sink token's own error, which counts for nothing beside what its range does to
     the others.
     """
+    model = unwrapped(model)
     found, batch_size = blocks(model), whole_number("batch_size", batch_size, 1)
     errors = torch.empty(len(RANGES), len(input_ids), len(found))
 
@@ -160,7 +162,7 @@ def layer_errors(
     input_ids = input_ids.to(computing_device(model))
     for start in range(0, len(input_ids), batch_size):
         rows = slice(start, start + batch_size)
-        with ExitStack() as hooks:
+        with evaluating(model), ExitStack() as hooks:
             for layer, block in enumerate(found):
                 hook = partial(read, layer, rows)
                 handle = block.register_forward_pre_hook(hook, with_kwargs=True)
@@ -184,7 +186,7 @@ def split_error(errors: xr.DataArray) -> dict[str, xr.DataArray]:
 
 @contextmanager
 def quantized(
-    model: nn.Module, activations: str | None = "tensor", *, weights: bool = True
+    model: AnyModel, activations: str | None = "tensor", *, weights: bool = True
 ) -> Iterator[None]:
     """Have every linear map inside the layers compute as with 8-bit weights and activations.
 
@@ -199,9 +201,13 @@ def quantized(
     """
     if activations is not None:
         _check_ranges(activations)
+    model = unwrapped(model)
     shape: list[int] = []  # texts and tokens that the layers are called with
     with alone_with(model), ExitStack() as undo, torch.no_grad(), uncompiled():
-        for part in _parts(model):
+        if activations not in (None, "token"):
+            own = (model.base_model if of_transformers(model) else model).register_forward_pre_hook
+            undo.callback(own(_check_whole, with_kwargs=True).remove)
+        for part in parts(model):
             for matrix in part.matrices if weights else ():
                 undo.callback(setattr, matrix, "data", matrix.data)
                 matrix.data = round_int8(matrix.data, _wide(matrix.data).abs().amax((-2, -1), True))
@@ -214,50 +220,18 @@ def quantized(
         yield
 
 
-class _Part(NamedTuple):
-    """A linear map, or the experts of a mixture."""
-
-    name: str
-    module: nn.Module
-    matrices: list[nn.Parameter]
-    experts: bool
-
-
-def _parts(model: nn.Module) -> list[_Part]:
-    """All linear maps of the layers, each once; an error if there are other matrices."""
-    found: dict[nn.Module, _Part] = {}
-    others: dict[str, int] = {}
-    for number, block in enumerate(blocks(model)):
-        for name, module in block.named_modules():
-            name = f"layers[{number}].{name}"
-            own = expert_matrices(module)
-            if own or isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                matrices = own or [module._parameters.get("weight")]
-                _check_plain(name, matrices)
-                found[module] = _Part(name, module, matrices, bool(own))
-            elif not isinstance(module, _ConvNd) and "router" not in type(module).__name__.lower():
-                for key, weight in module.named_parameters(recurse=False):
-                    if weight.ndim > 1 and "bias" not in key:
-                        others[f"{name}.{key}"] = weight.numel()
-    known = sum(matrix.numel() for part in found.values() for matrix in part.matrices)
-    if sum(others.values()) > 0.02 * known:
+def _check_whole(model: nn.Module, arguments: tuple, keywords: dict) -> None:
+    """Refuse what has no range of its own: texts with padding, and what goes on after a cache."""
+    call = signature(model.forward).bind_partial(*arguments, **keywords).arguments
+    call |= call.pop("kwargs", {})
+    mask, cache = call.get("attention_mask"), call.get("past_key_values")
+    padded = torch.is_tensor(mask) and mask.ndim == 2 and not mask.bool().all()
+    if padded or (isinstance(cache, Cache) and cache.get_seq_length() > 0):
+        what = "texts with padding" if padded else "tokens whose beginning lies in a cache"
         raise SinkbookError(
-            f"{type(model).__name__} has matrices in its layers that are no linear maps of torch's "
-            f"or experts of transformers' kind, and would stay exact: {', '.join(others)}. "
-            "Give a model whose layers are made of these."
+            f"{type(model).__name__} is called with {what}, so the range of a whole text is not "
+            "known. Give whole texts of one length, with use_cache=False, or `activations='token'`."
         )
-    return list(found.values())
-
-
-def _check_plain(name: str, matrices: list[nn.Parameter | None]) -> None:
-    plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    for matrix in matrices:
-        if matrix is None or matrix.dtype not in plain or matrix.is_meta:
-            kind = "computed" if matrix is None else f"{matrix.dtype} on {matrix.device}"
-            raise SinkbookError(
-                f"the weights of {name} are {kind}: quantised already, offloaded, or made of "
-                "others. Load the model in float32 or in half precision, without offloading."
-            )
 
 
 def _note_shape(shape: list[int], _block: nn.Module, arguments: tuple, keywords: dict) -> None:
@@ -265,7 +239,7 @@ def _note_shape(shape: list[int], _block: nn.Module, arguments: tuple, keywords:
 
 
 @contextmanager
-def _inputs_rounded(part: _Part, ranges: str, shape: list[int]) -> Iterator[None]:
+def _inputs_rounded(part: Part, ranges: str, shape: list[int]) -> Iterator[None]:
     """Have a part of the model get its inputs rounded, each text's by itself."""
     module, own = part.module, vars(part.module).get("forward")
     if part.experts:
@@ -342,7 +316,7 @@ def rounded_text(states: Hidden, ranges: str, *, first: bool = True) -> Hidden:
     return rounded if first else rounded[..., 1:, :]
 
 
-def rounding_losses(model: nn.Module, input_ids: Int[Tensor, "text position"]) -> xr.DataArray:
+def rounding_losses(model: AnyModel, input_ids: Int[Tensor, "text position"]) -> xr.DataArray:
     """Loss of each token in eight-bit arithmetic: over (numbers, text, position).
 
     `numbers` is "exact", "weights alone", or the name of the ranges in which activations are

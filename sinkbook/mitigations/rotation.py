@@ -8,7 +8,6 @@ and values are compared.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from sinkbook.errors import SinkbookError
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.layout import blocks
-from sinkbook.models.wrappers import computing_device, unwrapped
+from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, unwrapped
 
 States = Float[Tensor, "batch head position width"]
 KeyStates = Float[Tensor, "batch key_head position width"]
@@ -76,12 +75,12 @@ class Heard(NamedTuple):
     mask: Tensor | None
 
 
-def streamable(model: nn.Module) -> PreTrainedModel:
+def streamable(model: AnyModel) -> PreTrainedModel:
     """The model of transformers that a module is or wraps, whose attention can be replaced.
 
     Raises `SinkbookError` if there is none.
     """
-    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    inner = unwrapped(model)
     if not isinstance(inner, PreTrainedModel):
         raise SinkbookError(
             f"{type(inner).__name__} is no model of transformers, so nothing says how its keys "
@@ -105,7 +104,7 @@ def rotations(model: PreTrainedModel) -> dict[nn.Module, Rotation]:
     what a position does depends on how long the text is.
     """
     near, after, far = NEAR, NEXT, 2 * longest_length(model) + NEXT
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
         first, first_logits = _read_at(model, near)
         second, second_logits = _read_at(model, after)
         found = {}
@@ -152,19 +151,6 @@ def longest_length(model: PreTrainedModel) -> int:
 
     collect(model.config.get_text_config().to_dict())
     return max(found)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients, for a while; every module's own after."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def hear(
@@ -227,7 +213,7 @@ def seen_tokens(model: PreTrainedModel, depth: int, wanted: int) -> int:
     """
     chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None) or 1
     read = -(-2 * (longest_length(model) + wanted) // chunk) * chunk
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
         layers = [_FullLayer(wanted - 1, read) for _ in range(depth)]
         heard, _ = hear(model, read, layers)
     masks = [layer.mask for layer in heard if layer.mask is not None]
@@ -238,6 +224,28 @@ def seen_tokens(model: PreTrainedModel, depth: int, wanted: int) -> int:
                 "positions. Stream a model of the Llama, Qwen, Mistral or Pythia families."
             )
     return min((visible(mask).sum(-1).min().item() for mask in masks), default=wanted)
+
+
+def check_text(read: int, mask: Tensor | None, positions: Tensor | None) -> None:
+    """Refuse padding, and positions that are not those of a text, `read` tokens of which are kept.
+
+    Padding would be taken for the first tokens; and keys are moved from where they stand in the
+    text to where they stand in the cache.
+    """
+    if mask is not None and not (torch.is_tensor(mask) and mask.ndim == 2 and mask.bool().all()):
+        raise SinkbookError(
+            "a sink cache got an attention_mask that hides tokens. Padding would be kept as the "
+            "first tokens: give texts of one length, without padding and mask."
+        )
+    if positions is None:
+        return
+    expected = torch.arange(read, read + positions.shape[-1], device=positions.device)
+    if not (positions == expected).all():
+        raise SinkbookError(
+            f"a sink cache that has read {read} tokens got position_ids from "
+            f"{int(positions.min())} to {int(positions.max())}. Leave them out: the next token "
+            f"of the text is at {read}, and the cache itself moves what it keeps."
+        )
 
 
 def visible(mask: Tensor) -> Bool[Tensor, "batch head_or_1 query key"]:

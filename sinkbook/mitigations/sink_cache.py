@@ -10,9 +10,11 @@ other. `streaming` is its twin for measuring: one forward pass over a whole text
 query sees what it would have seen in the cache.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from sinkbook.errors import SinkbookError, whole_number
 from sinkbook.mitigations.rotation import (
     Rotation,
-    evaluating,
+    check_text,
     rotations,
     seen_tokens,
     streamable,
@@ -32,8 +34,8 @@ from sinkbook.mitigations.rotation import (
 )
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.losses import token_losses
-from sinkbook.models.partial_forward import alone_with, logits_of, state_of
-from sinkbook.models.wrappers import computing_device, uncompiled, unwrapped
+from sinkbook.models.partial_forward import alone_with, run_on, state_of
+from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, uncompiled, unwrapped
 from sinkbook.progress import progress
 from sinkbook.toy.transformer import Transformer
 
@@ -109,7 +111,8 @@ class SinkCache(Cache):
     not grow with the text. A prompt given in one piece is read whole, each token seeing all before
     it; then the cache is cut. Texts of a batch must have one length, since the first tokens of a
     padded one are padding. `model` is a causal LM of transformers with rotary positions.
-    Raises `SinkbookError` for other models, and if `sinks` or `window` is too small.
+    Raises `SinkbookError` for other models, and if `sinks` or `window` is too small; in use, for
+    padding and for `position_ids` that are not those of the text.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32,
@@ -122,7 +125,7 @@ class SinkCache(Cache):
     5
     """
 
-    def __init__(self, model: nn.Module, *, sinks: int = 4, window: int):
+    def __init__(self, model: AnyModel, *, sinks: int = 4, window: int):
         window, sinks = whole_number("window", window, 1), whole_number("sinks", sinks)
         model = streamable(model)
         turns = rotations(model)
@@ -133,6 +136,18 @@ class SinkCache(Cache):
                 f"{window} cannot all be seen. Give {seen} at most, together."
             )
         super().__init__(layers=[SinkLayer(turn, sinks, window) for turn in turns.values()])
+        handle = model.base_model.register_forward_pre_hook(_check_call, with_kwargs=True)
+        weakref.finalize(self, handle.remove)
+
+
+def _check_call(model: nn.Module, arguments: tuple, keywords: dict) -> None:
+    """Before a model runs with a sink cache: are its tokens those that the cache takes them for?"""
+    call = signature(model.forward).bind_partial(*arguments, **keywords).arguments
+    call |= call.pop("kwargs", {})
+    cache = call.get("past_key_values")
+    if isinstance(cache, SinkCache):
+        read = cache.get_seq_length()
+        check_text(read, call.get("attention_mask"), call.get("position_ids"))
 
 
 def _checked(window: int, kept: int | Sequence[int]) -> tuple[int, list[int]]:
@@ -144,7 +159,7 @@ def _checked(window: int, kept: int | Sequence[int]) -> tuple[int, list[int]]:
 
 
 @contextmanager
-def streaming(model: nn.Module, *, window: int, kept: int | Sequence[int] = 4) -> Iterator[None]:
+def streaming(model: AnyModel, *, window: int, kept: int | Sequence[int] = 4) -> Iterator[None]:
     """Have every query see the last `window` tokens, itself included, and those kept for good.
 
     `kept` is a number of first tokens or the positions of other ones. One forward pass then gives
@@ -155,18 +170,18 @@ def streaming(model: nn.Module, *, window: int, kept: int | Sequence[int] = 4) -
     for any other module, for models whose attention cannot be replaced or is no plain softmax, and
     for those whose keys cannot be moved, which is tried out: see `rotations`.
     """
-    window, chosen = _checked(window, kept)
+    model, (window, chosen) = unwrapped(model), _checked(window, kept)
     with uncompiled(), _streaming(model, window, chosen, tried(model)):
         yield
 
 
-def tried(model: nn.Module) -> dict[nn.Module, Rotation]:
+def tried(model: AnyModel) -> dict[nn.Module, Rotation]:
     """How the keys of a model's layers turn, for `streaming`; none for a toy.
 
     Raises `SinkbookError` if the model cannot be streamed. Each of its attention modules is run
     twice on a short text, as it is and with everything within the window, and must give the same.
     """
-    if isinstance(model, nn.Module) and isinstance(unwrapped(model), Transformer):
+    if isinstance(unwrapped(model), Transformer):
         return {}
     model = streamable(model)
     calls = {}
@@ -174,13 +189,13 @@ def tried(model: nn.Module) -> dict[nn.Module, Rotation]:
     def keep(module, *call) -> None:
         calls.setdefault(module, call)
 
-    with alone_with(model), evaluating(model), ExitStack() as hooks:
+    with alone_with(model), torch.no_grad(), evaluating(model), ExitStack() as hooks:
         turns = rotations(model)
         for module in turns:
             hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
         text = torch.arange(1, SHORT + 1) * (model.get_input_embeddings().num_embeddings - 1)
-        logits_of(model, text[None].to(computing_device(model)) // SHORT)
-    with alone_with(model), evaluating(model), _streaming(model, SHORT, [], turns):
+        run_on(model, text[None].to(computing_device(model)) // SHORT)
+    with alone_with(model), torch.no_grad(), evaluating(model), _streaming(model, SHORT, [], turns):
         for module, (arguments, keywords, output) in calls.items():
             uncached = {"past_key_values": None} if "past_key_values" in keywords else {}
             again = state_of(module(*arguments, **keywords | uncached))
@@ -201,7 +216,7 @@ def _streaming(
     """`streaming` of a model that has been `tried`."""
     positions = torch.tensor(kept, dtype=torch.long)
     with alone_with(model), ExitStack() as undo:
-        if isinstance(unwrapped(model), Transformer):
+        if isinstance(model, Transformer):
             for module in model.modules():
                 if hasattr(module, "attention_function"):
                     own = module.attention_function
@@ -297,7 +312,7 @@ def _streamed(
 
 
 def streaming_losses(
-    model: nn.Module,
+    model: AnyModel,
     input_ids: Tokens,
     *,
     window: int,
@@ -318,7 +333,7 @@ def streaming_losses(
     - "random": the window and `random` early tokens, drawn for each text from those that no number
       of first tokens includes and that the first window does.
     """
-    window, _ = _checked(window, sinks)
+    model, (window, _) = unwrapped(model), _checked(window, sinks)
     random, sinks = whole_number("random", random), list(sinks)
     length, most = input_ids.shape[1], max(sinks, default=0)
     if window - most < random or length <= window + most:
@@ -353,7 +368,7 @@ def streaming_losses(
 
 
 def recomputed_losses(
-    model: nn.Module, input_ids: Tokens, *, window: int, stride: int
+    model: AnyModel, input_ids: Tokens, *, window: int, stride: int
 ) -> Float[np.ndarray, "text scored"]:
     """Loss of each token but the first, from a text that begins `window` tokens before it or less.
 

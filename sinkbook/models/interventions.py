@@ -27,7 +27,7 @@ from sinkbook.models.partial_forward import alone_with, state_of
 from sinkbook.models.trials.heads import Heads, heads
 from sinkbook.models.trials.sums import Term
 from sinkbook.models.trials.writers import Inside, rewrite, with_state, writers
-from sinkbook.models.wrappers import uncompiled
+from sinkbook.models.wrappers import AnyModel, uncompiled, unwrapped
 
 PARTS = ("attention", "head", "value", "mlp", "residual")
 WRITING = ("attention", "head", "mlp")
@@ -37,7 +37,7 @@ Numbers = SupportsIndex | Iterable[SupportsIndex]  # one or many: lists, ranges,
 
 @contextmanager
 def replace(
-    model: nn.Module,
+    model: AnyModel,
     part: str,
     with_: float | Float[Tensor, "..."],
     *,
@@ -69,6 +69,7 @@ def replace(
         raise SinkbookError(
             f"part {part!r} got head={head}; the part 'head' needs one, 'value' takes one."
         )
+    model = unwrapped(model)
     found = layers(model)
     chosen = _numbers("layer", layer)
     for index in chosen:
@@ -78,13 +79,26 @@ def replace(
         "head": None if head is None else _numbers("head", head),
         "position": None if position is None else _numbers("position", position),
     }
-    with alone_with(model), uncompiled(), ExitStack() as hooks:
+    with alone_with(model), uncompiled(), _not_run_again(model), ExitStack() as hooks:
         for index in chosen:
             _hang(model, part, found, index, where, hooks)
         yield
 
 
-def zero(model: nn.Module, part: str, **where) -> AbstractContextManager[None]:
+@contextmanager
+def _not_run_again(model: nn.Module) -> Iterator[None]:
+    """Without gradient checkpoints, which run a layer again past our hooks, or after the body."""
+    again = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    try:
+        for module in again:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in again:
+            module.gradient_checkpointing = True
+
+
+def zero(model: AnyModel, part: str, **where) -> AbstractContextManager[None]:
     """Cut a part: `replace` with 0. Zeroed heads, attentions and MLPs write nothing."""
     return replace(model, part, 0.0, **where)
 
@@ -240,7 +254,7 @@ def _hang(
         own = where["with_"] / factor if factor else torch.tensor(0.0)
         return _write_over(states, heads=None, start=0.0, **where | {"with_": own})
 
-    rewrite(Inside(layer.block, hooks), terms, add, hooks)
+    rewrite(Inside(layer.block, hooks, all_run=True), terms, add, hooks)
 
 
 def _hang_on_heads(
@@ -252,7 +266,7 @@ def _hang_on_heads(
         if not 0 <= number < count:
             raise SinkbookError(f"head {number} is not there; 0 to {count - 1} are.")
     write = partial(_write_over, heads=count, start=start, **where)
-    inside = Inside(layer.block, hooks, own_shape=True)
+    inside = Inside(layer.block, hooks, own_shape=True, all_run=True)
     if part == "head":
         inside.change_input(layer.output, write, hooks)
     else:

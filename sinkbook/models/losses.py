@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import logits_of
-from sinkbook.models.wrappers import computing_device, unwrapped
+from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, unwrapped
 
 Tokens = Int[Tensor, "text position"]
 
@@ -35,7 +35,7 @@ def next_token_losses(
 
     `logits` are those of `texts`, with or without their last token.
     """
-    targets = texts[:, 1:]
+    targets = texts[:, 1:].long()
     if logits.shape[1] - targets.shape[1] not in (0, 1):
         raise SinkbookError(
             f"{logits.shape[1]} positions of logits do not belong to texts of {texts.shape[1]} "
@@ -48,22 +48,24 @@ def next_token_losses(
 
 @torch.no_grad()
 def token_losses(
-    model: nn.Module, input_ids: Tokens, *, last: int | None = None
+    model: AnyModel, input_ids: Tokens, *, last: int | None = None
 ) -> Float[np.ndarray, "text scored"]:
     """Loss of every token but the first given those before it, in nats; or of the `last` ones.
 
-    `model` is any that `measure` takes. Raises `NotFiniteError` for a loss that is NaN or infinite.
+    `model` is any that `measure` takes, and reads without dropout. Raises `SinkbookError` for one
+    without a head that predicts tokens, and `NotFiniteError` for a loss that is NaN or infinite.
     """
     last = input_ids.shape[1] - 1 if last is None else last
     model = unwrapped(model)
     losses, device = [], computing_device(model)
     cut_short = "logits_to_keep" in signature(model.forward).parameters
-    for rows in input_ids.to(device).split(max(1, AT_ONCE // input_ids.shape[1])):
-        if cut_short:
-            logits = model(rows, use_cache=False, logits_to_keep=last + 1).logits
-        else:
-            logits = logits_of(model, rows)[:, -last - 1 :]
-        losses.append(next_token_losses(logits, rows[:, -last - 1 :]).cpu().numpy())
+    with evaluating(model):
+        for rows in input_ids.to(device).split(max(1, AT_ONCE // input_ids.shape[1])):
+            if cut_short:
+                logits = model(rows, use_cache=False, logits_to_keep=last + 1).logits
+            else:
+                logits = logits_of(model, rows)[:, -last - 1 :]
+            losses.append(next_token_losses(logits, rows[:, -last - 1 :]).cpu().numpy())
     found = np.concatenate(losses)
     if not np.isfinite(found).all():
         text, token = np.argwhere(~np.isfinite(found))[0]

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
-from sinkbook.models.layout import blocks
+from sinkbook.models.layout import blocks, of_transformers
 from sinkbook.models.wrappers import uncompiled, unwrapped
 
 Output = Tensor | tuple | list  # the states alone, or first of several
@@ -81,11 +81,35 @@ def _release(block: int, lock, before: int | None) -> None:
 def logits_of(
     model: nn.Module, tokens: Int[Tensor, "text position"]
 ) -> Float[Tensor, "text position vocab"]:
-    """The next-token logits of a causal language model, without a key-value cache."""
+    """The next-token logits of a causal language model, without a key-value cache.
+
+    Raises `SinkbookError` for a model that gives none.
+    """
+    return logits_in(model, run_on(model, tokens))
+
+
+def logits_in(model: nn.Module, output: object) -> Float[Tensor, "text position vocab"]:
+    """The next-token logits in what a model gives.
+
+    Raises `SinkbookError` if there are none: its states, or the labels of a classifier.
+    """
+    model = unwrapped(model)
+    logits = state_of(getattr(output, "logits", output))
+    if of_transformers(model) and model.get_output_embeddings() is None:
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        if not hasattr(output, "logits") or logits.shape[-1] != vocabulary:
+            raise SinkbookError(
+                f"{type(model).__name__} has no head that predicts the next token, so it has no "
+                "loss. Load it as a causal language model: AutoModelForCausalLM."
+            )
+    return logits
+
+
+def run_on(model: nn.Module, tokens: Int[Tensor, "text position"]) -> object:
+    """What a model gives for texts, without a key-value cache."""
     model = unwrapped(model)
     cacheless = "use_cache" in inspect.signature(model.forward).parameters
-    output = model(tokens, **({"use_cache": False} if cacheless else {}))
-    return state_of(getattr(output, "logits", output))
+    return model(tokens, **({"use_cache": False} if cacheless else {}))
 
 
 def state_of(output: Output) -> Tensor:
@@ -177,16 +201,20 @@ def can_resume(model: nn.Module, tokens: Int[Tensor, "text position"]) -> bool:
     """
     tokens = tokens[:1, :8]
     with kept(model) as outputs:
-        whole = logits_of(model, tokens)
+        whole = _first(run_on(model, tokens))
     for below in {len(outputs) // 2, len(outputs) - 1}:
         with given(model, outputs, below=below):
             try:
-                again = logits_of(model, tokens)
+                again = _first(run_on(model, tokens))
             except Exception:  # whatever a layer raises that misses what another had left for it
                 return False
         if not torch.allclose(again, whole, rtol=1e-4, atol=1e-4):
             return False
     return True
+
+
+def _first(output: object) -> Tensor:
+    return state_of(getattr(output, "logits", output))
 
 
 def _again(output: Output, *_arguments, **_keywords) -> Output:

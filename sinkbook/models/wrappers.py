@@ -10,29 +10,49 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType, ModuleType
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from sinkbook.errors import SinkbookError
 
+
+@runtime_checkable
+class Holder(Protocol):
+    """What keeps a model, as a `LanguageModel` of `sinkbook.load` does."""
+
+    model: nn.Module
+
+
+AnyModel = nn.Module | Holder  # or a wrapper of one: what `unwrapped` takes
+
 _LOCK = threading.Lock()
 _INSIDE: list[object] = []  # the bodies of `uncompiled` that are open
 _EAGER = ExitStack()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: AnyModel) -> nn.Module:
     """The model that computes, out of all that stands around it.
 
-    Adapters inside its layers stay where they are and count. Raises `SinkbookError` for weights
-    that are sharded over processes and for a trained prompt before the text.
+    What keeps a model as its `model`, as `sinkbook.load` gives it or a pipeline, stands for it.
+    Adapters inside its layers stay where they are and count. Raises `SinkbookError` for what is no
+    model, weights that are sharded over processes, and a trained prompt before the text.
     """
+    if not isinstance(model, nn.Module):
+        held = getattr(model, "model", None)
+        if not isinstance(held, nn.Module):
+            what = f"{model!r:.40}" if isinstance(model, str) else f"a {type(model).__name__}"
+            raise SinkbookError(
+                f"{what} is no model. Give an nn.Module, or what `sinkbook.load` returns."
+            )
+        model = held
     while (inner := _inside(model)) is not model:
         model = inner
     return model
 
 
-def computing_device(model: nn.Module) -> torch.device:
+def computing_device(model: AnyModel) -> torch.device:
     """Where a model takes its tokens.
 
     Raises `SinkbookError` if its weights are not in this process's memory: offloaded, not loaded
@@ -73,6 +93,22 @@ def uncompiled() -> Iterator[None]:
             _INSIDE.remove(body)
             if not _INSIDE:
                 _EAGER.close()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, whatever mode each module is in.
+
+    By the mark alone: some modules do more where `train` is called, such as merging adapters.
+    """
+    training = [module for module in unwrapped(model).modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

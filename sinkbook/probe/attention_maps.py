@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import layers
-from sinkbook.models.wrappers import computing_device
+from sinkbook.models.wrappers import AnyModel, computing_device, unwrapped
 from sinkbook.probe.masks import Scope, TokenTable, integers
 from sinkbook.probe.recorder import Recorder
 
@@ -23,7 +23,7 @@ class AttentionMap(NamedTuple):
 
 
 def attention_weights(
-    model: nn.Module,
+    model: AnyModel,
     input_ids: TokenTable,
     *,
     layer: int,
@@ -39,7 +39,7 @@ def attention_weights(
 
 
 def attention_logits(
-    model: nn.Module,
+    model: AnyModel,
     input_ids: TokenTable,
     *,
     layer: int,
@@ -53,7 +53,7 @@ def attention_logits(
 
 @torch.no_grad()
 def attention_maps(
-    model: nn.Module,
+    model: AnyModel,
     input_ids: TokenTable,
     *,
     queries: Int[Tensor, " asked"] | None = None,
@@ -63,6 +63,7 @@ def attention_maps(
 
     `queries` are the positions of the queries, all by default. The texts are whole: no padding.
     """
+    model = unwrapped(model)
     found: list[AttentionMap | None] = [None] * len(layers(model))
 
     def look(number, rows_of) -> None:
@@ -79,8 +80,8 @@ def attention_maps(
     return found
 
 
-def _map_of(model: nn.Module, input_ids: TokenTable, layer: int) -> AttentionMap:
-    input_ids = integers("input_ids", input_ids)
+def _map_of(model: AnyModel, input_ids: TokenTable, layer: int) -> AttentionMap:
+    model, input_ids = unwrapped(model), integers("input_ids", input_ids)
     if input_ids.shape[1] > LONGEST:
         raise SinkbookError(
             f"a map of {input_ids.shape[1]} tokens cannot be looked at. Give at most {LONGEST}, or "

@@ -146,22 +146,6 @@ def _plain_attention(module, query, key, value, attention_mask, **keywords):
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, whatever mode each module is in.
-
-    By the mark alone: some modules do more where `train` is called, such as merging adapters.
-    """
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
 def without_autocast(device: torch.device) -> Iterator[None]:
     """The probe's arithmetic is its own, whatever the model computes in."""
     if not torch.is_autocast_enabled(device.type):

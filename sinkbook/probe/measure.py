@@ -17,6 +17,7 @@ as much as the plain forward pass, is exact, and needs memory linear in the numb
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from inspect import signature
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
-from sinkbook.models.wrappers import computing_device
+from sinkbook.models.wrappers import AnyModel, computing_device, unwrapped
 from sinkbook.probe.finite import check_losses, check_variable
 from sinkbook.probe.masks import Scope, TokenTable, integers, shown
 from sinkbook.probe.recorder import Recorder
@@ -57,7 +58,7 @@ DEFAULT = ("sink_attention", "sink_logit", "value_norm", "residual_norm")
 
 @torch.no_grad()
 def measure(
-    model: nn.Module,
+    model: AnyModel,
     input_ids: TokenTable,
     variables: Sequence[str] = DEFAULT,
     *,
@@ -68,10 +69,11 @@ def measure(
 ) -> xr.Dataset:
     """Measure a causal language model's extreme tokens on `input_ids`, in one forward pass.
 
-    `model` is any causal LM of transformers, a toy, or one of your own that names its parts
-    (`models.layout`); `variables` are names in `VARIABLES`. `attention_mask` (batch, position), 1
-    for tokens and 0 for padding, and `position_ids`, which restart where packed documents do, go
-    to the model as they are. The arithmetic is the probe's own: float32 or wider, autocast off.
+    `model` is any causal LM of transformers, what `load` returns, a toy, or one of your own that
+    names its parts (`models.layout`); `variables` are names in `VARIABLES`. `attention_mask`
+    (batch, position), 1 for tokens and 0 for padding, and `position_ids`, which restart where
+    packed documents do, go to the model as they are. The arithmetic is the probe's own: float32 or
+    wider, autocast off.
 
     The sink is each row's first token that is no padding, or position `sink`. Means run over
     the queries that `queries` marks (all by default), never over padding:
@@ -102,6 +104,7 @@ def measure(
     """
     started = time.perf_counter()
     _check(variables)
+    model = _of_text(unwrapped(model))
     inputs = _inputs(input_ids, attention_mask, position_ids, computing_device(model))
     real = counted = _real_tokens(inputs)
     if queries is not None:
@@ -161,6 +164,16 @@ def measure_texts(
     together = xr.concat(results, dim="batch", join="outer", combine_attrs="override")
     together.attrs |= {"model": language_model.name, "seconds": round(seconds, 3)}
     return together.sortby("batch")
+
+
+def _of_text(model: nn.Module) -> nn.Module:
+    """A model that reads tokens."""
+    takes = getattr(model, "main_input_name", "input_ids")
+    if takes != "input_ids" and "input_ids" not in signature(model.forward).parameters:
+        raise SinkbookError(
+            f"{type(model).__name__} reads {takes} and no tokens. Give a causal language model."
+        )
+    return model
 
 
 def _check(variables: Sequence[str]) -> None:

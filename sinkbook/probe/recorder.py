@@ -15,15 +15,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.layout import has_own_forward, layers, of_transformers
-from sinkbook.models.partial_forward import alone_with, logits_of, state_into, state_of
+from sinkbook.models.partial_forward import (
+    alone_with,
+    logits_in,
+    logits_of,
+    state_into,
+    state_of,
+)
 from sinkbook.models.trials.heads import heads
 from sinkbook.models.trials.writers import writers
-from sinkbook.models.wrappers import uncompiled, unwrapped
+from sinkbook.models.wrappers import evaluating, uncompiled, unwrapped
 from sinkbook.probe import explicit, fused
 from sinkbook.probe.finite import States
 from sinkbook.probe.listening import (
     active,
-    evaluating,
     named_attention,
     overhearing,
     transformers_attention,
@@ -87,6 +92,7 @@ class Recorder:
         self._factors: dict[int, Tensor | None] = {}
         self._masks = WeakTensorKeyDictionary()
         self._states = States(type(model).__name__, scope.real)
+        self._odd_state: str | None = None  # why positions cannot be told from texts
 
     def run(self, inputs: dict[str, Tensor], with_logits: bool) -> Tensor | None:
         """One forward pass; returns the logits if they are wanted, else leaves out the head.
@@ -104,6 +110,9 @@ class Recorder:
         return logits
 
     def _run(self, inputs: dict[str, Tensor], with_logits: bool) -> Tensor | None:
+        batch, length = self.scope.real.shape
+        if batch == length > 1 and of_transformers(self.model):
+            self._odd_state = writers(self.model)[0].odd_state  # XLNet's: (position, batch, width)
         with contextlib.ExitStack() as undo:
             undo.enter_context(alone_with(self.model))
             undo.enter_context(uncompiled())
@@ -127,7 +136,7 @@ class Recorder:
                     )
                 if self._reads_attention():
                     self._hear_silent(partial(forward, **inputs))
-                return output.logits if with_logits else None
+                return logits_in(self.model, output) if with_logits else None
             self._check_named(inputs)
             undo.enter_context(named_attention(self))
             for layer in self.layers:
@@ -226,9 +235,7 @@ class Recorder:
     def _check_positions(self, state: Tensor) -> None:
         """States are those of the text's tokens, in their order, or of several streams of them."""
         batch, length = self.scope.real.shape
-        taken = state.ndim == 3 and state.shape[:2] == (batch, length)
-        if taken and batch == length > 1 and of_transformers(self.model):
-            taken = not writers(self.model)[0].odd_state  # XLNet's are (position, batch, width)
+        taken = state.ndim == 3 and state.shape[:2] == (batch, length) and not self._odd_state
         if state.ndim == 3 and not taken:
             raise SinkbookError(
                 f"the layers of {type(self.model).__name__} take states of the shape "

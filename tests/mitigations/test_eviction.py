@@ -118,6 +118,14 @@ def test_what_is_evicted_is_what_a_mask_would_hide_in_every_layer(kind, changes)
             {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
             "a window shorter than the prompt",
         ),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 30,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "dynamic scaling",
+        ),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "mixes kinds of layers"),
     ],
 )
@@ -131,3 +139,11 @@ def test_models_whose_keys_are_elsewhere_without_the_others_are_refused(kind, ch
 def test_a_module_without_a_cache_is_refused():
     with pytest.raises(SinkbookError, match="Transformer is no model of transformers"):
         eviction.eviction_losses(tiny_toy(), LOUD_TOKENS, prompt=PROMPT, budgets=[BUDGET])
+
+
+def test_what_is_evicted_does_not_depend_on_dropout():
+    model = loud_llama(attention_dropout=0.5)
+    expected = eviction.eviction_losses(model, LOUD_TOKENS, prompt=PROMPT, budgets=[BUDGET])
+    found = eviction.eviction_losses(model.train(), LOUD_TOKENS, prompt=PROMPT, budgets=[BUDGET])
+    assert_close(found, expected)
+    assert model.training

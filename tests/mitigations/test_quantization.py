@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from torch import nn
 
 from sinkbook.book import experiments
 from sinkbook.book.settings import Settings
@@ -25,7 +26,7 @@ from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import logits_of
 from sinkbook.toy.runs import Run
 from sinkbook.toy.transformer import Transformer
-from tiny import EACH_LAYOUT, LOUD_TOKENS, assert_close, loud_llama
+from tiny import EACH_LAYOUT, LOUD_TOKENS, assert_close, loud_llama, tiny_model
 
 TOKENS = torch.randint(0, 50, (3, 9), generator=torch.Generator().manual_seed(0))
 
@@ -289,3 +290,81 @@ def test_a_toys_rounding_errors_are_those_of_its_own_texts_in_one_range():
         for run in runs
     ]
     assert_close(found[:, 0], [int8_error(states, first=1).mean() for states in embedded], 1e-6)
+
+
+class Coded(nn.Module):
+    """A linear map as tools for quantisation make them: integers and a scale, no parameter."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.scale = linear.weight.abs().max() / 127
+        self.register_buffer("codes", (linear.weight / self.scale).round().to(dtype))
+
+    def forward(self, states):
+        return states @ (self.codes.to(states) * self.scale).T
+
+
+class Wrapping(torch.Tensor):
+    """Stands for a tensor that keeps its numbers in another form."""
+
+
+def packed(linear: nn.Linear) -> nn.Module:
+    form = torch.ao.quantization.quantize_dynamic
+    return form(nn.Sequential(linear), {nn.Linear}, dtype=torch.qint8)[0]
+
+
+def wrapping(linear: nn.Linear) -> nn.Module:
+    linear.weight = nn.Parameter(linear.weight.data.as_subclass(Wrapping), requires_grad=False)
+    return linear
+
+
+CODED = {
+    "int8": lambda linear: Coded(linear, torch.int8),
+    "int32": lambda linear: Coded(linear, torch.int32),
+    "packed": packed,
+    "in another form": wrapping,
+}
+
+
+@pytest.mark.parametrize("where", ["one", "all"])
+@pytest.mark.parametrize("form", CODED)
+def test_maps_that_are_quantised_already_are_refused_and_not_left_as_they_are(form, where):
+    model = loud_llama()
+    for layer in model.model.layers[: 1 if where == "one" else None]:
+        for part in (layer.mlp, layer.self_attn):
+            for name, module in list(part.named_children()):
+                if isinstance(module, nn.Linear) and (where == "all" or name == "up_proj"):
+                    setattr(part, name, CODED[form](module))
+    with pytest.raises(SinkbookError, match=r"layers\[0\].*quantised already"):
+        quantized(model).__enter__()
+
+
+@pytest.mark.parametrize("ranges", [*RANGES, None])
+@pytest.mark.parametrize("side", [1, -1])
+def test_padding_and_caches_have_no_part_in_a_texts_range(ranges, side):
+    model, tokens = loud_llama().double(), LOUD_TOKENS[:, :12]
+    cut, mask = tokens[:, :8], (torch.arange(12) < 8).long().expand(3, -1)
+    padded = tokens
+    if side < 0:
+        mask, padded = mask.flip(1), torch.cat([tokens[:, 8:], cut], 1)
+    kept = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with quantized(model, ranges):
+        alone = model(cut, use_cache=False).logits
+        begun = model(cut[:, :5], use_cache=True).past_key_values
+        if ranges in ("token", None):
+            with_padding = model(padded, **kept, use_cache=False).logits[mask.bool()]
+            torch.testing.assert_close(with_padding, alone.flatten(0, 1))
+            going_on = model(cut[:, 5:], past_key_values=begun).logits
+            torch.testing.assert_close(going_on, alone[:, 5:])
+            return
+        with pytest.raises(SinkbookError, match="called with texts with padding"):
+            model(padded, **kept, use_cache=False)
+        with pytest.raises(SinkbookError, match="beginning lies in a cache"):
+            model(cut[:, 5:], past_key_values=begun)
+    model(padded, **kept)  # outside of the body nobody minds
+
+
+def test_errors_of_layers_are_without_dropout():
+    model = tiny_model("opt", dropout=0.5, ffn_dim=48, word_embed_proj_dim=32)
+    expected = layer_errors(model, LOUD_TOKENS)
+    assert_close(layer_errors(model.train(), LOUD_TOKENS), expected)

@@ -1,5 +1,6 @@
 """The sink cache, its one-pass twin, and StreamingLLM's definition written out agree."""
 
+import gc
 import re
 from functools import partial
 
@@ -342,3 +343,38 @@ def test_a_window_that_leaves_no_room_is_refused(loud):
         sink_cache.streaming_losses(loud, LOUD_TOKENS, window=10)
     with pytest.raises(SinkbookError, match="longer than window"):
         sink_cache.streaming_losses(loud, LOUD_TOKENS[:, :20], window=12)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"position_ids": torch.tensor([[5]])}, "has read 20 tokens got position_ids from 5"),
+        ({"position_ids": torch.tensor([[21]])}, "the next token of the text is at 20"),
+        ({"attention_mask": torch.arange(21)[None] > 0}, "attention_mask that hides tokens"),
+        ({"attention_mask": torch.ones(1, 1, 1, 21, dtype=torch.bool)}, "without padding and mask"),
+    ],
+)
+def test_padding_and_positions_of_ones_own_are_refused_by_the_cache(llama, given, says):
+    text = TOKENS[:1]
+    cache = SinkCache(llama, sinks=2, window=6)
+    llama(text[:, :20], past_key_values=cache, attention_mask=torch.ones(1, 20))
+    for part in (llama, llama.model):
+        with pytest.raises(SinkbookError, match=says):
+            part(text[:, 20:21], past_key_values=cache, **given)
+    llama(text[:, 20:21], past_key_values=cache, position_ids=torch.tensor([[20]]))
+    assert cache.get_seq_length() == 21
+
+
+def test_padded_prompts_are_not_generated_from(llama):
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), TOKENS[:1, :6]], 1)
+    cache, mask = SinkCache(llama, sinks=2, window=6), (torch.arange(9) > 2).long()[None]
+    with pytest.raises(SinkbookError, match="without padding"):
+        llama.generate(padded, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+
+
+def test_a_cache_leaves_no_trace_on_its_model(llama):
+    before = len(llama.model._forward_pre_hooks)
+    cache = SinkCache(llama, sinks=2, window=6)
+    del cache
+    gc.collect()
+    assert len(llama.model._forward_pre_hooks) == before

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from transformers import LlamaForTokenClassification, LlamaModel
 
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_loss, next_token_losses, perplexity, token_losses
+from sinkbook.probe import measure
 from sinkbook.toy.transformer import Transformer, TransformerConfig
-from tiny import LOUD_TOKENS, assert_close, losses_of, loud_llama
+from tiny import LOUD_TOKENS, assert_close, losses_of, loud_llama, tiny_model
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_all_its_tokens():
@@ -44,3 +46,22 @@ def test_perplexity_is_over_the_tokens_past_a_position():
         np.log([[9.0, 2.0, 8.0]]), dims=("text", "position"), coords={"position": [1, 2, 3]}
     )
     assert_close(perplexity(losses, after=2), [4.0])
+
+
+@pytest.mark.parametrize("labels", [None, 2, 120])
+def test_a_model_that_predicts_no_token_has_no_loss(labels):
+    config = loud_llama().config
+    config.num_labels = labels or 2
+    model = LlamaModel(config) if labels is None else LlamaForTokenClassification(config)
+    for loss in (token_losses, lambda *given: measure(*given, ("loss",))):
+        with pytest.raises(SinkbookError, match="no head that predicts the next token"):
+            loss(model, LOUD_TOKENS)
+    assert measure(model, LOUD_TOKENS).sink_attention.notnull().all()
+
+
+def test_losses_are_without_dropout_and_the_mode_stays_as_it_was():
+    model = tiny_model("opt", dropout=0.5, ffn_dim=48, word_embed_proj_dim=32)
+    expected = token_losses(model, LOUD_TOKENS)
+    model.train().model.decoder.layers[0].eval()
+    assert_close(token_losses(model, LOUD_TOKENS), expected)
+    assert model.training and not model.model.decoder.layers[0].training

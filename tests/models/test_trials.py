@@ -313,3 +313,35 @@ def test_what_is_no_position_is_refused(position):
         zero(model, "mlp", layer=0, position=position),
     ):
         model(TOKENS)
+
+
+def test_a_layer_that_leaves_a_part_out_for_longer_texts_is_refused_then():
+    toy = tiny_toy().requires_grad_(False)
+
+    class Skipping(Lying):
+        def forward(self, x):
+            x = x + self.attention(x)
+            return x + self.mlp(x) if x.shape[1] < 6 else x
+
+    toy.layers[1] = Skipping(toy.layers[1], None)
+    with zero(toy, "mlp", layer=1):
+        toy(TOKENS[:, :5])
+        with pytest.raises(SinkbookError, match="runs without its"):
+            toy(TOKENS)
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp", "head", "value"])
+def test_gradients_through_a_cut_are_the_same_under_gradient_checkpoints(part):
+    which = {"head": 1} if part in ("head", "value") else {}
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with zero(model, part, layer=0, **which):
+            loss = model(TOKENS, labels=TOKENS, use_cache=False).loss
+        loss.backward()  # after the body, as in a training step
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert model.is_gradient_checkpointing == checkpointing
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)

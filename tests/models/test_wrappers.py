@@ -2,8 +2,10 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import accelerate
+import numpy as np
 import peft
 import pytest
 import torch
@@ -18,17 +20,22 @@ from transformers import (
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
     Qwen2Config,
+    ViTConfig,
+    ViTModel,
 )
 
 from sinkbook import measure
 from sinkbook.errors import SinkbookError
+from sinkbook.mitigations.eviction import eviction_losses
+from sinkbook.mitigations.quantization import layer_errors, quantized, rounding_losses
+from sinkbook.mitigations.sink_cache import SinkCache, streaming, streaming_losses
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import can_resume, given, kept, logits_of, residual_states
 from sinkbook.models.wrappers import uncompiled, unwrapped
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.probe.written import write_factor
-from tiny import LOUD_TOKENS, SIZES, loud_llama
+from tiny import LOUD_TOKENS, SIZES, loud_llama, tiny_reader
 
 pytestmark = pytest.mark.weights
 
@@ -340,3 +347,50 @@ def test_two_text_models_of_one_kind_and_depth_are_refused_and_not_chosen_from()
     model.draft = loud_llama().model
     with pytest.raises(SinkbookError, match="found: model.layers, draft.layers"):
         measure(model, TOKENS)
+
+
+USES = {
+    "measure": lambda model: measure(model, TOKENS).sink_attention.values,
+    "attention_weights": lambda model: attention_weights(model, TOKENS, layer=1).numpy(),
+    "token_losses": lambda model: token_losses(model, TOKENS),
+    "layer_errors": lambda model: layer_errors(model, TOKENS).values,
+    "eviction_losses": lambda model: eviction_losses(model, TOKENS, prompt=12, budgets=[6]).values,
+    "rounding_losses": lambda model: rounding_losses(model, TOKENS).values,
+    "streaming_losses": lambda model: streaming_losses(model, TOKENS, window=5, sinks=[1]).values,
+    "SinkCache": lambda model: len(SinkCache(model, sinks=1, window=3).layers),
+}
+BODIES = {
+    "zero": lambda model: zero(model, "mlp", layer=0),
+    "quantized": quantized,
+    "streaming": lambda model: streaming(model, window=4, kept=1),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_load_returns_stands_for_its_model(use):
+    reader = tiny_reader(loud_llama())
+    np.testing.assert_array_equal(USES[use](reader), USES[use](reader.model))
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_what_load_returns_is_changed_as_its_model(body):
+    reader = tiny_reader(loud_llama())
+    with BODIES[body](reader):
+        found = token_losses(reader, TOKENS)
+    with BODIES[body](reader.model):
+        np.testing.assert_array_equal(found, token_losses(reader.model, TOKENS))
+    assert not np.array_equal(found, token_losses(reader.model, TOKENS))
+
+
+@pytest.mark.parametrize("use", USES | BODIES)
+def test_what_is_no_model_is_refused(use):
+    with pytest.raises(SinkbookError, match="a SimpleNamespace is no model"):
+        given = (USES | BODIES)[use](SimpleNamespace(model="gpt2"))
+        given.__enter__()
+
+
+def test_a_model_that_reads_no_tokens_is_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = ViTModel(ViTConfig(**sizes, intermediate_size=48, image_size=16, patch_size=8))
+    with pytest.raises(SinkbookError, match="ViTModel reads pixel_values and no tokens"):
+        measure(tower, TOKENS)

@@ -576,3 +576,13 @@ def test_the_three_kurtoses_answer_different_questions():
     assert probe.kurtosis_of_text(dimension).item() > 100
     assert probe.kurtosis_of_tokens(dimension).median().item() > 100
     assert probe.kurtosis_of_dimensions(dimension).item() > 100
+
+
+def test_as_many_texts_as_tokens_are_measured_as_one_by_one():
+    model = tiny_model(vocab_size=11).requires_grad_(False)  # which nothing has been tried on
+    tokens = torch.randint(11, (8, 8), generator=torch.Generator().manual_seed(1))
+    together = measure(model, tokens, ("sink_attention", "residual_norm"))
+    for number, text in enumerate(tokens):
+        alone = measure(model, text[None], ("sink_attention", "residual_norm"))
+        for name in alone:
+            close(together[name][number], torch.tensor(alone[name][0].values))

@@ -23,13 +23,13 @@ from sinkbook.models.partial_forward import (
     Output,
     all_running,
     alone_with,
-    logits_of,
     own_forward,
+    run_on,
     state_into,
     state_of,
 )
 from sinkbook.models.trials.sums import Sums, Term
-from sinkbook.models.wrappers import computing_device, uncompiled, unwrapped
+from sinkbook.models.wrappers import computing_device, evaluating, uncompiled, unwrapped
 
 TEXTS, LENGTH = 2, 3  # different, so that states in another order are told apart
 PARTS = ("attention", "mlp")
@@ -105,13 +105,12 @@ def on_trial(
 def _as_it_is(model: nn.Module, texts: int, length: int) -> Iterator[Callable[[], None]]:
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hung = [(module, kind, vars(module)[kind]) for module in model.modules() for kind in kinds]
-    training = [module for module in model.modules() if module.training]
     device = computing_device(model)
 
     def run() -> None:
         tokens = (torch.arange(length, device=device) % 2).repeat(texts, 1)
         try:
-            logits_of(model, tokens)
+            run_on(model, tokens)
         except SinkbookError:
             raise
         except Exception as error:  # whatever a model raises that is not what we take it for
@@ -123,25 +122,27 @@ def _as_it_is(model: nn.Module, texts: int, length: int) -> Iterator[Callable[[]
     try:
         for module, kind, hooks in hung:
             vars(module)[kind] = type(hooks)()
-        model.eval()
-        with torch.no_grad(), all_running(model), uncompiled():
+        with torch.no_grad(), evaluating(model), all_running(model), uncompiled():
             yield run
     finally:
         for module, kind, hooks in hung:
             vars(module)[kind] = hooks
-        for module in training:
-            module.training = True
 
 
 class Inside:
     """Watches a layer: what its modules give is only touched while the layer itself runs.
 
     Modules may be shared by layers, and may give their states as (batch * position, width). Where
-    layers hand on several states side by side, states have an `own_shape`.
+    layers hand on several states side by side, states have an `own_shape`. With `all_run` a layer
+    that runs without a module that is to be changed, as for longer texts, is an error.
     """
 
-    def __init__(self, block: nn.Module, hooks: ExitStack, own_shape: bool = False):
-        self.own_shape = own_shape
+    def __init__(
+        self, block: nn.Module, hooks: ExitStack, own_shape: bool = False, all_run: bool = False
+    ):
+        self.own_shape, self.all_run = own_shape, all_run
+        self._changing: set[nn.Module] = set()
+        self._ran: set[nn.Module] = set()
         self.shape: tuple[int, int] | None = None  # texts and positions, while the layer runs
         enter = block.register_forward_pre_hook(self._enter, with_kwargs=True)
         hooks.callback(enter.remove)
@@ -149,14 +150,25 @@ class Inside:
 
     def _enter(self, _block, arguments, keywords) -> None:
         self.shape = tuple(state_into(arguments, keywords).shape[:2])
+        self._ran = set()
 
-    def _leave(self, _block, _arguments, _output) -> None:
+    def _leave(self, block, _arguments, _output) -> None:
         self.shape = None
+        spared = vars(block).get("forward") is not own_forward(block)
+        if self.all_run and not spared and (idle := self._changing - self._ran):
+            kinds = " and ".join(sorted(type(module).__name__ for module in idle))
+            raise SinkbookError(
+                f"a layer, {type(block).__name__}, runs without its {kinds}, by which it was found "
+                "to write. sinkbook changes what layers do for every text."
+            )
 
-    def changed(self, states: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    def _changed(
+        self, module: nn.Module, states: Tensor, change: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """The states as `change` gives them, which it is handed as (batch, position, width)."""
         if self.shape is None:
             return states
+        self._ran.add(module)
         shape = states.shape[:2] if self.own_shape and states.ndim > 2 else self.shape
         return change(states.reshape(*shape, -1)).reshape(states.shape)
 
@@ -165,8 +177,11 @@ class Inside:
     ) -> None:
         """Put what `change` makes of a module's states in their place."""
         handle = module.register_forward_hook(
-            lambda _, __, output: with_state(output, self.changed(state_of(output), change))
+            lambda _, __, output: with_state(
+                output, self._changed(module, state_of(output), change)
+            )
         )
+        self._changing.add(module)
         hooks.callback(handle.remove)
 
     def change_input(
@@ -174,8 +189,9 @@ class Inside:
     ) -> None:
         """Put what `change` makes of the states that a module reads in their place."""
         handle = module.register_forward_pre_hook(
-            lambda _, inputs: (self.changed(inputs[0], change), *inputs[1:])
+            lambda _, inputs: (self._changed(module, inputs[0], change), *inputs[1:])
         )
+        self._changing.add(module)
         hooks.callback(handle.remove)
 
 
