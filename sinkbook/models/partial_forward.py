@@ -94,7 +94,7 @@ def logits_in(model: nn.Module, output: object) -> Float[Tensor, "text position 
     Raises `SinkbookError` if there are none: its states, or the labels of a classifier.
     """
     model = unwrapped(model)
-    logits = state_of(getattr(output, "logits", output))
+    logits = _first(output)
     if of_transformers(model) and model.get_output_embeddings() is None:
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
         if not hasattr(output, "logits") or logits.shape[-1] != vocabulary:
@@ -214,7 +214,10 @@ def can_resume(model: nn.Module, tokens: Int[Tensor, "text position"]) -> bool:
 
 
 def _first(output: object) -> Tensor:
-    return state_of(getattr(output, "logits", output))
+    """The logits of what a model gives, or its states."""
+    if hasattr(output, "logits"):
+        return output.logits
+    return state_of(output.to_tuple() if hasattr(output, "to_tuple") else output)
 
 
 def _again(output: Output, *_arguments, **_keywords) -> Output:

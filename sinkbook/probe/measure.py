@@ -69,11 +69,10 @@ def measure(
 ) -> xr.Dataset:
     """Measure a causal language model's extreme tokens on `input_ids`, in one forward pass.
 
-    `model` is any causal LM of transformers, what `load` returns, a toy, or one of your own that
-    names its parts (`models.layout`); `variables` are names in `VARIABLES`. `attention_mask`
-    (batch, position), 1 for tokens and 0 for padding, and `position_ids`, which restart where
-    packed documents do, go to the model as they are. The arithmetic is the probe's own: float32 or
-    wider, autocast off.
+    `model` is any causal LM of transformers, what `load` returns, a toy, or one that names its
+    parts (`models.layout`); `variables` are names in `VARIABLES`. `attention_mask`, 1 for tokens
+    and 0 for padding, and `position_ids`, which restart where packed documents do, go to the model
+    as they are. The arithmetic is the probe's own: float32 or wider, autocast off.
 
     The sink is each row's first token that is no padding, or position `sink`. Means run over
     the queries that `queries` marks (all by default), never over padding:
@@ -103,8 +102,7 @@ def measure(
     infinite. Threads wait for each other. Source: arXiv 2410.13835, sections 1 and 3.
     """
     started = time.perf_counter()
-    _check(variables)
-    model = _of_text(unwrapped(model))
+    model = _checked(model, variables)
     inputs = _inputs(input_ids, attention_mask, position_ids, computing_device(model))
     real = counted = _real_tokens(inputs)
     if queries is not None:
@@ -166,19 +164,17 @@ def measure_texts(
     return together.sortby("batch")
 
 
-def _of_text(model: nn.Module) -> nn.Module:
-    """A model that reads tokens."""
+def _checked(model: AnyModel, variables: Sequence[str]) -> nn.Module:
+    """A model that reads tokens, of which there are such variables."""
+    if unknown := [name for name in variables if name not in VARIABLES]:
+        raise SinkbookError(f"no variable {unknown[0]!r}. Known: {', '.join(VARIABLES)}.")
+    model = unwrapped(model)
     takes = getattr(model, "main_input_name", "input_ids")
     if takes != "input_ids" and "input_ids" not in signature(model.forward).parameters:
         raise SinkbookError(
             f"{type(model).__name__} reads {takes} and no tokens. Give a causal language model."
         )
     return model
-
-
-def _check(variables: Sequence[str]) -> None:
-    if unknown := [name for name in variables if name not in VARIABLES]:
-        raise SinkbookError(f"no variable {unknown[0]!r}. Known: {', '.join(VARIABLES)}.")
 
 
 def _mask(attention_mask: Tensor | Sequence | np.ndarray) -> Tensor:

@@ -356,7 +356,9 @@ USES = {
     "layer_errors": lambda model: layer_errors(model, TOKENS).values,
     "eviction_losses": lambda model: eviction_losses(model, TOKENS, prompt=12, budgets=[6]).values,
     "rounding_losses": lambda model: rounding_losses(model, TOKENS).values,
-    "streaming_losses": lambda model: streaming_losses(model, TOKENS, window=5, sinks=[1]).values,
+    "streaming_losses": lambda model: (
+        streaming_losses(model, TOKENS, window=5, sinks=[1], stride=5).values
+    ),
     "SinkCache": lambda model: len(SinkCache(model, sinks=1, window=3).layers),
 }
 BODIES = {
