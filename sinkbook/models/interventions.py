@@ -124,10 +124,11 @@ def reading(model: nn.Module, part: str, *, layer: int) -> Iterator[list[Tensor]
                 written.append(states.detach().unflatten(-1, (count, -1)).clone())
                 return states
 
-            Inside(block, hooks, own_shape=True).change_input(found[layer].output, note, hooks)
+            inside = Inside(block, hooks, own_shape=True, all_run=True)
+            inside.change_input(found[layer].output, note, hooks)
         else:
             terms = _known_terms(model, part, found, layer)
-            _note_terms(Inside(block, hooks), terms, written, hooks)
+            _note_terms(Inside(block, hooks, all_run=True), terms, written, hooks)
         yield written
 
 
