@@ -160,11 +160,6 @@ def load(
             source, card = path, f"{name}, a folder."
         elif _may_be_on_hub(name):
             source, card = name, f"{name} from the hub, revision {options['revision']}."
-        elif path.is_file():
-            raise SinkbookError(
-                f"{name!r} is a file. Give the folder that it lies in; only a .gguf file is a "
-                "model by itself."
-            )
         else:
             raise _unknown(name)
         if revision and source != name:
@@ -374,6 +369,11 @@ def _may_be_on_hub(name: str) -> bool:
 
 
 def _unknown(name: str, where: str = "") -> SinkbookError:
+    if Path(name).expanduser().is_file():
+        return SinkbookError(
+            f"{name!r} is a file. Give the folder that it lies in; only a .gguf file is a model by "
+            "itself."
+        )
     near = difflib.get_close_matches(name, KNOWN, n=1)
     meant = f" Did you mean {near[0]!r}?" if near else ""
     return SinkbookError(
