@@ -51,14 +51,52 @@ ARCHITECTURES: dict[str, dict] = {
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1},
 }
 
+# Beside these, what transformers loads as a causal language model: for the long search.
+OTHERS: dict[str, dict] = {
+    **dict.fromkeys(["afmoe", "aria_text", "beam", "bert-generation", "big_bird"], {}),
+    **dict.fromkeys(["bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert"], {}),
+    **dict.fromkeys(["cohere2_moe", "cpmant", "cwm", "data2vec-text", "deepseek_v4"], {}),
+    **dict.fromkeys(["diffllama", "ernie", "ernie4_5_moe", "exaone_moe", "falcon_mamba"], {}),
+    **dict.fromkeys(["flint", "gemma4_unified_text", "gpt-sw3", "granite_swa"], {}),
+    **dict.fromkeys(["granitemoe_swa", "granitemoeshared", "hrm_text", "hunyuan_v1_moe"], {}),
+    **dict.fromkeys(["hy_v3", "hy_v4", "hyperclovax", "inkling2_text", "internlm3"], {}),
+    **dict.fromkeys(["iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "lfm3"], {}),
+    **dict.fromkeys(["mamba", "marian", "mellum", "minimax_m2", "minimax_m3_vl_text"], {}),
+    **dict.fromkeys(["ministral3", "modernbert-decoder", "mvp", "nemotron_h", "olmo_hybrid"], {}),
+    **dict.fromkeys(["pegasus", "plbart", "qwen3_5_moe_text", "roberta-prelayernorm"], {}),
+    **dict.fromkeys(["rwkv", "solar_open", "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl"], {}),
+    **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "glm4_moe_lite", "glm_moe_dsa"], LATENT),
+    **dict.fromkeys(["kimi_linear", "longcat_flash", "youtu"], LATENT),
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {
+        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8},
+        "vocab_size_per_layer_input": 97,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
+    "qwen3_5_text": {
+        **{"linear_num_value_heads": 4, "linear_num_key_heads": 2},
+        **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
+    "reformer": {
+        **{"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
+        **{"attention_head_size": 8, "attn_layers": ["local", "local"]},
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "n_mamba_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
 
 def tiny_with(kind: str, **changes) -> PreTrainedModel:
+    """The model of an architecture, with attention that is far from even; some `changes` to it."""
     default = CONFIG_MAPPING[kind]()
     config = type(default.get_text_config())
-    sizes = {name: size for name, size in TINY.items() if _settable(default, name)}
+    sizes = {name: size for name, size in TINY.items() if settable(default, name)}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        config(**sizes | _layer_types(default) | ARCHITECTURES.get(kind, {}) | changes)
+        config(**sizes | _layer_types(default) | (ARCHITECTURES | OTHERS).get(kind, {}) | changes)
     )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped kernels take no float64
@@ -68,7 +106,7 @@ def tiny_with(kind: str, **changes) -> PreTrainedModel:
     return model.eval()
 
 
-def _settable(config, name: str) -> bool:
+def settable(config, name: str) -> bool:
     attribute = getattr(type(config), name, None)
     if isinstance(attribute, property):
         return attribute.fset is not None

@@ -27,6 +27,7 @@ from sinkbook.mitigations.matrices import Part, parts
 from sinkbook.models.layout import blocks, of_transformers
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import alone_with, state_into
+from sinkbook.models.trials.maps import uncalled
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, uncompiled, unwrapped
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
@@ -196,18 +197,23 @@ def quantized(
     each expert in a mixture. Embedding, output head and the routers of transformers' mixtures stay
     as they are. Whole texts only, of one length: the first position is taken for the first token.
     The model is left as it was found, also after an exception. Raises `SinkbookError` for unknown
-    ranges, and for models with other matrices in their layers, or whose weights are no plain
-    floating-point numbers; in the body, where a map gets tokens that cannot be told by text.
+    ranges, for models with other matrices in their layers, or whose weights are no plain
+    floating-point numbers, and if activations are to be rounded for linear maps that a short text
+    never calls, though it needs them; in the body, where a map gets tokens that cannot be told by
+    text. Other matrices stay exact where they are less than a fiftieth of these.
     """
     if activations is not None:
         _check_ranges(activations)
     model = unwrapped(model)
     shape: list[int] = []  # texts and tokens that the layers are called with
     with alone_with(model), ExitStack() as undo, torch.no_grad(), uncompiled():
+        found = parts(model)
+        if activations is not None:
+            _check_called(model, found)
         if activations not in (None, "token"):
             own = (model.base_model if of_transformers(model) else model).register_forward_pre_hook
             undo.callback(own(_check_whole, with_kwargs=True).remove)
-        for part in parts(model):
+        for part in found:
             for matrix in part.matrices if weights else ():
                 undo.callback(setattr, matrix, "data", matrix.data)
                 matrix.data = round_int8(matrix.data, _wide(matrix.data).abs().amax((-2, -1), True))
@@ -231,6 +237,16 @@ def _check_whole(model: nn.Module, arguments: tuple, keywords: dict) -> None:
         raise SinkbookError(
             f"{type(model).__name__} is called with {what}, so the range of a whole text is not "
             "known. Give whole texts of one length, with use_cache=False, or `activations='token'`."
+        )
+
+
+def _check_called(model: nn.Module, found: list[Part]) -> None:
+    names = {part.module: part.name for part in found if not part.experts}
+    if past := uncalled(model, names):
+        raise SinkbookError(
+            f"layers of {type(model).__name__} compute with the weights of "
+            f"{', '.join(names[module] for module in past)} without calling the linear map, so its "
+            "inputs cannot be rounded. Give `activations=None`."
         )
 
 
@@ -263,7 +279,9 @@ def _round_input(
     name: str, ranges: str, shape: list[int], _module: nn.Module, arguments: tuple, keywords: dict
 ) -> tuple[tuple, dict]:
     """The input of a linear map, rounded. Some layers call it with the tokens of all texts."""
-    key, exact = next(iter([*enumerate(arguments), *keywords.items()]))
+    key, given = next(iter([*enumerate(arguments), *keywords.items()]))
+    one_head = given.ndim == 4 and given.shape[1] == 1 < shape[1]  # as latent attention puts it
+    exact = given.squeeze(1) if one_head else given
     among_experts = re.search(r"experts?\.\d", name) is not None
     if list(exact.shape[:2]) == shape and exact.ndim > 2:
         rounded = rounded_text(exact.flatten(2), ranges)
@@ -277,7 +295,7 @@ def _round_input(
             f"{shape[1]} tokens, so they cannot be told by text. Give `activations='token'` or "
             "`None`."
         )
-    rounded = rounded.reshape(exact.shape)
+    rounded = rounded.reshape(given.shape)
     if arguments:
         return (rounded, *arguments[1:]), keywords
     return arguments, keywords | {key: rounded}

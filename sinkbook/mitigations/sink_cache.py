@@ -32,7 +32,7 @@ from sinkbook.mitigations.rotation import (
     streamable,
     visible,
 )
-from sinkbook.models.attention_interface import attending_by
+from sinkbook.models.attention_interface import attending_by, unknown
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import alone_with, run_on, state_of
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, uncompiled, unwrapped
@@ -262,12 +262,11 @@ def _attend_streaming(
     A kept token that has left the window stands before it, at its rank among those that have. So
     a query meets it not from its own position `n` but from `window - 1` after the last of them.
     """
-    for name in ("softcap", "s_aux", "position_bias", "indices", "block_indices"):
-        if keywords.get(name) is not None:
-            raise SinkbookError(
-                f"{type(module).__name__} has a {name}, which streaming would leave out. "
-                "Stream a model with plain softmax attention."
-            )
+    if others := unknown(keywords):
+        raise SinkbookError(
+            f"{type(module).__name__} has a {others[0]}, which streaming would leave out. "
+            "Stream a model with plain softmax attention."
+        )
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     hides = attention_mask is not None and bool((~visible(attention_mask)).tril().any())
     if key.shape[2] != length or hides or module not in turns:

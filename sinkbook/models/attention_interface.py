@@ -97,6 +97,24 @@ def _registered(name: str, attend: Callable) -> str:
     return free
 
 
+# What attention functions are given that changes no weight, or that the mask says as well.
+_BESIDE = ("scaling", "dropout", "position_ids", "cache_position", "position_embeddings")
+_BESIDE += ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+def unknown(keywords: dict, known: Iterable[str] = ()) -> list[str]:
+    """The tensors and numbers that an attention function is given under names it does not know.
+
+    Any may change the weights, as inkling2's `sinks` do.
+    """
+    names = {*_BESIDE, *known}
+    return [
+        name
+        for name, given in keywords.items()
+        if name not in names and (torch.is_tensor(given) or isinstance(given, float))
+    ]
+
+
 def with_selection(
     module: nn.Module, attention_mask: Tensor | None, keywords: dict
 ) -> Tensor | None:

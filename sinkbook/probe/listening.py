@@ -26,6 +26,7 @@ from sinkbook.models.attention_interface import (
     attention_beneath,
     own_function,
     registered,
+    unknown,
     with_selection,
 )
 from sinkbook.probe import explicit
@@ -102,6 +103,11 @@ def _interface_attention(
     """What `AttentionInterface` calls: for threads that do not measure, what was there before."""
     recorder = active.get()
     attention_mask = with_selection(module, attention_mask, keywords)
+    if others := unknown(keywords, ("softcap", "position_bias", "s_aux")):
+        raise SinkbookError(
+            f"{type(module).__name__} hands its attention function {', '.join(others)}, which "
+            "sinkbook does not know and would leave out. Give a model of another architecture."
+        )
     if recorder is None or recorder.layer is None:
         config = getattr(module, "config", None)
         attend = attention_beneath(config, _interface_attention) or _plain_attention

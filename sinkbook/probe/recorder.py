@@ -373,7 +373,7 @@ class Recorder:
         """Spans if the keys that a mask shows have that form, else pairs; and its biases."""
         if mask is None:
             if not causal and scope.real.shape[1] > 1:
-                raise self.not_causal()
+                raise self.not_causal("asks for attention without a mask and not as causal, which ")
             return causal_spans(scope.real), None
         if mask not in self._masks:  # the layers share it
             visible, bias = mask, None
@@ -389,8 +389,9 @@ class Recorder:
             self._masks[mask] = visible if spans is None else spans, bias
         return self._masks[mask]
 
-    def not_causal(self) -> SinkbookError:
+    def not_causal(self, how: str = "") -> SinkbookError:
         return SinkbookError(
-            f"{type(self.model).__name__} lets tokens attend to later ones. The probe measures "
-            "causal language models: decoders, or encoders configured with is_decoder=True."
+            f"{type(self.model).__name__} {how}lets tokens attend to later ones. The "
+            "probe measures causal language models: decoders, or encoders configured with "
+            "is_decoder=True."
         )

@@ -1,19 +1,17 @@
 """Streaming is its definition, computed afresh in float64, for each architecture; or refused."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel, logging
 
 from architectures import ARCHITECTURES, tiny_with
+from references import afresh
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations import rotation
 from sinkbook.mitigations.rotation import Rotation, rotations
 from sinkbook.mitigations.sink_cache import SinkCache, streaming
 from sinkbook.models.layout import blocks
-from sinkbook.models.partial_forward import state_into
 from tiny import tiny_model
 
 logging.set_verbosity_error()
@@ -30,35 +28,6 @@ STREAMED = (
 )
 
 
-def afresh(model: PreTrainedModel) -> torch.Tensor:
-    """By definition: each token is read at the end of a text of just the tokens that it sees.
-
-    In every layer these have the states that they had when they were read themselves.
-    """
-    known: list[dict] = [{} for _ in blocks(model)]
-    logits = []
-    for last in range(TOKENS.shape[1]):
-        seen = [n for n in range(last + 1) if n < SINKS or last - n < WINDOW]
-
-        def give(before: dict, seen: list[int], _block, arguments, keywords):
-            states = state_into(arguments, keywords).clone()
-            for place, token in enumerate(seen[:-1]):
-                states[:, place] = before[token]
-            before[seen[-1]] = states[:, -1]
-            if "hidden_states" in keywords:
-                return arguments, keywords | {"hidden_states": states}
-            return (states, *arguments[1:]), keywords
-
-        handles = [
-            block.register_forward_pre_hook(partial(give, before, seen), with_kwargs=True)
-            for block, before in zip(blocks(model), known, strict=True)
-        ]
-        logits.append(model(TOKENS[:, seen], use_cache=False).logits[:, -1:])
-        for handle in handles:
-            handle.remove()
-    return torch.cat(logits, dim=1)
-
-
 def one_by_one(model: PreTrainedModel) -> torch.Tensor:
     cache = SinkCache(model, sinks=SINKS, window=WINDOW)
     steps = [model(tokens, past_key_values=cache).logits for tokens in TOKENS.split(1, dim=1)]
@@ -73,7 +42,7 @@ def at_once(model: PreTrainedModel) -> torch.Tensor:
 def assert_streams(model: PreTrainedModel, *, twin: bool = True) -> None:
     """Both ways are the definition; the twin may be refused where `twin` says so."""
     model = model.double().requires_grad_(False)
-    expected = afresh(model)
+    expected = afresh(model, TOKENS, sinks=SINKS, window=WINDOW)
     tolerance = 1e-5 * expected.abs().max().item()
     torch.testing.assert_close(one_by_one(model), expected, atol=tolerance, rtol=0)
     try:

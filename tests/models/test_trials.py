@@ -5,7 +5,6 @@ input, and with a vector in the place of one it adds that vector. Heads are cut 
 """
 
 import copy
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,11 +12,11 @@ import torch
 from torch import nn
 
 from architectures import ARCHITECTURES, tiny_with
+from references import around, close
 from sinkbook.errors import SinkbookError
 from sinkbook.models import partial_forward
 from sinkbook.models.interventions import reading, replace, zero
 from sinkbook.models.layout import layers
-from sinkbook.models.partial_forward import state_into, state_of
 from sinkbook.models.trials.heads import heads
 from sinkbook.models.trials.writers import writers
 from tiny import tiny_model, tiny_toy
@@ -59,29 +58,10 @@ def made(kind: str) -> nn.Module:
     return tiny_with(kind.split()[0], **MORE.get(kind, {})).requires_grad_(False)
 
 
-def around(model: nn.Module, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a layer takes and what it gives."""
-    block, found = layers(model)[number].block, []
-    with ExitStack() as hooks, torch.no_grad():
-        enter = block.register_forward_pre_hook(
-            lambda _, *call: found.append(state_into(*call).clone()), with_kwargs=True
-        )
-        leave = block.register_forward_hook(lambda *call: found.append(state_of(call[2]).clone()))
-        hooks.callback(enter.remove)
-        hooks.callback(leave.remove)
-        partial_forward.logits_of(model, TOKENS)
-    return found[0], found[1]
-
-
-def close(one: torch.Tensor, other: torch.Tensor) -> None:
-    tolerance = 1e-5 * (1 + float(other.abs().max()))
-    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
-
-
 def cut_both(model: nn.Module, number: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     try:
         with zero(model, "attention", layer=number), zero(model, "mlp", layer=number):
-            return around(model, number)
+            return around(model, number, TOKENS)
     except SinkbookError as refusal:
         assert f"in layer {number} of {type(model).__name__}: " in str(refusal)
         return None
@@ -102,10 +82,10 @@ def test_a_layer_without_parts_passes_on_its_input_and_adds_what_a_part_is_made_
         for part, other in zip(PARTS, reversed(PARTS), strict=True):
             cut = zero(model, other, layer=number)
             with cut, replace(model, part, vectors, layer=number):
-                before, after = around(model, number)
+                before, after = around(model, number, TOKENS)
             close(after - before, vectors)
             with zero(model, other, layer=number), zero(model, part, layer=number, position=-1):
-                before, after = around(model, number)
+                before, after = around(model, number, TOKENS)
             close(after[:, -1], before[:, -1])
             assert ((after - before)[:, :-1].norm(dim=-1) > 1e-6).all()
     assert bool(refused) == (kind in POST_NORM | OTHERWISE)
@@ -276,7 +256,7 @@ def test_a_sum_is_followed_however_it_is_written(truth, dtype):
     if truth == "in double" and dtype is torch.bfloat16:
         toy.float()
     with zero(toy, "attention", layer=1), replace(toy, "mlp", torch.ones(32), layer=1):
-        before, after = around(toy, 1)
+        before, after = around(toy, 1, TOKENS)
     assert (after - before - 1).abs().max() < 8 * torch.finfo(before.dtype).eps * before.abs().max()
 
 

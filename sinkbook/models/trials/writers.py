@@ -89,8 +89,8 @@ def unchanged(before: list, current: list) -> bool:
 @contextmanager
 def on_trial(
     model: nn.Module, texts: int = TEXTS, length: int = LENGTH
-) -> Iterator[Callable[[], None]]:
-    """Gives a function that runs short texts through the model as it is by itself.
+) -> Iterator[Callable[[], Tensor]]:
+    """Gives a function that runs short texts through the model as it is by itself, to the logits.
 
     Without the hooks that others have hung on it, which may count or keep what they see, and in
     evaluation mode; both are put back, and other threads wait until then. Raises `SinkbookError` if
@@ -102,15 +102,16 @@ def on_trial(
 
 
 @contextmanager
-def _as_it_is(model: nn.Module, texts: int, length: int) -> Iterator[Callable[[], None]]:
+def _as_it_is(model: nn.Module, texts: int, length: int) -> Iterator[Callable[[], Tensor]]:
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hung = [(module, kind, vars(module)[kind]) for module in model.modules() for kind in kinds]
     device = computing_device(model)
 
-    def run() -> None:
+    def run() -> Tensor:
         tokens = (torch.arange(length, device=device) % 2).repeat(texts, 1)
         try:
-            run_on(model, tokens)
+            output = run_on(model, tokens)
+            return state_of(getattr(output, "logits", output))
         except SinkbookError:
             raise
         except Exception as error:  # whatever a model raises that is not what we take it for
@@ -263,7 +264,7 @@ def _named(layer: Layer, terms: list[Term] | str, number: int) -> Writers:
 
 
 def _run(
-    run: Callable[[], None], found: list[Layer], prepare: Callable, sums: Sums | None = None
+    run: Callable[[], object], found: list[Layer], prepare: Callable, sums: Sums | None = None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Run with known states at the layers: each one's input, a vector to add, and its output."""
     kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
