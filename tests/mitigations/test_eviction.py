@@ -1,5 +1,7 @@
 """What is evicted is hidden, and nothing else."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -118,14 +120,6 @@ def test_what_is_evicted_is_what_a_mask_would_hide_in_every_layer(kind, changes)
             {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
             "a window shorter than the prompt",
         ),
-        (
-            "llama",
-            {
-                "max_position_embeddings": 30,
-                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-            },
-            "dynamic scaling",
-        ),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "mixes kinds of layers"),
     ],
 )
@@ -139,6 +133,16 @@ def test_models_whose_keys_are_elsewhere_without_the_others_are_refused(kind, ch
 def test_a_module_without_a_cache_is_refused():
     with pytest.raises(SinkbookError, match="Transformer is no model of transformers"):
         eviction.eviction_losses(tiny_toy(), LOUD_TOKENS, prompt=PROMPT, budgets=[BUDGET])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_that_turn_with_the_length_of_the_text_are_told_in_every_precision(dtype):
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    for longest, refused in ((30, True), (40, False)):
+        model = loud_llama(max_position_embeddings=longest, rope_parameters=dynamic).to(dtype)
+        says = pytest.raises(SinkbookError, match="other keys .* dynamic")
+        with says if refused else nullcontext():
+            eviction.eviction_losses(model, LOUD_TOKENS, prompt=PROMPT, budgets=[BUDGET])
 
 
 def test_what_is_evicted_does_not_depend_on_dropout():
