@@ -127,6 +127,7 @@ class Case:
                 if self.implementation is not None:
                     model.set_attn_implementation(self.implementation)
                 logits = logits_of(model, self.tokens())
+                model(input_ids=self.tokens(), **self.inputs(), use_cache=False)
                 model = model if logits.isfinite().all() else None
         except Exception:  # whatever transformers raises at a configuration that it does not know
             model = None

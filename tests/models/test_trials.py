@@ -98,7 +98,7 @@ def test_what_is_read_of_a_part_is_what_it_adds(kind):
         for part, other in zip(PARTS, reversed(PARTS), strict=True):
             try:
                 with zero(model, other, layer=number), reading(model, part, layer=number) as read:
-                    before, after = around(model, number)
+                    before, after = around(model, number, TOKENS)
             except SinkbookError:
                 assert cut_both(model, number) is None
                 continue
