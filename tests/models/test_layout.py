@@ -93,6 +93,7 @@ def every_variable(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Te
     contrast = scores[..., 0] - others
     on_sink = weights[..., 0].clone()
     on_sink[..., 0] = contrast[..., 0] = NAN  # the sink's own query does not count
+    even = CAUSAL / CAUSAL.sum(1, keepdim=True)
     stacked = torch.stack(states, 1)
     losses = nn.functional.cross_entropy(logits[:, :-1].mT, tokens[:, 1:], reduction="none")
     return {
@@ -105,6 +106,7 @@ def every_variable(model: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Te
         "sink_attention_by_query": on_sink,
         "sink_logit_by_query": contrast,
         "key_importance": weights.sum(3) / CAUSAL.sum(0),
+        "even_importance": (even.sum(0) / CAUSAL.sum(0)).expand(weights.shape[:-1]),
         "value_norm": write.norm(dim=-1),
         "raw_value_norm": value.norm(dim=-1),
         "residual_norm": stacked.norm(dim=-1),
