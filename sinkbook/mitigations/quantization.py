@@ -26,7 +26,7 @@ from sinkbook.mitigations.experts import check_by_text, compute_by_text
 from sinkbook.mitigations.matrices import Part, parts
 from sinkbook.models.layout import blocks, of_transformers
 from sinkbook.models.losses import token_losses
-from sinkbook.models.partial_forward import alone_with, state_into
+from sinkbook.models.partial_forward import alone_with, put_back, state_into
 from sinkbook.models.trials.maps import uncalled
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, uncompiled, unwrapped
 from sinkbook.progress import progress
@@ -263,9 +263,7 @@ def _inputs_rounded(part: Part, ranges: str, shape: list[int]) -> Iterator[None]
         try:
             yield
         finally:
-            del module.forward
-            if own is not None:
-                module.forward = own
+            put_back(module, own)
     else:
         hook = partial(_round_input, part.name, ranges, shape)
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)

@@ -94,7 +94,7 @@ def logits_in(model: nn.Module, output: object) -> Float[Tensor, "text position 
     Raises `SinkbookError` if there are none: its states, or the labels of a classifier.
     """
     model = unwrapped(model)
-    logits = _first(output)
+    logits = answer_in(output)
     if of_transformers(model) and model.get_output_embeddings() is None:
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
         if not hasattr(output, "logits") or logits.shape[-1] != vocabulary:
@@ -162,7 +162,7 @@ def given(model: nn.Module, outputs: Sequence[Output], *, below: int) -> Iterato
     with alone_with(model), uncompiled(), ExitStack() as undo:
         for block, output in zip(blocks(model)[:below], outputs, strict=False):
             own = vars(block).get("forward")
-            undo.callback(partial(_restore, block, own))
+            undo.callback(partial(put_back, block, own))
             block.forward = partial(_again, output)
             block.forward.own = own
         yield
@@ -185,7 +185,7 @@ def all_running(model: nn.Module) -> Iterator[None]:
     ]
     try:
         for module, stand_in in spared:
-            _restore(module, stand_in.own)
+            put_back(module, stand_in.own)
         yield
     finally:
         for module, stand_in in spared:
@@ -201,11 +201,11 @@ def can_resume(model: nn.Module, tokens: Int[Tensor, "text position"]) -> bool:
     """
     tokens = tokens[:1, :8]
     with kept(model) as outputs:
-        whole = _first(run_on(model, tokens))
+        whole = answer_in(run_on(model, tokens))
     for below in {len(outputs) // 2, len(outputs) - 1}:
         with given(model, outputs, below=below):
             try:
-                again = _first(run_on(model, tokens))
+                again = answer_in(run_on(model, tokens))
             except Exception:  # whatever a layer raises that misses what another had left for it
                 return False
         if not torch.allclose(again, whole, rtol=1e-4, atol=1e-4):
@@ -213,7 +213,7 @@ def can_resume(model: nn.Module, tokens: Int[Tensor, "text position"]) -> bool:
     return True
 
 
-def _first(output: object) -> Tensor:
+def answer_in(output: object) -> Tensor:
     """The logits of what a model gives, or its states."""
     if hasattr(output, "logits"):
         return output.logits
@@ -225,8 +225,11 @@ def _again(output: Output, *_arguments, **_keywords) -> Output:
     return output.clone() if torch.is_tensor(output) else (output[0].clone(), *output[1:])
 
 
-def _restore(block: nn.Module, own) -> None:
-    """Take the stand-in away; `own` is the forward function that the module itself carried."""
-    del block.forward
+def put_back(module: nn.Module, own: Callable | None) -> None:
+    """Take what stands in for a module's forward function away.
+
+    `own` is the one that the module itself carried before; None if it had that of its class.
+    """
+    del module.forward
     if own is not None:
-        block.forward = own
+        module.forward = own

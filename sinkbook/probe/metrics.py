@@ -5,12 +5,13 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+THRESHOLD = 0.3  # mean attention above which a head has a sink: Gu et al., arXiv 2410.10781
 ROUNDING = 1e-3  # of attention that is the same, relative
 
 Hidden = Float[Tensor, "*batch position width"]
 
 
-def sink_rate(result: xr.Dataset, threshold: float = 0.3) -> xr.DataArray:
+def sink_rate(result: xr.Dataset, threshold: float = THRESHOLD) -> xr.DataArray:
     """Share of a layer's heads whose mean attention on the sink exceeds `threshold`.
 
     (batch, layer), NaN for layers without attention. Its mean is `Sink^threshold` of Gu et al.

@@ -45,9 +45,8 @@ from sinkbook.models.partial_forward import alone_with
 from sinkbook.models.pretrained import prefix_of
 from sinkbook.models.wrappers import computing_device, in_own_precision, unwrapped
 from sinkbook.probe.measure import measure
-from sinkbook.probe.metrics import residual_peak_ratio, sink_rate, value_drain_ratio
+from sinkbook.probe.metrics import THRESHOLD, residual_peak_ratio, sink_rate, value_drain_ratio
 
-THRESHOLD = 0.3  # mean attention above which a head has a sink: Gu et al., arXiv 2410.10781
 NORMS = ("value_norm", "residual_norm", "residual_max_abs")  # not every architecture has them
 
 # Token ids, (batch, position) or lists of any lengths, or texts: looked at before they are taken.
@@ -267,7 +266,7 @@ def _metrics(result: xr.Dataset) -> dict[str, float]:
     """One number for each thing to watch, without those that are not known."""
     attention = result.sink_attention.mean("batch")
     found = {
-        "rate": sink_rate(result, THRESHOLD).mean(),
+        "rate": sink_rate(result).mean(),
         "strongest_attention": attention.max(),
     }
     if "value_norm" in result:

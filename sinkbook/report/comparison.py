@@ -24,10 +24,9 @@ from sinkbook.mitigations.quantization import RANGES, quantized
 from sinkbook.models.losses import token_losses
 from sinkbook.models.pretrained import LanguageModel, load
 from sinkbook.models.token_windows import Windows
-from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
+from sinkbook.probe.metrics import THRESHOLD, residual_peak_ratio, value_drain_ratio
 from sinkbook.report.headroom import magnitude
 from sinkbook.report.report import Reading, describe_texts, measure_windows
-from sinkbook.report.summary import THRESHOLD
 
 QUANTITIES = {  # one number for each text: what it is called, and what it is
     "loss": ("loss, nats", "of the next token, mean over the text"),

@@ -12,9 +12,14 @@ import xarray as xr
 from jaxtyping import Float
 
 from sinkbook.errors import NotFiniteError
-from sinkbook.probe.metrics import above_null, residual_peak_ratio, sink_rate, value_drain_ratio
+from sinkbook.probe.metrics import (
+    THRESHOLD,
+    above_null,
+    residual_peak_ratio,
+    sink_rate,
+    value_drain_ratio,
+)
 
-THRESHOLD = 0.3  # mean attention above which a head has a sink: Gu et al., arXiv 2410.10781
 DRAINED, PEAKED = 0.5, 3.0  # ratios to the other tokens from which on the verdict says so
 LEAST_QUERIES = 16  # fewer queries say little about a key near the end of a text
 
@@ -87,7 +92,7 @@ def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
     heads = head_table(result).groupby("layer")
     table = pd.DataFrame(
         {
-            "sink_rate": sink_rate(result, THRESHOLD).mean("batch").to_series(),
+            "sink_rate": sink_rate(result).mean("batch").to_series(),
             "above_null": heads.above_null.mean(),
             "value_drain_ratio": heads.value_drain_ratio.median(),
             "residual_peak_ratio": median_peak_ratio(result).values[1:],

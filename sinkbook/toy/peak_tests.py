@@ -173,7 +173,6 @@ def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
     height = record.residual_peak_height.isel(after)
     late = height.sel(step=slice(growing_from, None)).transpose("seed", "step")
     lines = [fits.line(late.step.values, of_seed) for of_seed in late.values]
-    attention, mlp = (end[f"{part}_write"].isel(layer=layer) for part in ("attention", "mlp"))
     cut = end.sel(part="both", place="at the first token").isel(cut_layer=layer)
     sink = {"layer": end.whole_sink_attention.argmax("layer")}
     received, norms = end.received, end.written_value_norm
@@ -184,7 +183,7 @@ def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
         "height": height.isel(step=-1, drop=True),
         "r_squared": ("seed", [line.r_squared for line in lines]),
         "slope": ("seed", [line.slope for line in lines]),
-        "attention_share": attention / (attention + mlp),
+        "attention_share": _attention_share(end, layer),
         "peak_left": cut.cut_residual_peak_height.isel(after)
         / end.whole_residual_peak_height.isel(after),
         "logit_kept": cut.cut_sink_logit.isel(sink) / end.whole_sink_logit.isel(sink),
@@ -225,8 +224,6 @@ def writers_by_size(
     `record` holds trainings that differ in all four sizes, each of them once.
     """
     end = record.isel(step=-1, drop=True)
-    at_peak = {"layer": _peak_layer(end)}
-    attention, mlp = (end[f"{part}_write"].isel(at_peak) for part in ("attention", "mlp"))
     configs = json.loads(record.attrs["config"])
     sizes = pd.MultiIndex.from_tuples(
         [
@@ -236,8 +233,16 @@ def writers_by_size(
         names=("width", "length", "rate", "batch"),
     )
     by_size = xr.Coordinates.from_pandas_multiindex(sizes, "training")
-    shares = (attention / (attention + mlp)).drop_vars("layer", errors="ignore")
+    shares = _attention_share(end, _peak_layer(end)).drop_vars("layer", errors="ignore")
     return shares.drop_vars("training").assign_coords(by_size).unstack("training")
+
+
+def _attention_share(
+    end: xr.Dataset, layer: Int[xr.DataArray, "*training"]
+) -> Float[xr.DataArray, "*training"]:
+    """Of what a layer writes at the first token, what its attention does: norm over both norms."""
+    attention, mlp = (end[f"{part}_write"].isel(layer=layer) for part in ("attention", "mlp"))
+    return attention / (attention + mlp)
 
 
 def _peak_layer(end: xr.Dataset) -> Int[xr.DataArray, "*training"]:

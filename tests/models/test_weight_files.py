@@ -119,7 +119,9 @@ def test_a_file_inside_a_folder_is_answered_with_the_folder(folder):
 
 def test_pickles_beside_whole_weights_are_nobodys_business(folder):
     (folder / "pytorch_model.bin").write_text(POINTER.format("ab" * 32))
-    load(folder, device="cpu")
+    whole, read = rows().state_dict(), load(folder, device="cpu").model.state_dict()
+    assert read.keys() == whole.keys()
+    assert all(torch.equal(read[name], weights) for name, weights in whole.items())
 
 
 @pytest.mark.parametrize("config", [None, "LlamaTokenizer", "PreTrainedTokenizerFast"])

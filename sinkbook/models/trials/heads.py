@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.layout import Layer, layers, of_transformers
-from sinkbook.models.trials.writers import Inside, known_input, made_of, on_trial, unchanged
+from sinkbook.models.trials.writers import Inside, known_input, on_trial, tried_once
 from sinkbook.models.wrappers import unwrapped
 
 NAME = "sinkbook-heads"  # of the attention function of the trial
@@ -56,12 +56,7 @@ def heads(model: nn.Module) -> list[Heads]:
             else Heads(no_heads="no attention", no_values="no attention")
             for layer in layers(model)
         ]
-    current = made_of(model)
-    before, found = _known.get(model, ([], []))
-    if not unchanged(before, current):
-        found = _tried(model)
-        _known[model] = current, found
-    return found
+    return tried_once(_known, model, _tried)
 
 
 def _codes(count: int, device: torch.device) -> Bool[Tensor, "text head"]:

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +24,7 @@ from sinkbook.models.partial_forward import (
     Output,
     all_running,
     alone_with,
+    answer_in,
     own_forward,
     run_on,
     state_into,
@@ -40,6 +42,7 @@ _NAMES = {
 }
 
 State = Float[Tensor, "batch position width"]
+Found = TypeVar("Found")  # what a trial finds of one layer
 
 
 @dataclass
@@ -66,24 +69,23 @@ def writers(model: nn.Module) -> list[Writers]:
 
     Raises `SinkbookError` if the model cannot be run on a short text.
     """
-    model = unwrapped(model)
-    current = made_of(model)
-    before, found = _known.get(model, ([], []))
-    if not unchanged(before, current):
-        found = _tried(model)
-        _known[model] = current, found
-    return found
+    return tried_once(_known, unwrapped(model), _tried)
 
 
-def made_of(model: nn.Module) -> list:
-    """What a model's writers depend on: its modules, and forward functions put on them."""
+def tried_once(
+    known: WeakKeyDictionary, model: nn.Module, tried: Callable[[nn.Module], list[Found]]
+) -> list[Found]:
+    """What a trial finds of each layer: kept in `known`, and tried anew when modules have changed.
+
+    It depends on the model's modules, and on forward functions put on them.
+    """
     modules = list(model.modules())[1:]  # without the model, which would keep itself alive
-    return modules + [own_forward(module) for module in modules]
-
-
-def unchanged(before: list, current: list) -> bool:
-    """Whether a model is still made of what it was."""
-    return len(before) == len(current) and all(map(operator.is_, before, current))
+    current = modules + [own_forward(module) for module in modules]
+    before, found = known.get(model, ([], []))
+    if len(before) != len(current) or not all(map(operator.is_, before, current)):
+        found = tried(model)
+        known[model] = current, found
+    return found
 
 
 @contextmanager
@@ -110,8 +112,7 @@ def _as_it_is(model: nn.Module, texts: int, length: int) -> Iterator[Callable[[]
     def run() -> Tensor:
         tokens = (torch.arange(length, device=device) % 2).repeat(texts, 1)
         try:
-            output = run_on(model, tokens)
-            return state_of(getattr(output, "logits", output))
+            return answer_in(run_on(model, tokens))
         except SinkbookError:
             raise
         except Exception as error:  # whatever a model raises that is not what we take it for
