@@ -8,11 +8,13 @@ Limits of time end what would never end, and nothing else: a machine a fifth as 
 """
 
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
@@ -70,6 +72,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("claims whose verdict depends on the machine: a debt")
         for line in lines:
             terminalreporter.line(line)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers each time, alone or among others."""
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002, for libraries that draw from it
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
