@@ -140,6 +140,23 @@ def pages(place, executions) -> Path:
     pytest.fail(problem, pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium; tests that open pages are skipped where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        if os.environ.get("SINKBOOK_REQUIRE_BROWSER") == "1":
+            pytest.fail("SINKBOOK_REQUIRE_BROWSER=1, and there is no Chromium to open the pages in")
+        pytest.skip("no Chromium here: install one to check the pages (Debian: chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def sinkbook(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process: exit status, stdout, stderr."""

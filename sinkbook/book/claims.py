@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import yaml
 from sinkbook.book.settings import check_profile
 from sinkbook.errors import SinkbookError
 from sinkbook.files import cache_folder, write_json
+from sinkbook.pages import claim_cards, claim_ledger
 from sinkbook.provenance import repository, versions
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
@@ -33,20 +33,30 @@ _RANGE = re.compile(rf"in\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
 SENSITIVE = "Another machine may find otherwise: its rounding leads the training elsewhere."
 DECIDED_BY = ("live", "record")
 WHOSE = {"paper": "the paper's", "rival": "somebody else's", "ours": "our own"}
-# The verdicts, and how a card shows each.
-VERDICTS = {
-    "holds": "holds",
-    "mixed": "mixed",
-    "contradicts": "fails",
-    "undecided": "open",
-    "not measured": "open",
-}
+VERDICTS = ("holds", "mixed", "contradicts", "undecided", "not measured")
 _COMPARE = {
     ">=": lambda value, bound: value >= bound,
     "<=": lambda value, bound: value <= bound,
     ">": lambda value, bound: value > bound,
     "<": lambda value, bound: value < bound,
 }
+
+
+def limits(criterion: str) -> tuple[float, float]:
+    """From where to where a criterion reaches; infinite where it is open.
+
+    >>> limits(">= 0.7"), limits("in [0.3, 3]")
+    ((0.7, inf), (0.3, 3.0))
+    """
+    if bound := _BOUND.fullmatch(criterion.strip()):
+        at = float(bound[2])
+        return (at, math.inf) if ">" in bound[1] else (-math.inf, at)
+    if both := _RANGE.fullmatch(criterion.strip()):
+        return float(both[1]), float(both[2])
+    raise SinkbookError(
+        f"no way to judge by {criterion!r}. Write a criterion as '>= 0.7', '<= 0.35', '> 2', "
+        "'< 0.02' or 'in [0.3, 3]'."
+    )
 
 
 def satisfies(criterion: str, value: float) -> bool:
@@ -57,14 +67,10 @@ def satisfies(criterion: str, value: float) -> bool:
     >>> satisfies(">= 0.7", 0.78), satisfies("in [0.3, 3]", 4.0), satisfies("< 1", float("nan"))
     (True, False, False)
     """
+    low, high = limits(criterion)
     if bound := _BOUND.fullmatch(criterion.strip()):
         return math.isfinite(value) and _COMPARE[bound[1]](value, float(bound[2]))
-    if limits := _RANGE.fullmatch(criterion.strip()):
-        return float(limits[1]) <= value <= float(limits[2])
-    raise SinkbookError(
-        f"no way to judge by {criterion!r}. Write a criterion as '>= 0.7', '<= 0.35', '> 2', "
-        "'< 0.02' or 'in [0.3, 3]'."
-    )
+    return low <= value <= high
 
 
 @dataclass(frozen=True)
@@ -202,47 +208,64 @@ class Verdict:
     def describe(self) -> dict[str, str]:
         """What a reader sees, label by label."""
         shown = {
-            "paper": _number(self.claim.paper, self.claim.unit),
+            "paper": claim_cards.number(self.claim.paper, self.claim.unit),
             "measured": self._summary(),
-            "criterion": self._criterion_in_words(),
+            "rule": self._rule_in_words(),
         }
         return {label: text for label, text in shown.items() if text}
 
     def _summary(self) -> str:
         if not self.measured:
             return "–"
-        low, high = min(self.measured), max(self.measured)
+        low, high = map(claim_cards.number, (min(self.measured), max(self.measured)))
         seeds = len(self.measured)
-        mean = _number(float(np.mean(self.measured)), self.claim.unit)
+        mean = claim_cards.number(float(np.mean(self.measured)), self.claim.unit)
         if seeds == 1:
-            return f"{mean} (one run)"
-        return f"{mean} ({seeds} {self.claim.over}: {_number(low)} to {_number(high)})"
+            return f"{mean} (one value)"
+        return f"{mean} ({seeds} {self.claim.over}: {low} to {high})"
 
-    def _criterion_in_words(self) -> str:
-        if limits := _RANGE.fullmatch(self.criterion.strip()):
-            return f"between {limits[1]} and {limits[2]}"
-        return self.criterion.replace(">=", "≥").replace("<=", "≤")
+    def _rule_in_words(self) -> str:
+        if both := _RANGE.fullmatch(self.criterion.strip()):
+            rule = f"between {both[1]} and {both[2]}"
+        else:
+            rule = self.criterion.replace(">=", "≥").replace("<=", "≤")
+        count = len(self.measured)
+        all_of = f" in {'both' if count == 2 else f'all {count}'} {self.claim.over}"
+        return rule + all_of * (count > 1)
 
     def __str__(self) -> str:
         details = "; ".join(f"{label} {text}" for label, text in self.describe().items())
         return f"[{self.in_words}] {self.claim.statement} ({self.claim.id}: {details})"
 
+    def card(self) -> claim_cards.Card:
+        """What the verdict's card shows."""
+        claim = self.claim
+        decided = "decided by a record" if claim.decided_by == "record" else "shown live"
+        would = f"What would decide it: {claim.undecided}" if claim.undecided else ""
+        notes = (claim.fails, would, SENSITIVE if claim.sensitive else "")
+        low, high = limits(self.criterion)
+        return claim_cards.Card(
+            id=claim.id,
+            chapter=claim.chapter,
+            statement=claim.statement,
+            verdict=self.verdict,
+            words=self.in_words,
+            whose=claim.whose,
+            kind=f"{WHOSE[claim.whose]} claim, {decided}",
+            source=claim.source,
+            quantity=claim.quantity,
+            values=self.measured,
+            met=tuple(satisfies(self.criterion, value) for value in self.measured),
+            low=low,
+            high=high,
+            paper=float(claim.paper) if isinstance(claim.paper, int | float) else None,
+            numbers=self.describe(),
+            notes=tuple(note for note in notes if note),
+            debt=would if self.verdict == "undecided" else SENSITIVE * claim.sensitive,
+        )
+
     def _html(self) -> str:
-        decided = "decided by a record" if self.claim.decided_by == "record" else "shown live"
-        details = "".join(
-            f"<span><b>{label}</b> {escape(text)}</span>" for label, text in self.describe().items()
-        )
-        would = f"What would decide it: {self.claim.undecided}" if self.claim.undecided else ""
-        reasons = [self.claim.fails, would, SENSITIVE if self.claim.sensitive else ""]
-        why = "".join(f'<p class="why">{_inline(text)}</p>' for text in reasons if text)
-        return (
-            f'<div class="sinkbook-claim {VERDICTS[self.verdict]}">'
-            f"<p><strong>{self.in_words}</strong> {_inline(self.claim.statement)}</p>"
-            f'<p class="numbers">{details}</p>{why}'
-            f'<p class="source">{_inline(self.claim.quantity)} · {escape(self.claim.source)}; '
-            f"{WHOSE[self.claim.whose]} claim, {decided} · "
-            f"<code>{escape(self.claim.id)}</code></p></div>"
-        )
+        return claim_cards.card(self.card())
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
         # The metadata travels with the executed notebook: `sinkbook build` fills the ledger from
@@ -354,13 +377,8 @@ class Ledger:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        parts = [f"<p><strong>{escape(self.summary())}</strong></p>"]
-        parts += [f"<p>{_inline(debt)}</p>" for debt in [self.debt()] if debt]
-        for chapter, group in self.by_chapter().items():
-            link = f'<a href="{escape(chapter)}.html">{escape(chapter)}</a>'
-            parts.append(f'<p class="sinkbook-chapter">{link}</p>')
-            parts += [verdict._html() for verdict in group]
-        return "".join(parts)
+        cards = [verdict.card() for verdict in self.verdicts]
+        return claim_ledger.page(cards, summary=self.summary(), verdicts=VERDICTS)
 
 
 def ledger(*, chapter: str | None = None, verdict: str | None = None) -> Ledger:
@@ -379,21 +397,3 @@ def ledger(*, chapter: str | None = None, verdict: str | None = None) -> Ledger:
     if not words:
         raise SinkbookError(f"no verdict is called {verdict!r}. Known: {', '.join(VERDICTS)}.")
     return Ledger([v for v in found if v.claim.chapter in chapters and v.verdict in words])
-
-
-def _number(value: int | float | str | None, unit: str = "") -> str:
-    """Three significant digits and the unit; whole numbers and words as they are.
-
-    >>> _number(0.7834), _number(12345.6, "steps"), _number(3), _number(None)
-    ('0.783', '12,346 steps', '3', '')
-    """
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value} {unit}".rstrip()
-
-
-def _inline(text: str) -> str:
-    """One sentence as HTML: `code` between backticks, everything else escaped."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))

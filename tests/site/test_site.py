@@ -1,7 +1,5 @@
 """Every page of the rendered book in Chromium, as a reader meets it: offline, wide, phone, dark."""
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -41,22 +39,6 @@ READ_PAGE = """async () => {
 # What the pictures of explorers show, in words.
 SHOWN = """() => [...document.querySelectorAll("article .jupyter-widgets img")]
   .filter(image => image.checkVisibility()).map(image => image.alt).join("\\n")"""
-
-
-@pytest.fixture(scope="session")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        if os.environ.get("SINKBOOK_REQUIRE_BROWSER") == "1":
-            pytest.fail("SINKBOOK_REQUIRE_BROWSER=1, and there is no Chromium to open the pages in")
-        pytest.skip("no Chromium here: install one to check the pages (Debian: chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
