@@ -4,10 +4,8 @@ Each command imports what it needs when it runs, so that `sinkbook --help` answe
 """
 
 import json
-import logging
 import os
 import re
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from sinkbook import terminal
 from sinkbook.errors import SinkbookError
 
 app = typer.Typer(
@@ -365,21 +364,16 @@ def record(
 
 def main() -> None:
     """Entry point: an expected failure is one message on stderr and exit status 1."""
-    notices = logging.StreamHandler()
-    notices.setFormatter(logging.Formatter("sinkbook: %(message)s"))
-    logging.getLogger("sinkbook").addHandler(notices)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # neither closed nor another's
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
-    try:
-        app()
-    except SinkbookError as error:
-        print(f"sinkbook: {_with_options(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            print("sinkbook: interrupted. What had finished is kept.", file=sys.stderr)
-        raise
+    with terminal.speaking():
+        try:
+            app()
+        except SinkbookError as error:
+            terminal.say(_with_options(str(error)))
+            raise SystemExit(1) from None
+        except SystemExit as end:
+            if end.code == INTERRUPTED:
+                terminal.say("interrupted. What had finished is kept.")
+            raise
 
 
 def _with_options(message: str) -> str:

@@ -27,6 +27,7 @@ CELLS = "cells"  # the name that a notebook's code goes by
 KEEPERS = tuple(
     f"{ROOT}.{name}"
     for name in (
+        "children",
         "dependencies",
         "devices",
         "errors",
@@ -50,6 +51,7 @@ class Closure:
     definitions: dict[tuple[str, str], str]
     modules: frozenset[str]  # those whose import is part of it
     files: dict[str, bytes] = field(repr=False)
+    paths: frozenset[Path] = frozenset()  # of all that was read for it
 
     @property
     def hash(self) -> str:
@@ -111,7 +113,8 @@ class _Reached:
     def closure(self) -> Closure:
         while self.waiting:
             self._follow(*self.waiting.pop())
-        folders = {path.parent for name in self.touched if (path := self._path(name))}
+        paths = {path for name in self.touched if (path := self._path(name))}
+        folders = {path.parent for path in paths}
         beside = [
             path
             for folder in folders
@@ -123,6 +126,7 @@ class _Reached:
             {key: "\n".join(sorted(set(dumps))) for key, dumps in self.definitions.items()},
             frozenset(self.touched),
             {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in beside},
+            frozenset(paths.union(beside)),
         )
 
     # --- Modules ---

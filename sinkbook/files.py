@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -110,6 +111,31 @@ def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Put a finished folder in the place of another, which stands until it does.
+
+    They lie on one disk. Who is interrupted in between leaves the old one for `recover_folder`.
+    """
+    old = _set_aside(place)
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(place: Path) -> None:
+    """Put back a folder that an interrupted `replace_folder` has left beside its place."""
+    old = _set_aside(place)
+    if old.is_dir() and not place.exists():
+        old.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.old")
 
 
 def write_netcdf(path: Path, dataset, *, otherwise: str, encoding: dict | None = None) -> None:

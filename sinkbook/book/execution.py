@@ -4,32 +4,36 @@ A copy is executed under another name and takes its place only once every cell h
 error and without a word on stderr.
 """
 
-import copy
-import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from sinkbook.book.notebooks import (
-    assigned,
+    LOG,
+    Execution,
     check_parameters,
     first_complaint,
+    load_ipython_extension,
+    parse_notebook,
     place_of,
     read_notebook,
+    sealed,
     sources,
-    tags,
+    what_differs,
 )
+from sinkbook.children import lifeline
 from sinkbook.errors import SinkbookError
-from sinkbook.files import write_json
+from sinkbook.files import NOTICES, write_json
 from sinkbook.parallel import in_words
 
 # Chapters run side by side, so each computes on one core, unless the environment says otherwise;
@@ -45,63 +49,34 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Execution:
-    """A chapter's executed copy, how long it took, and whether it was taken from the cache."""
+class Source:
+    """A chapter as it was read, once: what is run, hashed and kept is this, whatever is edited."""
 
     path: Path
-    seconds: float
-    from_cache: bool = False
-
-    @classmethod
-    def kept(cls, path: Path, content_hash: str) -> "Execution | None":
-        """The copy at `path` if it was executed from sources with this hash, else None."""
-        if not path.exists():
-            return None
-        about = read_notebook(path)["metadata"].get("sinkbook", {})
-        if about.get("hash") != content_hash:
-            return None
-        return cls(path, about["seconds"], from_cache=True)
+    content: bytes
+    hash: str  # of all that decides what its executed copy says
+    stamps: dict[Path, tuple[int, ...] | None]  # of the other files that do
 
     @property
-    def chapter(self) -> str:
+    def name(self) -> str:
         return self.path.stem
 
     @cached_property
     def notebook(self) -> dict:
-        return read_notebook(self.path)
+        return parse_notebook(self.content, self.path)
 
-    def outputs(self, key: str) -> list[dict]:
-        """What the chapter's outputs carry in their metadata under `key`, in order."""
-        return [
-            output["metadata"][key]
-            for cell in self.notebook["cells"]
-            for output in cell.get("outputs", [])
-            if key in output.get("metadata", {})
-        ]
+    def edited(self) -> list[str]:
+        """The files beside the notebook that were written since, put back or not."""
+        return [path.name for path, before in self.stamps.items() if stamp(path) != before]
 
-    def page(self) -> str:
-        """The notebook to render: the parameters as they were run, the seconds, no traces.
 
-        Papermill's injected cell is folded into the parameters cell, and what it notes down
-        (this machine's paths, times) is left out.
-        """
-        notebook = copy.deepcopy(self.notebook)
-        cells = notebook["cells"]
-        injected = next((cell for cell in cells if "injected-parameters" in tags(cell)), None)
-        if injected:
-            cells.remove(injected)
-            declared = next(cell for cell in cells if "parameters" in tags(cell))
-            values = assigned(injected["source"])
-            if values.items() - assigned(declared["source"]).items():
-                declared["source"] = "\n".join(f"{k} = {v!r}" for k, v in values.items())
-        for cell in cells:
-            cell["metadata"].pop("papermill", None)
-            cell["metadata"].pop("execution", None)
-        notebook["metadata"].pop("papermill", None)
-        if self.outputs("sinkbook.facts"):
-            text = f'<p class="sinkbook-facts">Computed in {self.seconds:.0f} seconds.</p>'
-            cells.append({"cell_type": "markdown", "id": "seconds", "metadata": {}, "source": text})
-        return json.dumps(notebook)
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells whether a file was written since; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 # The name of the kernel that is the Python at work. Others may have one named "python3" anywhere
@@ -110,18 +85,38 @@ KERNEL = "sinkbook-this-python"
 
 
 @contextmanager
-def _kernel_of_this_python() -> Iterator[dict[str, str]]:
-    """The environment in which `KERNEL` is the Python that runs this, for the body."""
-    spec = {
-        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        "display_name": "Python 3",
-        "language": "python",
-    }
-    with TemporaryDirectory(prefix="sinkbook-kernel-") as folder:
-        path = Path(folder) / "kernels" / KERNEL / "kernel.json"
-        write_json(path, spec, otherwise="name another folder for such files in TMPDIR")
-        places = [folder, os.environ.get("JUPYTER_PATH")]
-        yield {"JUPYTER_PATH": os.pathsep.join(filter(None, places))}
+def _workshop(scratch: Path) -> Iterator["_Workshop"]:
+    """A fresh folder with all that chapters leave behind as they run, for the body.
+
+    Their processes end with the body, and with this process if that is killed.
+    """
+    with lifeline(scratch) as tied:
+        spec = {
+            "argv": tied([sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+            + [f"--IPKernelApp.extra_extensions={load_ipython_extension.__module__}"],
+            "display_name": "Python 3",
+            "language": "python",
+        }
+        path = scratch / "jupyter" / "kernels" / KERNEL / "kernel.json"
+        write_json(path, spec, otherwise="name another build folder with `output`")
+        places = [str(scratch / "jupyter"), os.environ.get("JUPYTER_PATH")]
+        environment = {
+            "JUPYTER_PATH": os.pathsep.join(filter(None, places)),
+            "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
+            "IPYTHONDIR": str(
+                scratch / "ipython"
+            ),  # without what a user's kernels do at their start
+        }
+        yield _Workshop(scratch, tied, environment)
+
+
+@dataclass(frozen=True)
+class _Workshop:
+    """Where chapters are run, what ties a command to this process, and their environment."""
+
+    folder: Path
+    tied: Callable[[Sequence[str]], list[str]]
+    environment: dict[str, str]
 
 
 def _folders() -> dict[str, str]:
@@ -140,34 +135,38 @@ class _Run:
 
     def __init__(
         self,
-        notebook: Path,
+        source: Source,
         folder: Path,
         logs: Path,
         parameters: Mapping[str, object],
         limit: float,
-        kernels: Mapping[str, str],
+        workshop: _Workshop,
     ):
-        self.notebook = notebook
+        self.source, self.parameters = source, parameters
         self.limit = limit  # in seconds
         self.overdue = False
-        self.target = folder / notebook.name
-        self.draft = logs / notebook.name
-        self.log = logs / f"{notebook.stem}.log"
-        paths = [_unformatted(notebook), _unformatted(self.draft)]
+        self.target = folder / source.path.name
+        self.copy = logs / source.path.name  # of a run that failed
+        self.log = logs / f"{source.name}.log"
+        self.draft = workshop.folder / source.path.name
+        snapshot = workshop.folder / f"{source.name}.source.ipynb"
+        snapshot.write_bytes(source.content)
+        paths = [_unformatted(snapshot), _unformatted(self.draft)]
         command = [sys.executable, "-m", "papermill", *paths]
-        command += ["--no-progress-bar", "--cwd", str(notebook.parent)]
+        command += ["--no-progress-bar", "--cwd", str(source.path.parent)]
         command += ["--kernel", KERNEL, "--language", "python"]  # whatever editor saved it last
         for name, value in parameters.items():
             command += ["-p", name, str(value)]
-        self.draft.unlink(missing_ok=True)
+        self.copy.unlink(missing_ok=True)
         self.started = time.monotonic()
+        ours = {**_folders(), **workshop.environment, LOG: str(self.log)}
         with self.log.open("w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
-                command,
+                workshop.tied(command),
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                env={**_ENVIRONMENT, **os.environ, **_folders(), **kernels},
+                env={**_ENVIRONMENT, **os.environ, **ours},
             )
 
     @property
@@ -185,35 +184,51 @@ class _Run:
         """How many code cells have run so far; papermill writes the copy after each."""
         try:
             cells = read_notebook(self.draft)["cells"]
-        except (OSError, SinkbookError):  # not there yet, or being written
+        except SinkbookError:  # not there yet, or being written
             return 0
         return sum(cell.get("execution_count") is not None for cell in cells)
 
-    def finish(self, content_hash: str) -> Execution:
+    def finish(self) -> Execution:
         """Move the executed copy into place; raise `SinkbookError` if the run failed."""
-        if self.overdue:
-            raise SinkbookError(
-                f"{self.notebook.stem} was stopped: it had not ended after {self.limit:.0f} "
-                f"seconds.\nThe copy with its outputs so far: {self.draft}"
-            )
+        seconds, name = self.seconds, self.source.name
         notebook = read_notebook(self.draft) if self.draft.exists() else {"cells": []}
-        if complaint := first_complaint(notebook):
-            raise SinkbookError(
-                f"{self.notebook.stem} stopped in {complaint}\nThe copy with its outputs so far: "
-                f"{self.draft}"
+        if failure := self._failure(notebook):
+            told = ""
+            if self.draft.exists():
+                shutil.move(self.draft, self.copy)
+                told = f"\nThe copy with its outputs so far: {self.copy}"
+            raise SinkbookError(f"{failure}{told}\nSee {self.log}.")
+        kept_under = self.source.hash
+        if edited := self.source.edited():
+            kept_under = None
+            NOTICES.warning(
+                "%s was run while %s was edited: the copy is used now, and made again next time.",
+                name,
+                ", ".join(edited),
             )
-        if self.process.returncode:
-            if died := self._died(notebook):
-                raise SinkbookError(died)
-            words = self.log.read_text(encoding="utf-8").strip().splitlines()
-            last = words[-1] if words else f"papermill ended with status {self.process.returncode}"
-            raise SinkbookError(f"{self.notebook.stem} could not be run: {last}\nSee {self.log}.")
-        seconds = self.seconds
-        notebook["metadata"]["sinkbook"] = {"hash": content_hash, "seconds": seconds}
-        self.draft.write_text(json.dumps(notebook), encoding="utf-8")
+        self.draft.write_text(sealed(notebook, kept_under, seconds), encoding="utf-8")
         self.target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.draft, self.target)
         return Execution(self.target, seconds)
+
+    def _failure(self, notebook: dict) -> str | None:
+        """Why the executed copy is not to be kept, in words."""
+        name = self.source.name
+        if self.overdue:
+            return f"{name} was stopped: it had not ended after {self.limit:.0f} seconds."
+        if complaint := first_complaint(notebook):
+            return f"{name} stopped in {complaint}"
+        if self.process.returncode:
+            return self._died(notebook) or f"{name} could not be run: {self._last_words()}"
+        if differs := what_differs(notebook, self.source.notebook, self.parameters):
+            return f"{name} was not run as it was asked to be: {differs}."
+        return None
+
+    def _last_words(self) -> str:
+        """What papermill's log ends with, but for what underlines a heading."""
+        words = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line.strip() for line in words if re.search(r"\w", line)]
+        return said[-1] if said else f"papermill ended with status {self.process.returncode}"
 
     def _died(self, notebook: dict) -> str | None:
         """Where the kernel, or papermill itself, was ended from outside; None if neither was."""
@@ -229,9 +244,9 @@ class _Run:
         number, cell = next(unfinished, (None, None))
         where = "before its first cell" if cell is None else f"in {place_of(number, cell)}"
         return (
-            f"{self.notebook.stem} stopped {where}: its {'kernel' if kernel else 'process'} died. "
+            f"{self.source.name} stopped {where}: its {'kernel' if kernel else 'process'} died. "
             "Mostly that is for lack of memory: close other programs, or run fewer chapters at "
-            f"once with `jobs`.\nThe copy with its outputs so far: {self.draft}\nSee {self.log}."
+            "once with `jobs`."
         )
 
     def stop(self) -> None:
@@ -242,15 +257,16 @@ class _Run:
                 self.process.wait(timeout=15)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+                self.process.wait()
 
 
 def execute(
-    notebooks: list[Path],
+    chapters: list[Source],
     *,
     folder: Path,
+    scratch: Path,
     logs: Path,
     parameters: Mapping[str, object],
-    hashes: Mapping[str, str],
     kept: Mapping[str, Execution],
     last: Collection[str] = (),
     jobs: int = 1,
@@ -258,40 +274,37 @@ def execute(
     failed: Callable[[str, SinkbookError], None] | None = None,
     limit: float = math.inf,
 ) -> dict[str, Execution]:
-    """Execute notebooks, `jobs` at a time and those named in `last` at the end; by name.
+    """Execute chapters, `jobs` at a time and those named in `last` at the end; by name.
 
-    `kept` are copies that need not run again. `after` is called with each execution as it ends.
+    `kept` are copies that need not run again; `scratch` is a fresh folder, where the others are
+    made. `after` is called with each execution as it ends.
     The first failure stops the others and raises `SinkbookError`, unless there is `failed`, which
     then gets the chapter's name and the error. A chapter that has not ended after `limit` seconds
     has failed. An interruption stops all.
     """
     sound = []
-    for path in notebooks:
-        with _told(failed, path.stem):
-            check_parameters(path, list(parameters))
-            sound.append(path)
+    for source in chapters:
+        with told(failed, source.name):
+            check_parameters(source.name, source.notebook, list(parameters))
+            sound.append(source)
     logs.mkdir(parents=True, exist_ok=True)
     done = dict(kept)
-    waiting = [path for path in sound if path.stem not in kept]
+    waiting = [source for source in sound if source.name not in kept]
     running: list[_Run] = []
-    with (
-        Progress(kept.values()) as progress,
-        _terminated_like_interrupted(),
-        _kernel_of_this_python() as kernels,
-    ):
+    with Progress(kept.values()) as progress, _workshop(scratch) as workshop:
         try:
             while waiting or running:
-                while waiting and len(running) < jobs and not (running and waiting[0].stem in last):
-                    path = waiting.pop(0)
-                    with _told(failed, path.stem):
-                        running.append(_Run(path, folder, logs, parameters, limit, kernels))
+                while waiting and len(running) < jobs and not (running and waiting[0].name in last):
+                    source = waiting.pop(0)
+                    with told(failed, source.name):
+                        running.append(_Run(source, folder, logs, parameters, limit, workshop))
                 for run in list(running):
                     if not run.ended():
                         progress.show(run)
                         continue
                     running.remove(run)
-                    with _told(failed, run.notebook.stem):
-                        execution = run.finish(hashes[run.notebook.stem])
+                    with told(failed, run.source.name):
+                        execution = run.finish()
                         after(execution)
                         done[execution.chapter] = execution
                         progress.finished(execution)
@@ -303,7 +316,7 @@ def execute(
 
 
 @contextmanager
-def _told(failed: Callable[[str, SinkbookError], None] | None, chapter: str):
+def told(failed: Callable[[str, SinkbookError], None] | None, chapter: str):
     """Tell `failed` of a chapter's error, whatever it is, and go on; without it, raise."""
     try:
         yield
@@ -312,16 +325,6 @@ def _told(failed: Callable[[str, SinkbookError], None] | None, chapter: str):
             raise
         known = isinstance(error, SinkbookError)
         failed(chapter, error if known else SinkbookError(f"{chapter}: {in_words(error)}"))
-
-
-@contextmanager
-def _terminated_like_interrupted():
-    """Let a `kill` stop the chapters that run, as Ctrl-C does, instead of leaving them behind."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Progress:
@@ -360,12 +363,11 @@ class Progress:
 
     def show(self, run: _Run) -> None:
         """Bring a running chapter's line up to date, at most once a second."""
-        name = run.notebook.stem
+        name = run.source.name
         if not self.console.is_terminal:
             return
         if name not in self.tasks:
-            cells = read_notebook(run.notebook)["cells"]
-            total = sum(cell["cell_type"] == "code" for cell in cells) + 1  # and the injected one
+            total = len(sources(run.source.notebook)) + 1  # and the injected one
             self.tasks[name] = self.bars.add_task(name, total=total)
         if time.monotonic() - self.looked.get(name, 0) > 1:
             self.looked[name] = time.monotonic()

@@ -1,8 +1,16 @@
-"""Notebooks as plain data: cells, parameters, and what went wrong in an executed one."""
+"""Notebooks as plain data: cells, parameters, what went wrong in an executed one, its page."""
 
 import ast
+import copy
+import hashlib
 import json
-from collections.abc import Collection
+import logging
+import os
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 from sinkbook.errors import SinkbookError
@@ -21,11 +29,13 @@ def is_code(cell: dict) -> bool:
 def assigned(source: str) -> dict[str, object]:
     """Names that a parameters cell assigns, with their literal values (None: not a literal).
 
+    Raises `SyntaxError` for what is no Python.
+
     >>> assigned('profile = "quick"  # or "paper"\\nseed = 0')
     {'profile': 'quick', 'seed': 0}
     """
     found: dict[str, object] = {}
-    for node in ast.parse(source).body:
+    for node in parsed(source).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             value = node.value.value if isinstance(node.value, ast.Constant) else None
@@ -33,31 +43,88 @@ def assigned(source: str) -> dict[str, object]:
     return found
 
 
-def read_notebook(path: Path) -> dict:
-    """A notebook as plain data. One that is no notebook raises `SinkbookError`."""
+def parsed(source: str) -> ast.Module:
+    """Python, parsed; whatever cannot be parsed raises `SyntaxError`."""
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        notebook["cells"][0]["source"]
-    except (ValueError, KeyError, IndexError) as error:
-        raise SinkbookError(f"{path} is not a notebook that can be read: {error}.") from error
-    for cell in notebook["cells"]:
+        return ast.parse(source)
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, a thousand brackets
+        raise SyntaxError(str(error)) from error
+
+
+def read_notebook(path: Path) -> dict:
+    """A notebook as plain data, the source of each cell one string.
+
+    A file that cannot be read, or is no notebook of format 4, raises `SinkbookError`.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SinkbookError(f"{path} cannot be read: {error.strerror}.") from error
+    return parse_notebook(content, path)
+
+
+def parse_notebook(content: bytes, path: Path) -> dict:
+    """The notebook that a file at `path` holds, as `read_notebook`."""
+    try:
+        notebook = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _no_notebook(path, f"{error}") from error
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
+        raise _no_notebook(path, "it has no list of cells")
+    if not notebook["cells"]:
+        raise _no_notebook(path, "it has no cell")
+    if not isinstance(notebook.setdefault("metadata", {}), dict):
+        raise _no_notebook(path, "its metadata are no table")
+    for number, cell in enumerate(notebook["cells"], start=1):
+        if lacks := _what_a_cell_lacks(cell):
+            raise _no_notebook(path, f"cell {number} {lacks}")
         cell["source"] = "".join(cell["source"])
     return notebook
 
 
-def check_parameters(path: Path, names: Collection[str]) -> None:
-    """Raise `SinkbookError` unless the notebook declares these parameters.
+def _what_a_cell_lacks(cell: object) -> str | None:
+    if not isinstance(cell, dict):
+        return "is no table"
+    if cell.get("cell_type") not in ("code", "markdown", "raw"):
+        return "is neither code, markdown nor raw"
+    source = cell.get("source")
+    if not isinstance(source, str | list) or not all(isinstance(line, str) for line in source):
+        return "has no source"
+    named = cell.get("metadata")
+    if not isinstance(named, dict) or not isinstance(named.get("tags", []), list):
+        return "has no metadata, or tags that are no list"
+    outputs = cell.get("outputs", [] if cell["cell_type"] != "code" else None)
+    if not isinstance(outputs, list) or not all(isinstance(output, dict) for output in outputs):
+        return "has no list of outputs"
+    return None
+
+
+def _no_notebook(path: Path, why: str) -> SinkbookError:
+    return SinkbookError(
+        f"{path} is not a notebook that can be read: {why}. Open it in an editor of notebooks and "
+        "save it there, or take it from the repository again."
+    )
+
+
+def check_parameters(name: str, notebook: dict, wanted: Collection[str]) -> None:
+    """Raise `SinkbookError` unless the notebook of this name declares these parameters.
 
     Papermill itself only warns about an unknown name, and without a `parameters` cell it injects
     above the defaults, which then win: a run at another profile would silently be a quick one.
     """
-    cells = [cell for cell in read_notebook(path)["cells"] if "parameters" in tags(cell)]
-    declared = assigned(cells[0]["source"]) if cells else {}
-    if missing := [name for name in names if name not in declared]:
+    cells = [cell for cell in notebook["cells"] if is_code(cell) and "parameters" in tags(cell)]
+    try:
+        declared = assigned(cells[0]["source"]) if cells else {}
+    except SyntaxError as error:
+        raise SinkbookError(
+            f"{name}, cell tagged 'parameters': {error}. It assigns "
+            f"{' and '.join(wanted)}, and does nothing else."
+        ) from error
+    if missing := [each for each in wanted if each not in declared]:
         what = "has no cell tagged 'parameters'" if not cells else f"declares no {missing[0]!r}"
         raise SinkbookError(
-            f"{path.stem} {what}. Its first code cell carries the tag 'parameters' and assigns "
-            f"{' and '.join(names)}, or it cannot be run at another profile."
+            f"{name} {what}. Its first code cell carries the tag 'parameters' and assigns "
+            f"{' and '.join(wanted)}, or it cannot be run at another profile."
         )
 
 
@@ -89,3 +156,132 @@ def sources(notebook: dict) -> list[dict]:
 def place_of(number: int, cell: dict) -> str:
     first_line = next(iter(cell["source"].strip().splitlines()), "")
     return f"code cell {number} ({first_line})"
+
+
+def what_differs(executed: dict, asked: dict, parameters: Mapping[str, object]) -> str | None:
+    """What in an executed notebook is not as it was asked for, in words; None: all is.
+
+    Every code cell of `asked` has run, as it is there, with these parameters.
+    """
+    injected = [cell for cell in executed["cells"] if "injected-parameters" in tags(cell)]
+    if [assigned(cell["source"]) for cell in injected] != [dict(parameters)]:
+        return f"it was not run with {parameters}"
+    ran, wanted = sources(executed), sources(asked)
+    if [cell["source"] for cell in ran] != [cell["source"] for cell in wanted]:
+        return "its cells are not those of the source"
+    for number, cell in enumerate(ran, start=1):
+        if cell["source"].strip() and cell.get("execution_count") is None:
+            return f"{place_of(number, cell)} has not run"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Executed copies
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A chapter's executed copy, how long it took, and whether it was taken from the cache."""
+
+    path: Path
+    seconds: float
+    from_cache: bool = False
+
+    @classmethod
+    def kept(cls, path: Path, content_hash: str) -> "Execution | None":
+        """The copy at `path` if it was executed from sources with this hash, else None.
+
+        A copy that is not as `sealed` made it counts as not there.
+        """
+        try:
+            notebook = read_notebook(path)
+            about = notebook["metadata"].pop("sinkbook")
+            digest = _digest(notebook, about["hash"], about["seconds"])
+            if about["hash"] == content_hash and about["sha256"] == digest:
+                return cls(path, float(about["seconds"]), from_cache=True)
+        except (SinkbookError, KeyError, TypeError, ValueError):
+            pass
+        return None
+
+    @property
+    def chapter(self) -> str:
+        return self.path.stem
+
+    @cached_property
+    def notebook(self) -> dict:
+        return read_notebook(self.path)
+
+    def outputs(self, key: str) -> list[dict]:
+        """What the chapter's outputs carry in their metadata under `key`, in order."""
+        return [
+            output["metadata"][key]
+            for cell in self.notebook["cells"]
+            for output in cell.get("outputs", [])
+            if key in output.get("metadata", {})
+        ]
+
+    def page(self) -> str:
+        """The notebook to render: the parameters as they were run, the seconds, no traces.
+
+        Papermill's injected cell is folded into the parameters cell, and what it notes down
+        (this machine's paths, times) is left out.
+        """
+        notebook = copy.deepcopy(self.notebook)
+        cells = notebook["cells"]
+        injected = next((cell for cell in cells if "injected-parameters" in tags(cell)), None)
+        if injected:
+            cells.remove(injected)
+            declared = next(cell for cell in cells if "parameters" in tags(cell))
+            values = assigned(injected["source"])
+            if values.items() - assigned(declared["source"]).items():
+                declared["source"] = "\n".join(f"{k} = {v!r}" for k, v in values.items())
+        for cell in cells:
+            cell["metadata"].pop("papermill", None)
+            cell["metadata"].pop("execution", None)
+        notebook["metadata"].pop("papermill", None)
+        if self.outputs("sinkbook.facts"):
+            text = f'<p class="sinkbook-facts">Computed in {self.seconds:.0f} seconds.</p>'
+            cells.append({"cell_type": "markdown", "id": "seconds", "metadata": {}, "source": text})
+        return json.dumps(notebook)
+
+
+def sealed(notebook: dict, content_hash: str | None, seconds: float) -> str:
+    """An executed notebook as it is kept: with the hash of its sources, its seconds, a checksum."""
+    digest = _digest(notebook, content_hash, seconds)
+    about = {"hash": content_hash, "seconds": seconds, "sha256": digest}
+    return json.dumps(notebook | {"metadata": notebook["metadata"] | {"sinkbook": about}})
+
+
+def _digest(*what: object) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# In the kernel
+# ---------------------------------------------------------------------------------------------
+
+# The variable that names the log of the chapter that a kernel runs.
+LOG = "SINKBOOK_LOG"
+# What warns of the machine (a folder that cannot be written, a disk without locks), not of numbers.
+ABOUT_THE_MACHINE = ("filelock", "matplotlib")
+
+
+def load_ipython_extension(shell: object) -> None:
+    """Let what libraries log go to the chapter's log: it is no part of the page.
+
+    The kernel of a chapter that is run loads this module as an extension of IPython. Warnings still
+    stand on the page, where they stop the chapter, but for those of the machine.
+    """
+    logging.basicConfig(filename=os.environ[LOG], encoding="utf-8", format="%(name)s: %(message)s")
+    specs = [find_spec(name) for name in ABOUT_THE_MACHINE]
+    folders = [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    show = warnings.showwarning
+
+    def show_or_log(message, category, filename, lineno, file=None, line=None):
+        if file is None and any(Path(filename).is_relative_to(folder) for folder in folders):
+            logging.getLogger("py.warnings").warning("%s: %s", category.__name__, message)
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show_or_log

@@ -46,6 +46,7 @@ class Repository:
         self.root = root
         (root / "book").mkdir(parents=True)
         (root / "_toc.yml").write_text("format: jb-book\nroot: book/index\n")
+        (root / "_config.yml").write_text('execute: {execute_notebooks: "off"}\n')
         (root / "book" / "claims.yml").write_text(CLAIMS)
         self.output = root / "build"
 
@@ -80,4 +81,4 @@ def no_renderer(monkeypatch) -> None:
 
     monkeypatch.setattr(build, "render", render)
     monkeypatch.setattr(build, "install_scripts", lambda root: None)
-    monkeypatch.setattr(build, "copy_scripts", lambda root, vendor: None)
+    monkeypatch.setattr(build.vendor, "copy", lambda root, vendor: None)

@@ -33,7 +33,6 @@ def test_a_failing_cell_names_chapter_cell_and_error(repository, sinkbook):
 
 def test_a_failing_chapter_leaves_the_old_pages_as_they_were(repository, sinkbook, no_renderer):
     repository.chapter("01_good", "1 + 1")
-    shutil.copy(repository.root / "_toc.yml", repository.root / "_config.yml")
     assert sinkbook("build")[0] == 0
     index = repository.output / "html-quick" / "index.html"
     index.write_text("old")

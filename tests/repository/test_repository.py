@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from sinkbook.book import build, claims, sphinx_ext
-from sinkbook.book.notebooks import check_parameters
+from sinkbook.book.notebooks import check_parameters, read_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -101,7 +101,7 @@ def test_a_notebook_is_committed_without_outputs(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_declares_profile_and_seed(path):
-    check_parameters(path, ["profile", "seed"])
+    check_parameters(path.stem, read_notebook(path), ["profile", "seed"])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

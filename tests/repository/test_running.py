@@ -60,7 +60,6 @@ def test_what_a_terminal_cannot_show_is_spelt_out():
 def test_an_unchanged_chapter_is_taken_from_the_cache_and_said_so(
     repository, sinkbook, no_renderer
 ):
-    (repository.root / "_config.yml").touch()
     repository.chapter("01_good", "import os, time\nprint(os.getpid(), time.time())")
     assert sinkbook("build")[0] == 0
     first = repository.executed("01_good").read_text()
@@ -76,7 +75,6 @@ def test_an_unchanged_chapter_is_taken_from_the_cache_and_said_so(
 def test_files_that_a_chapter_offers_lie_beside_its_page_and_in_its_link(
     repository, sinkbook, no_renderer
 ):
-    (repository.root / "_config.yml").touch()
     repository.chapter(
         "01_good",
         "from sinkbook import book",
@@ -117,7 +115,6 @@ def test_appendices_run_after_all_chapters(repository, sinkbook):
 
 
 def test_a_checked_claim_reaches_the_ledger_again_from_the_cache(repository, sinkbook, no_renderer):
-    (repository.root / "_config.yml").touch()
     repository.chapter(
         "01_good",
         "from sinkbook import book",
@@ -174,8 +171,7 @@ def test_what_the_renderer_warns_of_stops_the_build_and_the_old_pages_stay(
     repository, sinkbook, monkeypatch
 ):
     monkeypatch.setattr(build, "install_scripts", lambda root: None)
-    monkeypatch.setattr(build, "copy_scripts", lambda root, vendor: None)
-    (repository.root / "_config.yml").write_text('execute: {execute_notebooks: "off"}')
+    monkeypatch.setattr(build.vendor, "copy", lambda root, vendor: None)
     (repository.root / "_toc.yml").write_text(
         "format: jb-book\nroot: book/index\nchapters: [{file: book/01_good}]"
     )
@@ -195,4 +191,4 @@ def test_what_the_renderer_warns_of_stops_the_build_and_the_old_pages_stay(
     assert status == 1 and str(index) not in stdout
     assert "book/01_good.ipynb, cell 1, line 3: WARNING: unknown document: 'nosuch'" in stderr
     assert index.stat().st_ino == before
-    assert not list(repository.output.glob(".render-*"))
+    assert not list(repository.output.glob(".*/"))
