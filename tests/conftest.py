@@ -1,8 +1,8 @@
 """What all tests share: fast ones first, a run store of their own, each chapter executed once.
 
 Folders mirror the package. `repository` checks the repository and the pipeline on tiny notebooks,
-`chapters` executes the book (marked `book`), `site` opens its pages in a browser. What loads models
-of transformers is marked `weights`.
+`chapters` executes the book (marked `book`), `site` opens its pages in a browser, and `pages` what
+lives on them, without the book. What loads models of transformers is marked `weights`.
 
 Limits of time end what would never end, and nothing else: a machine a fifth as fast stays below.
 """
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.book)
             item.add_marker(pytest.mark.xdist_group("book"))
             item.add_marker(pytest.mark.timeout(BOOK_SECONDS))
-        if item.path.parent.name == "site":
+        if item.path.parent.name in ("pages", "site"):
             item.add_marker(pytest.mark.site)
 
 

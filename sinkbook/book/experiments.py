@@ -105,6 +105,22 @@ def one_layer(settings: Settings, count: int | None = None) -> list[TrainingConf
     return seeds_of(config, count or size.seeds)
 
 
+def in_the_page() -> dict[str, TrainingConfig]:
+    """One-layer toys small enough for a reader's browser, by kernel; the same in every profile.
+
+    Twenty to seventy times the paper's learning rate: as many steps as one likes to wait for.
+    """
+    task_config = TaskConfig(length=24)
+    model = TransformerConfig(vocab_size=task(task_config).vocab_size, length=24, width=32)
+    config = TrainingConfig(
+        task=task_config, model=model, learning_rate=2e-2, batch_size=12, steps=400, seed=42
+    )
+    return {
+        "softmax": config,
+        "ReLU": replace(config, model=replace(model, attention="relu")),
+    }
+
+
 def sink_training(settings: Settings, optimizer: str) -> dict:
     """Arguments of `reduced_network.train_sink`: sink logits alone, by "sgd" or "adam".
 

@@ -8,11 +8,13 @@ import json
 import re
 from pathlib import Path
 
+from sinkbook.pages.scripts import NAMES as LAB_SCRIPTS
+
 PACKAGE = Path(__file__).parent.parent
 # Packages in the order of book/api.md: what the probe is made of, then what the book shows with it.
 PACKAGES = (
     *("probe", "models", "data", "report", "figures"),
-    *("toy", "theory", "mitigations", "llm"),
+    *("toy", "theory", "mitigations", "llm", "pages"),
 )
 # The line of book/api.md that the packages take the place of.
 MARKER = "<!-- packages -->"
@@ -20,6 +22,8 @@ MARKER = "<!-- packages -->"
 NAME = re.compile(r"^\| `(\w+)`", re.MULTILINE)
 # Markers of book/architectures.md, each with a key of book/architectures.json.
 ARCHITECTURES = re.compile(r"<!-- architectures: (\w+) -->")
+# Where a page that is no notebook has a lab: the training of a toy, in its compact form.
+LAB = "<!-- lab: training -->"
 
 
 def public() -> dict[str, str]:
@@ -43,6 +47,8 @@ def setup(app) -> dict:
     """What Sphinx calls: fill in what pages mark, and show docstrings as they are written."""
     app.connect("source-read", _list_packages)
     app.connect("source-read", _list_architectures)
+    app.connect("source-read", _place_lab)
+    app.connect("html-page-context", _load_lab)
     app.connect("autodoc-process-docstring", _as_written)
     return {"parallel_read_safe": True}
 
@@ -67,6 +73,24 @@ def _list_architectures(app, page: str, source: list[str]) -> None:
         path = Path(app.srcdir) / "book" / "architectures.json"
         found = json.loads(path.read_text(encoding="utf-8"))
         source[0] = ARCHITECTURES.sub(lambda marker: architectures(found[marker[1]]), source[0])
+
+
+def _place_lab(app, page: str, source: list[str]) -> None:
+    """Put the lab at its marker. Its picture shows the run that chapters have trained as well."""
+    if LAB in source[0]:
+        from sinkbook.book.experiments import in_the_page
+        from sinkbook.pages.lab import training
+        from sinkbook.toy.training import train
+
+        made = training(train(in_the_page()["softmax"]), compact=True, starts=True)
+        source[0] = source[0].replace(LAB, made._repr_html_())
+
+
+def _load_lab(app, page: str, template: str, context: dict, doctree) -> None:
+    """Give the lab's scripts to the pages that have one."""
+    if 'class="sinkbook-lab"' in context.get("body", ""):
+        for name in LAB_SCRIPTS:
+            app.add_js_file(f"../vendor/{name}", loading_method="defer")
 
 
 def architectures(found: str | list[str] | dict[str, str]) -> str:

@@ -1,0 +1,92 @@
+"""The still picture of a lab: how a head reads a text, as the page's own script draws it."""
+
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import numpy as np
+from jaxtyping import Float
+
+from sinkbook.figures.style import DRAIN, OTHER, SINK, TRIGGER
+
+LEFT, CELL, BARS = 26.0, 19.0, 56.0  # pixels
+# Where no style sheet of the book says otherwise, as in Jupyter.
+COLOURS = {
+    "first": DRAIN,
+    "trigger": TRIGGER,
+    "other": OTHER,
+    "cell": SINK,
+    "ground": "#f1f3f5",
+    "title": "#48566b",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How a head reads one text: where each token looks, and how long each value is, written."""
+
+    weights: Float[np.ndarray, "query key"]
+    values: Float[np.ndarray, " key"]
+    labels: list[str]
+    triggers: list[bool]
+
+
+def still(reading: Reading, says: str) -> str:
+    """An `svg` element: the attention map, rows are queries, over the values of its keys.
+
+    Colours are those of `_static/lab/lab.css`; `says` is for those who do not see it.
+    """
+    count = len(reading.labels)
+    side = count * CELL
+    floor = side + 46 + BARS
+    full, height = LEFT + side, floor + 2
+    root = ElementTree.Element(
+        "svg",
+        {
+            "class": "map",
+            "role": "img",
+            "aria-label": says,
+            "viewBox": f"0 0 {full:g} {height:g}",
+            "width": f"{full:g}",
+        },
+    )
+    for n, row in enumerate(reading.weights):
+        _rect(root, "ground", LEFT, n * CELL, (n + 1) * CELL - 1, CELL - 1)
+        for key, weight in enumerate(row[: n + 1]):
+            cell = _rect(root, "cell", LEFT + key * CELL, n * CELL, CELL - 1, CELL - 1)
+            cell.set("fill-opacity", f"{min(max(weight, 0.0), 1.0):.3f}")
+    others = float(reading.values[1:].mean() if count > 1 else reading.values[0])
+    for n, (label, value) in enumerate(zip(reading.labels, reading.values.tolist(), strict=True)):
+        kind = "first" if label == "<s>" else "trigger" if reading.triggers[n] else "other"
+        x, y = LEFT + (n + 0.5) * CELL, (n + 0.5) * CELL
+        _text(root, kind, LEFT - 5, y + 4, "end", label)
+        _text(root, kind, x, side + 14, "middle", label)
+        high = max(min(value / others / 2, 1.0) * BARS, 0.5)
+        kind = "first" if n == 0 else kind
+        _rect(root, f"bar {kind}", x - 0.35 * CELL, floor - high, 0.7 * CELL, high)
+    _text(root, "title", 0.0, side + 38, "start", "How long the value is that it finds there")
+    ordinary = f"{floor - BARS / 2:g}"
+    ends = {"x1": f"{LEFT:g}", "x2": f"{LEFT + side:g}", "y1": ordinary, "y2": ordinary}
+    look = {"stroke": OTHER, "stroke-dasharray": "2 3"}
+    ElementTree.SubElement(root, "line", {"class": "ordinary", **ends, **look})
+    return (
+        '<p class="lab-title">Where each character looks: a row is one, darker is more</p>'
+        f"{ElementTree.tostring(root, encoding='unicode')}"
+        '<p class="lab-small">Pink: triggers, which repeat the character before them.</p>'
+    )
+
+
+def _rect(
+    root: ElementTree.Element, kind: str, x: float, y: float, width: float, height: float
+) -> ElementTree.Element:
+    size = {"x": x, "y": y, "width": width, "height": height}
+    look = {name: f"{value:.4g}" for name, value in size.items()}
+    look |= {"rx": "2", "fill": COLOURS[kind.split()[-1]]}
+    return ElementTree.SubElement(root, "rect", {"class": kind, **look})
+
+
+def _text(
+    root: ElementTree.Element, kind: str, x: float, y: float, anchor: str, words: str
+) -> None:
+    where = {"x": f"{x:.4g}", "y": f"{y:.4g}", "text-anchor": anchor}
+    look = {"fill": COLOURS[kind], "font-size": "11", "font-family": "monospace"}
+    ElementTree.SubElement(root, "text", {"class": kind, **where, **look}).text = words
