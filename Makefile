@@ -2,6 +2,7 @@
 # make test    check everything: package, models, chapters, pages, tooling
 # make bench   time the probe and the training against plain references: build/bench.json
 # make house   draw the picture of the packages in CONTRIBUTING.md from their imports
+# make dist    wheel and sdist in build/dist, each installed and tried in an environment of its own
 # make clean   remove what was built; .venv, node_modules and the download cache stay
 #
 # PROFILE=paper runs the paper's own sizes (one GPU); JOBS is how many chapters run at once.
@@ -17,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 268435456
 export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 
-.PHONY: book test bench house clean
+.PHONY: book test bench house dist clean
 
 book: .venv/installed
 	$(bin)/sinkbook build --profile $(PROFILE) --jobs $(JOBS)
@@ -30,6 +31,9 @@ bench: .venv/installed
 
 house: .venv/installed
 	$(bin)/python -m tests.house
+
+dist: .venv/installed
+	PYTHON=$(PYTHON) tests/dist.sh
 
 clean:
 	rm -rf build

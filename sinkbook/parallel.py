@@ -235,7 +235,7 @@ def _sendable(error: Exception) -> Exception:
     """The error with the lines that raised it; in words, if it cannot be sent as it is."""
     lines = traceback.format_exc()
     try:
-        error = pickle.loads(pickle.dumps(error))
+        error = pickle.loads(pickle.dumps(error))  # nosec B301: our own
     except Exception:  # whatever its class does when it is made again
         error = RuntimeError(_said_by(error))
     error.add_note(f"In another process:\n{lines}")

@@ -284,6 +284,8 @@ def stage(executions: Iterable[Execution], place: Workplace) -> None:
     shutil.copytree(place.root / "book", place.staged / "book", ignore=ours)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(place.root / name, place.staged)
+    if (place.root / "pyproject.toml").is_file():  # the addresses of the published book
+        shutil.copy(place.root / "pyproject.toml", place.staged)
     if (place.root / "_static").is_dir():
         static = place.root / "_static"
         shutil.copytree(static, place.staged / "_static", ignore=_parts_of_the_lab)

@@ -242,7 +242,7 @@ class _Revisions(TrainerCallback):
         name = repo_folder_name(repo_id=MODEL_ID, repo_type="model")
         repository = self.config.folder / "hub" / name
         # By all that decides the weights, since measurements are kept by commit.
-        commit = hashlib.sha1(f"{self.config.folder.name} {step}".encode()).hexdigest()
+        commit = hashlib.sha1(f"{self.config.folder.name} {step}".encode()).hexdigest()  # nosec B324
         snapshot = repository / "snapshots" / commit
         model.save_pretrained(snapshot)
         tokenizer(self.config.vocabulary).save_pretrained(snapshot)

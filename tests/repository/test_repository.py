@@ -64,7 +64,7 @@ def test_what_is_installed_is_what_the_constraints_say():
     assert wrong == {}, "pip install -c constraints.txt -e '.[book,test]'"
 
 
-@pytest.mark.parametrize("target", ["book", "test", "bench", "house", "clean"])
+@pytest.mark.parametrize("target", ["book", "test", "bench", "house", "dist", "clean"])
 def test_make_knows_its_targets_whatever_files_there_are(target):
     outcome = subprocess.run(
         ["make", "--dry-run", "--always-make", target, "PROFILE=paper", "JOBS=1"],
@@ -74,7 +74,7 @@ def test_make_knows_its_targets_whatever_files_there_are(target):
     )
     assert outcome.returncode == 0, outcome.stderr
     expected = {"book": "build --profile paper --jobs 1", "test": "pytest", "clean": "rm -rf build"}
-    expected["house"] = "tests.house"
+    expected |= {"house": "tests.house", "dist": "tests/dist.sh"}
     assert expected.get(target, "benchmarks") in outcome.stdout
 
 
