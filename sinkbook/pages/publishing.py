@@ -137,11 +137,9 @@ def _tell_page(app, page: str, template: str, context: dict, doctree) -> None:
 
 def _first_paragraph(doctree) -> str:
     """The beginning of a page in plain words, whole words of it, or nothing."""
-    from docutils import nodes
-
     if doctree is None:
         return ""
-    paragraph = next(iter(doctree.findall(nodes.paragraph)), None)
+    paragraph = next(iter(doctree.findall(lambda node: node.tagname == "paragraph")), None)
     words = paragraph.astext().split() if paragraph else []
     said = ""
     for word in words:
