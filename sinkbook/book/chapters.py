@@ -33,10 +33,12 @@ class Chapter(Settings):
     def check(self, claim_id: str, values: Iterable[float]) -> None:
         """Hand in the measurement of a claim, one number a seed: it is judged, shown and kept.
 
-        A claim that fails is shown as failed and raises nothing: that is a result. An id that is
+        The text has its verdict, in words, by the role `{glue:text}` and the claim's id. A claim
+        that fails is shown as failed and raises nothing: that is a result. An id that is
         not in `book/claims.yml` raises `SinkbookError`.
         """
-        claims.check(claim_id, values, profile=self.profile)
+        verdict = claims.check(claim_id, values, profile=self.profile)
+        self.report(**{claim_id: verdict.in_words})
 
     def report(self, **numbers: float | int | str) -> None:
         """Hand numbers to the text, where a Markdown cell prints one by the role `{glue:text}`.

@@ -307,7 +307,7 @@ def judge(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
     return Verdict(claims[claim_id], check_profile(profile), measured, today)
 
 
-def check(claim_id: str, values: Iterable[float], *, profile: str) -> None:
+def check(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
     """Show a claim with its measurements, one a seed, and write them to the ledger.
 
     A claim that fails is shown as failed and raises nothing: that is a result. Unknown ids do.
@@ -317,6 +317,7 @@ def check(claim_id: str, values: Iterable[float], *, profile: str) -> None:
     verdict = judge(claim_id, values, profile=profile)
     keep(verdict.record())
     display(verdict)
+    return verdict
 
 
 def keep(record: dict) -> None:

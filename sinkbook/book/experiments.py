@@ -10,6 +10,7 @@ arXiv 2410.13835, for one GPU. A profile changes sizes only; code paths are the 
 from dataclasses import dataclass, replace
 from functools import partial
 
+import pandas as pd
 import xarray as xr
 
 from sinkbook.book.settings import Settings
@@ -119,6 +120,39 @@ def in_the_page() -> dict[str, TrainingConfig]:
         "softmax": config,
         "ReLU": replace(config, model=replace(model, attention="relu")),
     }
+
+
+# The paper's toys. Of its runs of 100,000 steps the figures that we compare with show the first.
+THE_PAPER = {
+    "layers": "1 and 3",
+    "heads a layer": 1,
+    "width d": 256,
+    "length T": 256,
+    "vocabulary V": 67,
+    "texts in a batch": 512,
+    "steps": "10,000",
+    "rate of AdamW": 3e-4,
+    "seeds": "42",
+}
+
+
+def facts(groups: dict[str, list[TrainingConfig]]) -> pd.DataFrame:
+    """What toys are made with: a column for each group of seeds, and last the paper's."""
+    columns = {}
+    for label, group in groups.items():
+        config, seeds = group[0], [config.seed for config in group]
+        columns[label] = {
+            "layers": config.model.layers,
+            "heads a layer": config.model.heads,
+            "width d": config.model.width,
+            "length T": config.task.length,
+            "vocabulary V": config.model.vocab_size,
+            "texts in a batch": config.batch_size,
+            "steps": f"{config.steps:,}",
+            "rate of AdamW": config.learning_rate,
+            "seeds": f"{seeds[0]} to {seeds[-1]}",
+        }
+    return pd.DataFrame(columns | {"the paper": THE_PAPER}, dtype=object)
 
 
 def sink_training(settings: Settings, optimizer: str) -> dict:

@@ -222,7 +222,7 @@ class Execution:
         ]
 
     def page(self) -> str:
-        """The notebook to render: the parameters as they were run, the seconds, no traces.
+        """The notebook to render: its headline first, the parameters as they were run, no traces.
 
         Papermill's injected cell is folded into the parameters cell, and what it notes down
         (this machine's paths, times) is left out.
@@ -236,6 +236,7 @@ class Execution:
             values = assigned(injected["source"])
             if values.items() - assigned(declared["source"]).items():
                 declared["source"] = "\n".join(f"{k} = {v!r}" for k, v in values.items())
+        headline_first(notebook)
         for cell in cells:
             cell["metadata"].pop("papermill", None)
             cell["metadata"].pop("execution", None)
@@ -244,6 +245,23 @@ class Execution:
             text = f'<p class="sinkbook-facts">Computed in {self.seconds:.0f} seconds.</p>'
             cells.append({"cell_type": "markdown", "id": "seconds", "metadata": {}, "source": text})
         return json.dumps(notebook)
+
+
+def headline_first(notebook: dict) -> None:
+    """Show the figure of the cell tagged `headline` right behind the first cell, the question.
+
+    The code stays where it is, since cells run in their order; only what it shows moves.
+    """
+    cells = notebook["cells"]
+    headline = next((cell for cell in cells if "headline" in tags(cell)), None)
+    if headline is None:
+        return
+    figure = headline["metadata"].pop("mystnb", {})
+    metadata = {"tags": ["remove-input"], "mystnb": figure}
+    source = "# Shown by the cell tagged 'headline', further down."  # no page shows an empty cell
+    shown = {**headline, "id": f"{headline['id']}-headline", "source": source, "metadata": metadata}
+    headline["outputs"] = []
+    cells.insert(1, shown)
 
 
 def sealed(notebook: dict, content_hash: str | None, seconds: float) -> str:

@@ -1,12 +1,21 @@
-"""The pages of the book that are made from the package, or from what its tests found.
+"""What pages have beyond Markdown: what is made from the package, chapters by number, guesses.
 
-This module is a Sphinx extension.
+This module is a Sphinx extension. It fills in what pages mark; a chapter is called by its number
+with the role `{chapter}`; what follows a `:::{guess}` stays folded until a reader opens it; and
+`{headline}` shows the figure that a chapter begins with.
 """
 
 import ast
 import json
 import re
 from pathlib import Path
+
+import yaml
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from sinkbook.pages.scripts import NAMES as LAB_SCRIPTS
 
@@ -50,7 +59,154 @@ def setup(app) -> dict:
     app.connect("source-read", _place_lab)
     app.connect("html-page-context", _load_lab)
     app.connect("autodoc-process-docstring", _as_written)
+    app.add_role("chapter", _Chapter())
+    app.add_directive("guess", _Guess)
+    app.add_transform(_CapitalChapters)
+    app.add_transform(_FoldAnswers)
+    app.add_directive("headline", _Headline)
+    app.add_post_transform(_BorrowHeadlines)
+    app.add_node(_Answer, html=(_open_answer, _close_answer))
     return {"parallel_read_safe": True}
+
+
+def chapter_numbers(toc: str) -> dict[str, int]:
+    """The numbers that jupyter-book gives the chapters of a table of contents, by file name.
+
+    >>> chapter_numbers("parts: [{numbered: true, chapters: [{file: book/01_a}]}]")
+    {'01_a': 1}
+    """
+    parts = yaml.safe_load(toc)["parts"]
+    numbered = [part["chapters"] for part in parts if part.get("numbered")]
+    files = [Path(chapter["file"]).name for part in numbered for chapter in part]
+    return {name: number for number, name in enumerate(files, start=1)}
+
+
+class _Chapter(SphinxRole):
+    """`{chapter}` with the name of a chapter: "chapter 5", as a link.
+
+    The number is that of the table of contents; a name that is not in it is a warning.
+    """
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        toc = Path(self.env.app.srcdir) / "_toc.yml"
+        numbers = chapter_numbers(toc.read_text(encoding="utf-8"))
+        if self.text not in numbers:
+            problem = f"no chapter {self.text!r} in _toc.yml. There are {', '.join(numbers)}."
+            message = self.inliner.reporter.warning(problem, line=self.lineno)
+            return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]
+        link = addnodes.pending_xref(
+            refdomain="std",
+            reftype="doc",
+            reftarget=f"/book/{self.text}",
+            refdoc=self.env.docname,
+            refexplicit=True,
+            refwarn=True,
+        )
+        link += nodes.inline("", f"chapter {numbers[self.text]}", classes=["sinkbook-number"])
+        return [link], []
+
+
+class _CapitalChapters(SphinxTransform):
+    """Let a sentence that begins with a chapter's number begin with a capital."""
+
+    default_priority = 860
+
+    def apply(self) -> None:
+        for name in list(self.document.findall(_is_chapter)):
+            link = name.parent
+            before = link.parent[link.parent.index(link) - 1] if link.parent.index(link) else ""
+            if not before or re.search(r"[.?!]\s+$", before.astext()):
+                name.replace(name[0], nodes.Text(name.astext().capitalize()))
+
+
+def _is_chapter(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.inline) and "sinkbook-number" in node["classes"]
+
+
+class _Guess(SphinxDirective):
+    """A question to answer before looking. What it asks about is folded: see `_FoldAnswers`."""
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        guess = nodes.admonition(classes=["sinkbook-guess"])
+        guess += nodes.title("", "Your guess")
+        self.state.nested_parse(self.content, self.content_offset, guess)
+        return [guess]
+
+
+class _Answer(nodes.General, nodes.Element):
+    """What follows a guess, folded: the browser opens it, without a script."""
+
+
+class _FoldAnswers(SphinxTransform):
+    """Fold what follows a guess: the next cells with what they show, and the text that reads them.
+
+    It ends with the section, before the next guess, and before the next cell after that text.
+    """
+
+    default_priority = 870  # every cell and figure is there, and nothing is numbered yet
+
+    def apply(self) -> None:
+        for guess in list(self.document.findall(_is_guess)):
+            folded = _answer_to(guess)
+            if folded:
+                answer = _Answer("", *(node.deepcopy() for node in folded))
+                for node in folded:
+                    node.parent.remove(node)
+                guess.parent.insert(guess.parent.index(guess) + 1, answer)
+
+
+class _Headline(SphinxDirective):
+    """The figure that a chapter begins with, by the chapter's name, on another page."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        return [_Borrowed("", chapter=self.arguments[0])]
+
+
+class _Borrowed(nodes.General, nodes.Element):
+    """The place of a figure of another page."""
+
+
+class _BorrowHeadlines(SphinxPostTransform):
+    """Put a copy of the first figure of a chapter in its place."""
+
+    default_priority = 1  # before myst-nb chooses among the forms of what a cell shows
+
+    def run(self, **kwargs) -> None:
+        for place in list(self.document.findall(_Borrowed)):
+            chapter = self.env.get_doctree(f"book/{place['chapter']}")
+            figure = next(chapter.findall(nodes.figure)).deepcopy()
+            figure["ids"], figure["names"] = [], []  # it is referred to where it comes from
+            place.replace_self(figure)
+
+
+def _is_guess(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.admonition) and "sinkbook-guess" in node["classes"]
+
+
+def _answer_to(guess: nodes.Node) -> list[nodes.Node]:
+    """The nodes behind a guess that would give the answer away."""
+    folded: list[nodes.Node] = []
+    cells = text = False
+    for node in guess.parent[guess.parent.index(guess) + 1 :]:
+        is_cell = isinstance(node, nodes.container) and "cell" in node["classes"]
+        if isinstance(node, nodes.section) or _is_guess(node) or (text and is_cell):
+            break
+        folded.append(node)
+        cells |= is_cell
+        text |= cells and isinstance(node, nodes.paragraph)
+    return folded if cells else []
+
+
+def _open_answer(writer, node: _Answer) -> None:
+    writer.body.append('<details class="sinkbook-answer"><summary>Look</summary>\n')
+
+
+def _close_answer(writer, node: _Answer) -> None:
+    writer.body.append("</details>\n")
 
 
 def _list_packages(app, page: str, source: list[str]) -> None:

@@ -7,6 +7,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(path.stem for kind in ("*.md", "*.ipynb") for path in (ROOT / "book").glob(kind))
 NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+CHAPTERS = [path.stem for path in NOTEBOOKS if path.stem[0].isdigit()]
 EXPLORED = [path.stem for path in NOTEBOOKS if "explorers." in path.read_text(encoding="utf-8")]
 VIEWS = {
     "wide": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"},
@@ -24,12 +25,18 @@ READ_PAGE = """async () => {
   const images = [...document.querySelectorAll("article img:not(.jupyter-widgets)")];
   const fileName = /\\.(png|svg|webp|jpe?g)$/;
   const colours = getComputedStyle(document.body);
+  const code = [...document.querySelectorAll(
+    "article :is(.cell_input, .highlight-python, .highlight-bash)")];
+  const height = nodes => nodes.filter(node => node.checkVisibility())
+    .reduce((sum, node) => sum + node.getBoundingClientRect().height, 0);
   return {
     text: text.textContent,
     formulas: document.querySelectorAll("article .math").length,
     typeset: document.querySelectorAll("article mjx-container").length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     unnamed: images.filter(i => !i.alt.trim() || fileName.test(i.alt)).map(i => i.src),
+    firstFigure: document.querySelector("article figure")?.getBoundingClientRect().top,
+    code: height(code) / height([document.querySelector("article")]),
     broken: images.filter(i => !i.naturalWidth).map(i => i.src),
     ink: colours.color, paper: colours.backgroundColor,
   };
@@ -91,6 +98,38 @@ def test_a_page_loads_without_complaint_or_request_to_another_machine(visit, nam
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_does_not_scroll_sideways(visit, name, view):
     assert visit(name, view)["overflow"] <= 0
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_shows_its_first_figure_on_the_first_screen(visit, name):
+    assert visit(name, "wide")["firstFigure"] <= 900
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_before_anything_is_opened_little_of_a_chapter_is_code(visit, name):
+    assert 0 < visit(name, "wide")["code"] < 0.12
+
+
+# How many figures and tables behind guesses can be seen.
+ANSWERS = """() => [...document.querySelectorAll("details.sinkbook-answer .cell_output")]
+  .filter(node => node.checkVisibility()).length"""
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_answers_wait_for_a_click_that_needs_no_script_and_are_all_printed(pages, browser, name):
+    context = browser.new_context(**VIEWS["wide"], java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto((pages / "book" / f"{name}.html").as_uri())
+    hidden = tab.locator("details.sinkbook-answer .cell_output").count()
+    if hidden:
+        assert tab.evaluate(ANSWERS) == 0
+        tab.emulate_media(media="print")
+        assert tab.evaluate(ANSWERS) == hidden
+        tab.emulate_media(media="screen")
+    for summary in tab.locator("details.sinkbook-answer > summary").all():
+        summary.click()
+    assert tab.evaluate(ANSWERS) == hidden
+    context.close()
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -1,0 +1,180 @@
+"""The order in which a chapter is read: its first screen, its guesses, its last three lines."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sinkbook import book
+from sinkbook.book import sphinx_ext
+from sinkbook.book.chapters import Chapter
+from sinkbook.book.execution import Execution
+from sinkbook.book.notebooks import read_notebook, tags
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAPTERS = sorted((ROOT / "book").glob("[01]*.ipynb"))
+chapters = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def prose(path: Path) -> str:
+    cells = read_notebook(path)["cells"]
+    return "\n\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+
+
+@chapters
+def test_a_chapter_begins_with_question_headline_answer_and_what_one_needs(path):
+    cells = read_notebook(path)["cells"]
+    question, answer = (cell["source"] for cell in cells[:2])
+    assert question.startswith("# ") and question.count("\n#") == 0 and "?" in question
+    assert answer.index("What you need") > 100
+    (headline,) = [cell for cell in cells if "headline" in tags(cell)]
+    assert headline["metadata"]["mystnb"]["figure"]["caption"]
+
+
+@chapters
+def test_a_chapter_ends_with_what_we_saw_why_and_how_sure_in_words_of_the_ledger(path):
+    last = prose(path).rpartition("\n## ")[2]
+    title, saw, why, sure, *question = re.split(r"\n\n", last)
+    assert title == "In three lines" and len(question) == 1
+    for line, begins in ((saw, "What we saw."), (why, "Why."), (sure, "How sure.")):
+        assert line.startswith(f"**{begins}** ")
+    claims = {c["id"] for c in yaml.safe_load((ROOT / "book" / "claims.yml").read_text("utf-8"))}
+    assert {*re.findall(r"\{glue:text\}`([^`]+)`", sure)} & claims
+
+
+@chapters
+def test_what_hands_in_numbers_and_imports_at_the_beginning_are_folded(path):
+    code = [cell for cell in read_notebook(path)["cells"] if cell["cell_type"] == "code"]
+    hands_in = re.compile(
+        r"^(?:from|import) .*\n(?:.*\n)*\s*chapter = |chapter\.(?:report|check)\("
+    )
+    open_ones = [c["source"] for c in code if hands_in.search(c["source"]) and not folded(c)]
+    assert open_ones == []
+    assert any(not folded(cell) for cell in code)
+
+
+def folded(cell: dict) -> bool:
+    return "hide-input" in tags(cell)
+
+
+@chapters
+def test_a_chapter_is_called_by_its_number_and_a_page_by_words_of_the_sentence(path):
+    text = prose(path)
+    names = "|".join(other.stem for other in CHAPTERS)
+    assert re.findall(rf"\{{doc\}}`(?:[^`]*<)?(?:{names})>?`", text) == []
+    assert re.findall(r"\{doc\}`[^`<]+`", text) == []
+
+
+def test_a_chapter_has_the_number_that_the_table_of_contents_gives_it():
+    numbers = sphinx_ext.chapter_numbers((ROOT / "_toc.yml").read_text("utf-8"))
+    assert numbers == {path.stem: int(path.stem[:2]) for path in CHAPTERS}
+
+
+def test_the_text_has_the_verdict_of_a_claim_by_its_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("SINKBOOK_CACHE", str(tmp_path))
+    handed = {}
+    monkeypatch.setattr(Chapter, "report", lambda self, **numbers: handed.update(numbers))
+    book.chapter("quick").check("sink.one-layer", [0.9, 0.1])
+    assert handed == {"sink.one-layer": "mixed (1 of 2)"}
+
+
+def notebook(*cells: dict) -> dict:
+    for number, cell in enumerate(cells):
+        cell.setdefault("metadata", {})
+        cell["id"] = str(number)
+        if cell["cell_type"] == "code":
+            cell.setdefault("outputs", [])
+            cell["execution_count"] = None
+    python = {"language_info": {"name": "python", "pygments_lexer": "python"}}
+    return {"cells": [*cells], "metadata": python, "nbformat": 4, "nbformat_minor": 5}
+
+
+def text(source: str) -> dict:
+    return {"cell_type": "markdown", "source": source}
+
+
+def shows(word: str, **metadata: object) -> dict:
+    output = {"output_type": "display_data", "metadata": {}, "data": {"text/plain": word}}
+    return {"cell_type": "code", "source": "x", "metadata": metadata, "outputs": [output]}
+
+
+def test_on_the_page_the_headline_is_seen_first_and_no_code_moves(tmp_path):
+    figure = {"figure": {"caption": "c", "name": "n"}}
+    path = tmp_path / "a.ipynb"
+    late = shows("late", tags=["headline", "hide-input"], mystnb=figure)
+    path.write_text(json.dumps(notebook(text("# A"), shows("early"), late)))
+    page = json.loads(Execution(path, 1.0).page())["cells"]
+    assert [cell["source"] for cell in page if cell["source"] != page[1]["source"]] == [
+        *("# A", "x", "x")
+    ]
+    assert page[1]["source"].startswith("#")
+    assert page[1]["outputs"][0]["data"]["text/plain"] == "late"
+    assert page[1]["metadata"] == {"tags": ["remove-input"], "mystnb": figure}
+    assert page[3]["outputs"] == [] and "mystnb" not in page[3]["metadata"]
+    assert len({cell["id"] for cell in page}) == 4
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """A function that renders cells as the one chapter of a book: its HTML, and the warnings."""
+    from io import StringIO
+
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace, patch_docutils
+
+    def render(*cells: dict) -> tuple[str, str]:
+        (tmp_path / "book").mkdir()
+        toc = "parts: [{numbered: true, chapters: [{file: book/01_a}]}]"
+        (tmp_path / "_toc.yml").write_text(toc)
+        (tmp_path / "book" / "01_a.ipynb").write_text(json.dumps(notebook(*cells)))
+        warnings, built = StringIO(), tmp_path / "_build"
+        extensions = ["myst_nb", "sphinx.ext.autodoc", "sinkbook.book.sphinx_ext"]
+        settings = {
+            "extensions": extensions,
+            "root_doc": "book/01_a",
+            "nb_execution_mode": "off",
+            "myst_enable_extensions": ["colon_fence"],
+        }
+        with patch_docutils(), docutils_namespace():
+            app = Sphinx(
+                *(str(tmp_path), None, str(built), str(built / "trees"), "html"),
+                confoverrides=settings,
+                status=None,
+                warning=warnings,
+            )
+            app.build()
+        return (built / "book" / "01_a.html").read_text("utf-8"), warnings.getvalue()
+
+    return render
+
+
+def test_a_chapter_is_a_link_with_its_number_and_a_capital_at_the_start_of_a_sentence(rendered):
+    html, warnings = rendered(text("# A\n\n{chapter}`01_a`, not {chapter}`01_a`. {chapter}`01_a`."))
+    words = re.sub("<[^>]+>", "", html)
+    assert "Chapter 1, not chapter 1. Chapter 1." in words
+    assert html.count('class="reference internal" href="#"') >= 3
+    assert warnings == ""
+
+
+def test_a_chapter_that_is_none_is_a_warning(rendered):
+    _, warnings = rendered(text("# A\n\nSee {chapter}`02_b`."))
+    assert "no chapter '02_b'" in warnings
+
+
+def test_a_guess_folds_what_answers_it_and_nothing_else(rendered):
+    html, warnings = rendered(
+        text("# A\n\nBefore.\n\n:::{guess}\nWhich?\n:::\n\nStill."),
+        shows("the answer"),
+        text("It was this.\n\nAnd so on."),
+        shows("another matter"),
+        text("## B\n\n:::{guess}\nAnd this?\n:::"),
+        text("No cell follows."),
+    )
+    (answer,) = re.findall(r'<details class="sinkbook-answer">.*?</details>', html, re.S)
+    for folded_away in ("Still.", "the answer", "It was this.", "And so on."):
+        assert folded_away in answer
+    for plain in ("Before.", "Which?", "another matter", "And this?", "No cell follows."):
+        assert plain in html and plain not in answer
+    assert warnings == ""
