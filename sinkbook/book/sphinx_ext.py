@@ -140,9 +140,9 @@ class _Answer(nodes.General, nodes.Element):
 
 
 class _FoldAnswers(SphinxTransform):
-    """Fold what follows a guess: the next cells with what they show, and the text that reads them.
+    """Fold what follows a guess: cells with what they show, the text that reads them, its cards.
 
-    It ends with the section, before the next guess, and before the next cell after that text.
+    It ends with the section, before the next guess, and before a cell that shows something else.
     """
 
     default_priority = 870  # every cell and figure is there, and nothing is numbered yet
@@ -178,9 +178,7 @@ class _BorrowHeadlines(SphinxPostTransform):
     def run(self, **kwargs) -> None:
         for place in list(self.document.findall(_Borrowed)):
             chapter = self.env.get_doctree(f"book/{place['chapter']}")
-            figure = next(chapter.findall(nodes.figure)).deepcopy()
-            figure["ids"], figure["names"] = [], []  # it is referred to where it comes from
-            place.replace_self(figure)
+            place.replace_self(next(chapter.findall(nodes.figure)).deepcopy())
 
 
 def _is_guess(node: nodes.Node) -> bool:
@@ -190,15 +188,24 @@ def _is_guess(node: nodes.Node) -> bool:
 def _answer_to(guess: nodes.Node) -> list[nodes.Node]:
     """The nodes behind a guess that would give the answer away."""
     folded: list[nodes.Node] = []
-    cells = text = False
+    cells = text = cards = False
     for node in guess.parent[guess.parent.index(guess) + 1 :]:
         is_cell = isinstance(node, nodes.container) and "cell" in node["classes"]
-        if isinstance(node, nodes.section) or _is_guess(node) or (text and is_cell):
+        ends = cards and not is_cell or text and is_cell and not _shows_only_cards(node)
+        if isinstance(node, nodes.section) or _is_guess(node) or ends:
             break
         folded.append(node)
         cells |= is_cell
+        cards |= text and is_cell
         text |= cells and isinstance(node, nodes.paragraph)
     return folded if cells else []
+
+
+def _shows_only_cards(cell: nodes.container) -> bool:
+    """Whether a cell shows verdicts on claims, or nothing."""
+    shown = [part for part in cell.findall(nodes.container) if "cell_output" in part["classes"]]
+    html = "".join(raw.astext() for part in shown for raw in part.findall(nodes.raw))
+    return not any(part.children for part in shown) or "sinkbook-claim" in html
 
 
 def _open_answer(writer, node: _Answer) -> None:

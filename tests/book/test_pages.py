@@ -95,8 +95,8 @@ def text(source: str) -> dict:
     return {"cell_type": "markdown", "source": source}
 
 
-def shows(word: str, **metadata: object) -> dict:
-    output = {"output_type": "display_data", "metadata": {}, "data": {"text/plain": word}}
+def shows(word: str, mime: str = "text/plain", **metadata: object) -> dict:
+    output = {"output_type": "display_data", "metadata": {}, "data": {mime: word}}
     return {"cell_type": "code", "source": "x", "metadata": metadata, "outputs": [output]}
 
 
@@ -168,12 +168,13 @@ def test_a_guess_folds_what_answers_it_and_nothing_else(rendered):
         text("# A\n\nBefore.\n\n:::{guess}\nWhich?\n:::\n\nStill."),
         shows("the answer"),
         text("It was this.\n\nAnd so on."),
+        shows('<p class="sinkbook-claim">verdict</p>', "text/html"),
         shows("another matter"),
         text("## B\n\n:::{guess}\nAnd this?\n:::"),
         text("No cell follows."),
     )
     (answer,) = re.findall(r'<details class="sinkbook-answer">.*?</details>', html, re.S)
-    for folded_away in ("Still.", "the answer", "It was this.", "And so on."):
+    for folded_away in ("Still.", "the answer", "It was this.", "And so on.", "verdict"):
         assert folded_away in answer
     for plain in ("Before.", "Which?", "another matter", "And this?", "No cell follows."):
         assert plain in html and plain not in answer

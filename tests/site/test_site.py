@@ -26,7 +26,7 @@ READ_PAGE = """async () => {
   const fileName = /\\.(png|svg|webp|jpe?g)$/;
   const colours = getComputedStyle(document.body);
   const code = [...document.querySelectorAll(
-    "article :is(.cell_input, .highlight-python, .highlight-bash)")];
+    "article .cell_input, article :not(.cell_input) > :is(.highlight-python, .highlight-bash)")];
   const height = nodes => nodes.filter(node => node.checkVisibility())
     .reduce((sum, node) => sum + node.getBoundingClientRect().height, 0);
   return {
