@@ -20,9 +20,8 @@ class RecordedLab {
       max: about.steps.length - 1,
       value: this.at,
       oninput: () => {
-        this.halt();
         this.at = +this.slider.value;
-        this.show();
+        this.halt();
       },
     });
     this.count = html("span", { class: "lab-count" });

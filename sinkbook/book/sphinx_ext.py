@@ -1,8 +1,8 @@
 """What pages have beyond Markdown: what is made from the package, chapters by number, guesses.
 
 This module is a Sphinx extension. It fills in what pages mark; a chapter is called by its number
-with the role `{chapter}`; what follows a `:::{guess}` stays folded until a reader opens it; and
-`{headline}` shows the figure that a chapter begins with.
+with the role `{chapter}`; and what follows a `:::{guess}` stays folded until a reader opens it. Pages
+with a lab get its scripts.
 """
 
 import ast
@@ -14,7 +14,6 @@ import yaml
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
-from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from sinkbook.pages.scripts import NAMES as LAB_SCRIPTS
@@ -63,8 +62,6 @@ def setup(app) -> dict:
     app.add_directive("guess", _Guess)
     app.add_transform(_CapitalChapters)
     app.add_transform(_FoldAnswers)
-    app.add_directive("headline", _Headline)
-    app.add_post_transform(_BorrowHeadlines)
     app.add_node(_Answer, html=(_open_answer, _close_answer))
     return {"parallel_read_safe": True}
 
@@ -155,30 +152,6 @@ class _FoldAnswers(SphinxTransform):
                 for node in folded:
                     node.parent.remove(node)
                 guess.parent.insert(guess.parent.index(guess) + 1, answer)
-
-
-class _Headline(SphinxDirective):
-    """The figure that a chapter begins with, by the chapter's name, on another page."""
-
-    required_arguments = 1
-
-    def run(self) -> list[nodes.Node]:
-        return [_Borrowed("", chapter=self.arguments[0])]
-
-
-class _Borrowed(nodes.General, nodes.Element):
-    """The place of a figure of another page."""
-
-
-class _BorrowHeadlines(SphinxPostTransform):
-    """Put a copy of the first figure of a chapter in its place."""
-
-    default_priority = 1  # before myst-nb chooses among the forms of what a cell shows
-
-    def run(self, **kwargs) -> None:
-        for place in list(self.document.findall(_Borrowed)):
-            chapter = self.env.get_doctree(f"book/{place['chapter']}")
-            place.replace_self(next(chapter.findall(nodes.figure)).deepcopy())
 
 
 def _is_guess(node: nodes.Node) -> bool:

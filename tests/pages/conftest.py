@@ -16,7 +16,13 @@ STYLES = ("_static/sinkbook.css", "_static/lab/lab.css")
 PAGE = """<!doctype html>
 <html lang="en" data-theme="light"><head><meta charset="utf-8"><title>A lab</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body {{ margin: 16px; font-family: sans-serif }} {style}</style></head>
+<style>
+html {{ --pst-color-background: #fff; --pst-color-text-base: #222832; background: #fff }}
+html[data-theme="dark"] {{
+  --pst-color-background: #14181e; --pst-color-text-base: #ced6dd; --pst-color-text-muted: #9ca4af;
+  --pst-color-border: #48566b; background: #14181e;
+}}
+body {{ margin: 16px; font-family: sans-serif }} {style}</style></head>
 <body>{body}<script src="lab-data.js"></script><script src="lab.js"></script></body></html>"""
 
 
