@@ -44,13 +44,13 @@ class MapView {
     this.node = html(
       "div",
       { class: "lab-map" },
-      html("p", { class: "lab-title" }, "Where each character looks: a row is one, darker is more"),
+      html("p", { class: "lab-title" }, "Where each character looks, a row for each"),
       this.picture,
       html(
         "p",
         { class: "lab-small" },
         html("b", { class: "trigger" }, "Pink"),
-        ": triggers, which repeat the character before them.",
+        ": triggers repeat the character before.",
       ),
     );
     this.width = 0;
@@ -321,7 +321,7 @@ function shareBars(rows) {
           "span",
           { class: "track", "aria-hidden": "true" },
           html("span", { class: "share", style: `width: ${(100 * share).toFixed(1)}%` }),
-          html("span", { class: "mark", style: `left: ${(100 * mark).toFixed(1)}%` }),
+          html("span", { class: "truth", style: `left: ${(100 * mark).toFixed(1)}%` }),
         ),
         html("span", { class: "value" }, number(share)),
       ),

@@ -69,9 +69,9 @@ def still(reading: Reading, says: str) -> str:
     look = {"stroke": OTHER, "stroke-dasharray": "2 3"}
     ElementTree.SubElement(root, "line", {"class": "ordinary", **ends, **look})
     return (
-        '<p class="lab-title">Where each character looks: a row is one, darker is more</p>'
+        '<p class="lab-title">Where each character looks, a row for each</p>'
         f"{ElementTree.tostring(root, encoding='unicode')}"
-        '<p class="lab-small">Pink: triggers, which repeat the character before them.</p>'
+        '<p class="lab-small">Pink: triggers repeat the character before.</p>'
     )
 
 
