@@ -1,7 +1,7 @@
 """What pages have beyond Markdown: what is made from the package, chapters by number, guesses.
 
 This module is a Sphinx extension. It fills in what pages mark; a chapter is called by its number
-with the role `{chapter}`; and what follows a `:::{guess}` stays folded until a reader opens it. Pages
+with the role `{chapter}`; what follows a `:::{guess}` stays folded until a reader opens it. Pages
 with a lab get its scripts.
 """
 
