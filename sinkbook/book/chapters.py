@@ -152,10 +152,17 @@ class Table:
     rows: pd.DataFrame
 
     def _repr_html_(self) -> str:
-        return f'<div class="sinkbook-scroll">{self.rows.to_html(border=0)}</div>'
+        return _scrolling(self.rows.to_html(border=0))
 
     def __repr__(self) -> str:
         return self.rows.to_string()
+
+
+def _scrolling(table: str) -> str:
+    """A table in a box that those without a pointer can scroll as well."""
+    return (
+        f'<div class="sinkbook-scroll" role="group" aria-label="Table" tabindex="0">{table}</div>'
+    )
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ class Attachments:
             f"{escape(name)}</a> ({len(self.files[name]) / 1000:.0f} kB)"
             for name, text in encoded.items()
         ]
-        html = f"<p>{' · '.join(links)}</p>"
+        html = f"<p class='sinkbook-attached'>{' · '.join(links)}</p>"
         return {"text/html": html, "text/plain": str(self)}, {"sinkbook.files": encoded}
 
     def __str__(self) -> str:
@@ -209,9 +216,9 @@ class Status:
             rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
         titles = ("chapter", "profile", "seed", "seconds", "device", "torch", "transformers", "run")
         head = "".join(f"<th>{title}</th>" for title in titles)
-        return (
-            f'<div class="sinkbook-scroll"><table class="sinkbook-status"><thead><tr>{head}</tr>'
-            f"</thead><tbody>{''.join(rows)}</tbody></table></div>"
+        return _scrolling(
+            f'<table class="sinkbook-status"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{''.join(rows)}</tbody></table>"
         )
 
     def __repr__(self) -> str:

@@ -1,8 +1,9 @@
-"""How much pretrained models read at each profile, chapter by chapter; see `experiments.py`."""
+"""What pretrained models read, and how much of it at each profile; see `experiments.py`."""
 
 from dataclasses import dataclass
 
 from sinkbook.book.settings import Settings
+from sinkbook.models.pretrained import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -93,3 +94,21 @@ def consequences(settings: Settings) -> Consequences:
         shares=(0.05, 0.1, 0.15, 0.2),
     )
     return {"quick": quick, "paper": paper}[settings.profile]
+
+
+def short_texts(language_model: LanguageModel) -> dict[str, str]:
+    """Texts that are short enough for the attention map of every head, by name.
+
+    The last has two beginnings, if the model puts a token of its own before a text.
+    """
+    sentence = "Green tea cools slowly beside an open window."
+    turns = "He read the letter again. Puis il est sorti dans la rue avec son chien."
+    begins = language_model.tokenizer.decode(language_model.prefix)
+    return {
+        "said twice": f"{sentence} {sentence}",
+        "from the paper": "Summer is warm. Winter is cold.",
+        "Python": "def area(width, height):\n    return width * height\n",
+        "two languages": turns,
+        "numbers": "3, 14, 15, 92, 65, 35",
+        "two documents": f"The ferry leaves at noon.{begins}Mix flour and water, then wait.",
+    }

@@ -241,6 +241,7 @@ class Execution:
             cell["metadata"].pop("papermill", None)
             cell["metadata"].pop("execution", None)
         notebook["metadata"].pop("papermill", None)
+        notebook["metadata"].pop("widgets", None)  # a page has no kernel that they could ask
         if self.outputs("sinkbook.facts"):
             text = f'<p class="sinkbook-facts">Computed in {self.seconds:.0f} seconds.</p>'
             cells.append({"cell_type": "markdown", "id": "seconds", "metadata": {}, "source": text})

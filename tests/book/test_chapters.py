@@ -45,9 +45,9 @@ def test_what_a_chapter_offers_reaches_the_page_as_links_and_the_build_as_bytes(
     assert metadata["sinkbook.files"] == {"a.csv": "MSwyCg=="}
 
 
-def test_a_table_scrolls_in_a_box_of_its_own():
+def test_a_table_scrolls_in_a_box_of_its_own_also_by_keys():
     html = book.chapter("quick").table(pd.DataFrame({"a": [1]}))._repr_html_()
-    assert html.startswith('<div class="sinkbook-scroll">')
+    assert html.startswith('<div class="sinkbook-scroll" role="group" aria-label="Table" tabindex')
 
 
 def test_the_package_of_the_book_is_imported_without_what_its_chapters_need():
