@@ -9,11 +9,12 @@ if TYPE_CHECKING:
 def chapter(profile: str, seed: int = 0) -> "Chapter":
     """The chapter that is being run: its set-up cell begins with it and ends by showing it.
 
-    From here on figures are drawn in the style of the book.
+    From here on figures are drawn in the style of the book, and shown as its pages show them.
     Raises `SinkbookError` for a profile that is none.
     """
     from sinkbook.book.chapters import Chapter
-    from sinkbook.figures import style
+    from sinkbook.figures import style, svg
 
     style.use()
+    svg.show_in_notebooks()
     return Chapter(profile, seed)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -240,6 +241,7 @@ class Execution:
         for cell in cells:
             cell["metadata"].pop("papermill", None)
             cell["metadata"].pop("execution", None)
+            describe_figures(cell)
         notebook["metadata"].pop("papermill", None)
         notebook["metadata"].pop("widgets", None)  # a page has no kernel that they could ask
         if self.outputs("sinkbook.facts"):
@@ -263,6 +265,16 @@ def headline_first(notebook: dict) -> None:
     shown = {**headline, "id": f"{headline['id']}-headline", "source": source, "metadata": metadata}
     headline["outputs"] = []
     cells.insert(1, shown)
+
+
+def describe_figures(cell: dict) -> None:
+    """Say in a cell's figures, which `figures.svg` has drawn, what its metadata say of them."""
+    described = escape(cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", ""))
+    for output in cell.get("outputs", []):
+        html = "".join(output.get("data", {}).get("text/html", ""))
+        if html.startswith('<div class="sinkbook-figure"'):
+            said = html.replace('aria-label=""', f'aria-label="{described}"')
+            output["data"]["text/html"] = said
 
 
 def sealed(notebook: dict, content_hash: str | None, seconds: float) -> str:

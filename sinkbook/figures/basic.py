@@ -170,6 +170,7 @@ def grouped_bars(
             seeds = group[series]
             ax.plot(np.full(len(seeds), place), seeds, ".", color="black", ms=4)
             above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
+            above["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5}  # over the reference
             ax.annotate(f"{mean:.2f}", (place, max(seeds)), fontsize=9, **above)
     if reference is not None:
         height, label = reference
@@ -217,8 +218,9 @@ def token_strip(
         for x, (symbol, colour) in enumerate(zip(row, tiles, strict=True)):
             tile = plt.Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=colour, alpha=0.35, lw=0)
             ax.add_patch(tile)
-            size = 8 if len(symbol) < 2 else 5.5
-            ax.text(x, y, symbol, ha="center", va="center", family="monospace", fontsize=size)
+            single = len(symbol) < 2
+            place = {"x": x, "ha": "center"} if single else {"x": x + 0.4, "ha": "right"}
+            ax.text(y=y, s=symbol, va="center", family="monospace", fontsize=9, **place)
     ax.set(xlim=(-0.6, longest - 0.4), ylim=(len(rows) - 0.4, -0.6), title=title)
     ax.axis("off")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c, alpha=0.35, lw=0) for c in key.values()]
@@ -341,7 +343,8 @@ def dot_rows(
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
     ax.grid(axis="y", alpha=0.3)
-    ax.legend([dots[0], cross[0]], ["ours", "paper"])
+    handles = [dots[0], cross[0]]
+    ax.legend(handles, ["ours", "paper"], ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return ax
 
 

@@ -96,14 +96,15 @@ def fan(
     ylabel: str,
     title: str = "",
 ) -> Axes:
-    """Many thin lines over a logarithmic axis; `reference` lays dashed ones over them.
+    """Many thin lines over a logarithmic axis; `reference` lays dashed ones over three of them.
 
-    `labels` names the lines and the reference.
+    Those that end lowest, in the middle and highest. `labels` names the lines and the reference.
     """
     ax = axes_or_new(ax)
     drawn = ax.plot(x, lines, color=colour, lw=0.9, alpha=0.6)
     if reference is not None:
-        expected = ax.plot(x, reference, color="black", lw=0.7, ls=(0, (4, 4)), alpha=0.7)
+        order = np.argsort(lines[-1])[[0, lines.shape[1] // 2, -1]]
+        expected = ax.plot(x, reference[:, order], color="black", lw=1.2, ls=(0, (4, 4)))
         ax.legend([drawn[0], expected[0]], labels)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log")
     return ax

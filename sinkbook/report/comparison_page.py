@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from sinkbook import files
 from sinkbook.errors import SinkbookError
 from sinkbook.figures import basic, style
+from sinkbook.figures.svg import embedded
 from sinkbook.report import comparison as compared
 from sinkbook.report.comparison import Comparison
 from sinkbook.report.figures import HEADS, WIDTH
 from sinkbook.report.html import captioned, html_table, page, provenance, section
 from sinkbook.report.report import describe_texts
-from sinkbook.report.svg import embedded
 
 ANOTHER = "name another file"
 

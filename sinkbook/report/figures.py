@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from sinkbook.figures import basic
-from sinkbook.figures.style import OTHER, PEAK, SINK
+from sinkbook.figures.style import LARGEST, OTHER, PEAK, SINK
 from sinkbook.report import summary
 
 WIDTH = 5.4  # inches: about a phone's width at the size of letters on the page
-LARGEST = "#56B4E9"  # the colour of the largest other token
 HEADS = "heads"  # the gid of what has a cell or a dot for each head
 
 

@@ -14,8 +14,8 @@ import pandas as pd
 import xarray as xr
 
 from sinkbook.figures import style
+from sinkbook.figures.svg import embedded
 from sinkbook.report import figures, headroom, summary
-from sinkbook.report.svg import embedded
 
 LEFT_ALIGNED = ' class="left"'
 ROUTES = "fused and chunked: in the forward pass itself; eager: one layer at a time"

@@ -1,5 +1,6 @@
 """The object that a chapter works with: what it hands in, what it shows, what it refuses."""
 
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from sinkbook import book
 from sinkbook.book import claims, experiments, records
+from sinkbook.book.notebooks import Execution
 from sinkbook.errors import SinkbookError
 
 
@@ -55,3 +57,15 @@ def test_the_package_of_the_book_is_imported_without_what_its_chapters_need():
         "import sys, sinkbook.book; sys.exit(bool({'torch', 'xarray', 'IPython'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_page_says_in_its_figures_what_they_show(tmp_path):
+    drawn = '<div class="sinkbook-figure"><svg aria-label=""></svg><svg aria-label=""></svg></div>'
+    output = {"output_type": "display_data", "metadata": {}, "data": {"text/html": [drawn]}}
+    metadata = {"mystnb": {"image": {"alt": 'Bars of "<s>"'}}}
+    cell = {"cell_type": "code", "source": "", "metadata": metadata, "outputs": [output]}
+    path = tmp_path / "01_bars.ipynb"
+    path.write_text(json.dumps({"cells": [cell], "metadata": {}}), encoding="utf-8")
+    (cell,) = json.loads(Execution(path, 1.0).page())["cells"]
+    shown = cell["outputs"][0]["data"]["text/html"]
+    assert shown.count('aria-label="Bars of &quot;&lt;s&gt;&quot;"') == 2

@@ -158,7 +158,7 @@ def test_each_cell_and_each_dot_says_the_numbers_that_it_is_drawn_by(smollm2):
         if kind == "cell":
             assert f"fill: {to_hex(matplotlib.colormaps['Blues'](value))}" in drawn
         else:
-            assert f"fill: var(--{'sink' if value > 0.3 else 'other'})" in drawn
+            assert f"fill: var(--{'sink' if value > 0.3 else 'other'}, #" in drawn
 
 
 def test_the_page_opens_in_a_browser_without_complaint(written):

@@ -1,0 +1,244 @@
+"""A figure rearranged for a phone: as wide as it is, letters to be read, panels below each other.
+
+What a figure function draws for a page of 1,280 pixels keeps its axes; only their places change,
+the size of letters, and how much is written along an axis.
+"""
+
+import textwrap
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator, LogFormatter, LogLocator, NullFormatter
+
+WIDTH = 4.7  # inches, 338 points: shown at a point a pixel on a phone of 390
+LEAST = 10.0  # points: the smallest letters on a phone
+_ROW_HEIGHT = 2.3  # inches of a panel, at least
+_MAP_HEIGHT = 3.6  # of one that keeps its shape
+_LONGEST = 18  # letters of a name beside an axis, before it is broken
+_MANY = 40  # names of an axis that need not all be written
+
+
+def legible(figure: Figure, least: float) -> None:
+    """No letters smaller than `least` points, none over others along an axis, no legend twice.
+
+    Axes of powers have numbers in place of small print.
+    """
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            _plain_numbers(axis)
+            for which in ("major", "minor"):
+                if axis.get_tick_params(which).get("labelsize", least) < least:
+                    axis.set_tick_params(which, labelsize=least)
+    for text in figure.findobj(Text):
+        if text.get_fontsize() < least:
+            text.set_fontsize(least)
+    _one_legend(figure)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            names = _named(axis)
+            if not names or len(axis.get_ticklabels()) > _MANY:
+                _thin(axis, horizontal=axis is axes.xaxis)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Numbers as one says them on a logarithmic axis, and more of them where it is short."""
+    if not isinstance(axis.get_major_formatter(), LogFormatter):
+        return
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log" and high < 60 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(_plain)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _one_legend(figure: Figure) -> None:
+    """Panels whose legends say the same words share the first one."""
+    said = set()
+    for axes in figure.axes:
+        if legend := axes.get_legend():
+            words = tuple(text.get_text() for text in legend.get_texts())
+            if words in said:
+                legend.remove()
+            said.add(words)
+
+
+def _plain(value: float, _position: int = 0) -> str:
+    """A number as one says it; far powers of ten with raised digits.
+
+    >>> _plain(0.01), _plain(1000.0), _plain(1e-7), _plain(2e6)
+    ('0.01', '1,000', '10⁻⁷', '2·10⁶')
+    """
+    if value == 0:
+        return "0"
+    power = int(np.floor(np.log10(abs(value)) + 1e-9))
+    if -3 <= power <= 4:
+        return f"{value:,.10g}".replace("-", "−")
+    factor = value / 10.0**power
+    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{'' if np.isclose(factor, 1) else f'{factor:.3g}·'}10{raised}"
+
+
+def rearrange(figure: Figure) -> None:
+    """Make the figure one for a phone."""
+    height = _stack(figure)
+    figure.set_size_inches(WIDTH, height)
+    for axes in figure.axes:
+        _names(axes)
+    legible(figure, LEAST)
+    for legend in [*figure.legends, *(axes.get_legend() for axes in figure.axes)]:
+        if legend is not None:
+            _narrow_legend(legend)
+    figure.set_size_inches(WIDTH, max(height, _needed(figure)))
+    for _ in range(2):  # what is left out changes what there is room for
+        figure.canvas.draw()
+        for axes in figure.axes:
+            _thin(axes.xaxis, horizontal=True)
+            _thin(axes.yaxis, horizontal=False)
+            _shorten(axes)
+
+
+def _grid(figure: Figure) -> tuple[int, int]:
+    """Rows and columns of the figure's panels; (1, 1) without a grid."""
+    specs = [axes.get_subplotspec() for axes in figure.axes]
+    grids = [spec.get_gridspec() for spec in specs if spec is not None]
+    return (grids[0].nrows, grids[0].ncols) if grids else (1, 1)
+
+
+def _stack(figure: Figure) -> float:
+    """Put panels that stand side by side below each other, in reading order; the height then."""
+    rows, columns = _grid(figure)
+    height = figure.get_size_inches()[1]
+    panels = [axes for axes in figure.axes if axes.get_subplotspec() is not None]
+    panels.sort(key=lambda axes: axes.get_subplotspec().num1)
+    small = all(_square(axes) for axes in panels)
+    across = min(columns, 3 if small else 1 + (len(panels) > 3))
+    if across < columns:
+        count = -(-len(panels) // across)
+        usual = WIDTH / across + 0.4 if small else max(_ROW_HEIGHT, min(height / rows, 3.0))
+        inches = [
+            _MAP_HEIGHT if not small and _square(panels[row * across]) else usual
+            for row in range(count)
+        ]
+        grid = figure.add_gridspec(count, across, height_ratios=inches)
+        for number, axes in enumerate(panels):
+            axes.set_subplotspec(grid[number // across, number % across])
+            _label_alone(panels, number, columns, small=small)
+            if len(axes.get_shared_y_axes().get_siblings(axes)) > 1:
+                axes.tick_params(labelleft=number % across == 0)
+        height = sum(inches)
+    elif small and columns > 1:
+        height = rows * (WIDTH / columns + 0.4)
+    return height
+
+
+def _label_alone(panels: list[Axes], number: int, columns: int, *, small: bool) -> None:
+    """Give a panel the labels that it shared with those beside and below it."""
+    axes, first = panels[number], panels[number - number % columns]
+    axes.tick_params(labelbottom=True)
+    if first.get_shared_y_axes().joined(first, axes) and not axes.get_ylabel():
+        axes.set_ylabel(first.get_ylabel())
+    lowest = panels[(len(panels) - 1) // columns * columns :]
+    if not axes.get_xlabel() and not small and number % columns < len(lowest):
+        axes.set_xlabel(lowest[number % columns].get_xlabel())
+
+
+def _square(axes: Axes) -> bool:
+    """Whether a panel is a map that keeps its shape, and so may be half as wide as a phone."""
+    return axes.get_aspect() != "auto"
+
+
+def _named(axis: Axis) -> bool:
+    """Whether words, not numbers, stand along an axis."""
+    words = "".join(label.get_text() for label in axis.get_ticklabels())
+    return isinstance(axis.get_major_locator(), FixedLocator) and any(map(str.isalpha, words))
+
+
+def _names(axes: Axes) -> None:
+    """Break long names beside an axis, long titles and long labels."""
+    if _named(axes.yaxis):
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        broken = [textwrap.fill(name, _LONGEST, break_long_words=False) for name in names]
+        axes.yaxis.set_ticklabels(broken)
+    axes.set_title(textwrap.fill(axes.get_title(loc="left"), 46), loc="left")
+    axes.set_xlabel(textwrap.fill(axes.get_xlabel(), 46))
+    axes.set_ylabel(textwrap.fill(axes.get_ylabel(), 32))
+
+
+def _needed(figure: Figure) -> float:
+    """Inches of height that the names beside the figure's axes need."""
+    tallest = 0.0
+    for axes in figure.axes:
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        if _named(axes.yaxis) and len(names) <= _MANY:
+            lines = sum(1.15 * (name.count("\n") + 1) + 0.15 for name in names)
+            tallest = max(tallest, lines * LEAST / 72)
+    rows = _grid(figure)[0]
+    return rows * (tallest + 0.6) if tallest else 0.0
+
+
+def _narrow_legend(legend: Legend) -> None:
+    """A legend no wider than a phone; above its axes where it stood beside them."""
+    labels = [text.get_text() for text in legend.get_texts()]
+    column = 0.55 * LEAST * max(map(len, labels), default=1) + 3.2 * LEAST  # points
+    columns = int(np.clip(WIDTH * 72 // column, 1, len(labels)))
+    parent = legend.axes or legend.get_figure()
+    again = {"handles": legend.legend_handles, "labels": labels, "ncols": columns}
+    again |= {"fontsize": LEAST, "title": legend.get_title().get_text() or None}
+    anchor = legend.get_bbox_to_anchor()
+    if legend.axes is None:
+        legend.remove()
+        parent.legend(**again, loc="outside upper center")
+    elif anchor.width == 0:  # a point, not the axes
+        below = parent.transAxes.inverted().transform((anchor.x0, anchor.y0))[1] <= 0
+        place = {"loc": "upper left" if below else "lower left"}
+        title = 0.12 * bool(parent.get_title(loc="left"))
+        parent.legend(**again, **place, bbox_to_anchor=(0, 0 if below else 1 + title))
+
+
+def _thin(axis: Axis, *, horizontal: bool) -> None:
+    """Leave out names or numbers along an axis until none touches the next."""
+    low, high = sorted(axis.get_view_interval())
+    places = [place for place in axis.get_majorticklocs() if low <= place <= high]
+    labels = [label for label in axis.get_ticklabels() if label.get_text()]
+    if len(labels) < 2 or not _touch(labels, horizontal=horizontal):
+        return
+    if not _named(axis):
+        axis.set_ticks(places[:: _every(labels, horizontal=horizontal)])
+        return
+    names = [label.get_text() for label in axis.get_ticklabels()]
+    if horizontal and len(names) <= _MANY and max(map(len, names)) > 3:
+        for label in axis.get_ticklabels():
+            label.set(rotation=45, ha="right", va="top", rotation_mode="anchor")
+        return
+    every = _every(labels, horizontal=horizontal)
+    axis.set_ticklabels([name if i % every == 0 else "" for i, name in enumerate(names)])
+
+
+def _shorten(axes: Axes) -> None:
+    """In cells that are too narrow for a number and its range, the number alone."""
+    texts = [text for text in axes.texts if "\n" in text.get_text()]
+    boxes = [text.get_window_extent() for text in texts]
+    if any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]):
+        for text in texts:
+            text.set_text(text.get_text().partition("\n")[0])
+
+
+def _touch(labels: list[Text], *, horizontal: bool) -> bool:
+    if labels[0].get_rotation() not in (0.0, 90.0) and horizontal:
+        return False
+    boxes = [label.get_window_extent() for label in labels]
+    ends = [(b.x0, b.x1) if horizontal else (b.y0, b.y1) for b in boxes]
+    ends.sort()
+    pairs = zip(ends, ends[1:], strict=False)
+    return any(before[1] + 2 * horizontal > after[0] for before, after in pairs)
+
+
+def _every(labels: list[Text], *, horizontal: bool) -> int:
+    """The smallest step at which labels do not touch."""
+    steps = range(2, len(labels) + 1)
+    return next((s for s in steps if not _touch(labels[::s], horizontal=horizontal)), len(labels))
