@@ -1,5 +1,6 @@
 # make book    run every chapter and render the book; prints the path of its first page
 # make test    check everything: package, models, chapters, pages, tooling
+# make torture kill the commands 500 times at random moments, where make test does so 50 times
 # make bench   time the probe and the training against plain references: build/bench.json
 # make house   draw the picture of the packages in CONTRIBUTING.md from their imports
 # make dist    wheel and sdist in build/dist, each installed and tried in an environment of its own
@@ -18,13 +19,16 @@ export OMP_NUM_THREADS ?= 1
 export MALLOC_MMAP_THRESHOLD_ ?= 268435456
 export MALLOC_TRIM_THRESHOLD_ ?= 536870912
 
-.PHONY: book test bench house dist clean
+.PHONY: book test torture bench house dist clean
 
 book: .venv/installed
 	$(bin)/sinkbook build --profile $(PROFILE) --jobs $(JOBS)
 
 test: .venv/installed
 	$(bin)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
+torture: .venv/installed
+	SINKBOOK_KILLS=500 $(bin)/python -m pytest -n 0 tests/faults/test_kills.py
 
 bench: .venv/installed
 	$(bin)/python -m benchmarks

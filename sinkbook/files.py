@@ -1,10 +1,12 @@
 """The cache folder, and files that are whole or absent: written in one step, checked by sha256."""
 
 import errno
+import glob
 import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -94,9 +96,10 @@ def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
     Raises `SinkbookError` if the disk is full or the folder cannot be written. It ends with
     `otherwise`: what the user can do but free space and give rights, such as "name another file".
     """
-    part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
+    part = path.with_name(f".{path.name}.{_HERE}-{os.getpid()}-{uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         save(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
@@ -146,6 +149,28 @@ def write_netcdf(path: Path, dataset, *, otherwise: str, encoding: dict | None =
     """
     made = dataset.to_netcdf(engine="h5netcdf", encoding=encoding)
     write(path, lambda part: part.write_bytes(made), otherwise=otherwise)
+
+
+# This machine, as far as the name of a file tells: others may write to the same folder.
+_HERE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes of this machine that were killed have left of the same file."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.{_HERE}-*.part"):
+        number = part.name.rpartition(f".{_HERE}-")[2].partition("-")[0]
+        if number.isdecimal() and not _is_running(int(number)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 IN_ANOTHER_CACHE = "name another cache folder in SINKBOOK_CACHE"

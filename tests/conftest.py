@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tiny_book import Repository
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("package", "repository", "weights", "chapters", "site")
+LAYERS = ("package", "repository", "faults", "weights", "chapters", "site")
 CHAPTER_SECONDS = 3600.0
 BOOK_SECONDS = 3 * 3600  # the first test of the book waits for all chapters
 
@@ -155,6 +157,31 @@ def browser():
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Repository:
+    """An empty repository, which is the working directory; with a cache of its own."""
+    repository = Repository(tmp_path / "repository")
+    monkeypatch.chdir(repository.root)
+    monkeypatch.setenv("SINKBOOK_CACHE", str(tmp_path / "cache"))
+    return repository
+
+
+@pytest.fixture
+def no_renderer(monkeypatch) -> None:
+    """Stand in for jupyter-book, and for the scripts that npm installs: one page, at once."""
+    from sinkbook.book import build
+
+    def render(place):
+        shutil.rmtree(place.pages, ignore_errors=True)
+        place.pages.mkdir(parents=True)
+        (place.pages / "index.html").write_text("new")
+        return place.pages / "index.html"
+
+    monkeypatch.setattr(build, "render", render)
+    monkeypatch.setattr(build, "install_scripts", lambda root: None)
+    monkeypatch.setattr(build.vendor, "copy", lambda root, folder: None)
 
 
 @pytest.fixture

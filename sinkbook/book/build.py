@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import filelock
 import yaml
@@ -28,7 +28,7 @@ import yaml
 from sinkbook import provenance
 from sinkbook.book import claims
 from sinkbook.book.chapters import status_folder
-from sinkbook.book.execution import Execution, Source, execute, stamp, told
+from sinkbook.book.execution import Execution, Source, execute, stamp, temporary_prefix, told
 from sinkbook.book.notebooks import is_code, parse_notebook, parsed
 from sinkbook.book.settings import PROFILES, check_profile
 from sinkbook.children import lifeline
@@ -363,7 +363,8 @@ def _scratch(place: Workplace) -> Iterator[Path]:
 
 def _sweep(output: Path) -> None:
     """Remove what a killed build has left in its folder, and put back the pages that it took."""
-    for leftover in [*output.glob(f"{SCRATCH}*"), *output.glob(".render-*")]:
+    elsewhere = Path(gettempdir()).glob(f"{temporary_prefix(output)}*")
+    for leftover in [*output.glob(f"{SCRATCH}*"), *output.glob(".render-*"), *elsewhere]:
         shutil.rmtree(leftover, ignore_errors=True)
     for profile in PROFILES:
         recover_folder(_pages(output, profile))

@@ -4,6 +4,7 @@ A copy is executed under another name and takes its place only once every cell h
 error and without a word on stderr.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sinkbook.book.notebooks import (
     LOG,
@@ -90,7 +92,10 @@ def _workshop(scratch: Path) -> Iterator["_Workshop"]:
 
     Their processes end with the body, and with this process if that is killed.
     """
-    with lifeline(scratch) as tied:
+    temporary = TemporaryDirectory(
+        prefix=temporary_prefix(scratch.parent), ignore_cleanup_errors=True
+    )
+    with temporary as elsewhere, lifeline(scratch) as tied:
         spec = {
             "argv": tied([sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
             + [f"--IPKernelApp.extra_extensions={load_ipython_extension.__module__}"],
@@ -103,11 +108,18 @@ def _workshop(scratch: Path) -> Iterator["_Workshop"]:
         environment = {
             "JUPYTER_PATH": os.pathsep.join(filter(None, places)),
             "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
-            "IPYTHONDIR": str(
-                scratch / "ipython"
-            ),  # without what a user's kernels do at their start
+            "IPYTHONDIR": str(scratch / "ipython"),  # a user's kernels may do things at their start
+            "TMPDIR": elsewhere,  # not in the build folder: the path of a socket has to be short
         }
         yield _Workshop(scratch, tied, environment)
+
+
+def temporary_prefix(output: Path) -> str:
+    """How the folders begin that chapters have for temporary files, for a build folder.
+
+    One process at a time writes to that, so another's are leftovers of a kill.
+    """
+    return f"sinkbook-{hashlib.sha256(os.fsencode(output)).hexdigest()[:12]}-"
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,9 @@ class Execution:
             cell["metadata"].pop("papermill", None)
             cell["metadata"].pop("execution", None)
             describe_figures(cell)
-        notebook["metadata"].pop("papermill", None)
-        notebook["metadata"].pop("widgets", None)  # a page has no kernel that they could ask
+        # Of the machine; and of widgets, which no kernel answers on a page.
+        for noted in ("papermill", "sinkbook", "widgets"):
+            notebook["metadata"].pop(noted, None)
         if self.outputs("sinkbook.facts"):
             text = f'<p class="sinkbook-facts">Computed in {self.seconds:.0f} seconds.</p>'
             cells.append({"cell_type": "markdown", "id": "seconds", "metadata": {}, "source": text})

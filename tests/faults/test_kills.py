@@ -1,0 +1,260 @@
+"""Kills at random moments: nothing lives on, nothing stays behind, the next run ends as any does.
+
+`make torture` kills ten times as often.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sinkbook import children
+from sinkbook.book.build import SCRATCH
+from sinkbook.book.notebooks import Execution
+from sinkbook.children import lifeline
+from tiny import tiny_model, tiny_tokenizer
+from tiny_book import Repository
+
+KILLS = int(os.environ.get("SINKBOOK_KILLS", "50"))
+IN_A_ROW = 3  # at most, before a run that nobody interrupts
+LONG = "600"  # seconds, which nobody waits for
+# By which a process is known, with all that it started: they inherit it.
+FAMILY = "SINKBOOK_TEST_FAMILY"
+
+linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="asks /proc")
+
+
+def living(family: str) -> dict[int, str]:
+    """The processes of a family that have not ended, with what they run."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            if f"{FAMILY}={family}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except (OSError, ValueError):  # it has ended, is another's, or is none
+            continue
+    return found
+
+
+def all_end(family: str) -> None:
+    """Wait until all of them have ended; what is tied to one that was killed does so at once."""
+    deadline = time.monotonic() + 120
+    while alive := living(family):
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.02)
+
+
+class World:
+    """A home, a place for temporary files, a cache and a tiny repository, and commands in it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.family = folder, f"{os.getpid()}-{folder}"
+        self.repository = Repository(folder / "repository")
+        for name in ("home", "temporary"):
+            (folder / name).mkdir()
+        ours = {"HOME": "home", "TMPDIR": "temporary", "SINKBOOK_CACHE": "cache"}
+        self.environment = os.environ | {name: str(folder / at) for name, at in ours.items()}
+        self.environment |= {FAMILY: self.family, "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+        self.environment.pop("SINKBOOK_RUNS", None)
+        self.environment["PYTHONPATH"] = str(Path(children.__file__).parents[1])
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sinkbook.cli", *arguments],
+            cwd=self.repository.root,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def files(self) -> dict[str, object]:
+        """All files, with what is in those that do not tell times."""
+        found: dict[str, object] = {}
+        for path in self.folder.rglob("*"):
+            name = str(path.relative_to(self.folder))
+            if path.is_dir() or "home/." in name or "__pycache__" in name:
+                continue
+            found[name] = None
+            if "executed" in path.parts:
+                found[name] = Execution(path, 0.0).page()
+            elif "html-quick" in path.parts and "doctrees" not in name:
+                found[name] = path.read_bytes()
+        return found
+
+
+@pytest.fixture
+def world(tmp_path) -> World:
+    world = World(tmp_path)
+    world.repository.chapter("01_first", "print(profile, seed)", title="First")
+    world.repository.chapter("02_second", "print(sum(range(10)))", title="Second")
+    world.repository.can_be_rendered()
+    return world
+
+
+def with_a_model(world: World) -> None:
+    tiny_model(max_position_embeddings=48).save_pretrained(world.repository.root / "model")
+    tiny_tokenizer().save_pretrained(world.repository.root / "model")
+    (world.repository.root / "hamlet.txt").write_text("to be or not to be the " * 20)
+
+
+def with_processes(world: World) -> None:
+    work = "in_processes(abs, range(-3, 3), label='', most=2)"
+    world.repository.chapter("03_many", "from sinkbook.parallel import in_processes", work)
+
+
+PROBE = ("probe", "model", "--text", "hamlet.txt", "--length", "32", "--out", "report", "--force")
+# A command, what it needs, and its share of the kills.
+COMMANDS = [
+    (("run", "01", "02", "--jobs", "2"), None, 0.34),
+    (("build", "--fresh", "--jobs", "2"), None, 0.3),
+    (("run", "03"), with_processes, 0.1),
+    (PROBE, with_a_model, 0.1),
+    (("claims",), None, 0.08),
+    (("fetch", "shakespeare"), None, 0.08),
+]
+
+
+@linux
+@pytest.mark.timeout(60 * KILLS + 1800)
+@pytest.mark.parametrize(
+    ("command", "prepare", "share"), COMMANDS, ids=[" ".join(c[0][:2]) for c in COMMANDS]
+)
+def test_a_command_that_was_killed_ends_as_ever_the_next_time(world, command, prepare, share):
+    if prepare:
+        prepare(world)
+    began = time.monotonic()
+    status = world.start(*command).wait()
+    took = time.monotonic() - began
+    expected = world.files()
+    left = round(KILLS * share)
+    while left:
+        for _ in range(min(left, random.randint(1, IN_A_ROW))):
+            left -= 1
+            process = world.start(*command)
+            time.sleep(random.uniform(0, took))
+            process.kill()
+            process.wait()
+            all_end(world.family)
+            pages = {path.name for path in world.repository.output.glob("*html-quick*")}
+            assert bool(pages) == ("build" in command), "the old pages or the new ones stand"
+        assert world.start(*command).wait() == status
+        assert world.files() == expected
+    all_end(world.family)
+
+
+@linux
+@pytest.mark.parametrize("who", ["the command", "papermill", "the kernel"])
+def test_who_works_for_a_chapter_ends_with_each_of_those_it_works_for(world, who):
+    """The workers of a training, its kernel, papermill: whoever of them is killed, all end."""
+    work = f"in_processes(time.sleep, [{LONG}] * 2, label='', most=2)"
+    world.repository.chapter(
+        "03_long", "import time\nfrom sinkbook.parallel import in_processes", work
+    )
+    process = world.start("run", "03")
+    while sum("forkserver" in command for command in living(world.family).values()) < 3:
+        assert process.poll() is None
+        time.sleep(0.1)
+    known = {"papermill": "-m papermill", "the kernel": "-m ipykernel_launcher"}
+    for pid, command in living(world.family).items():
+        if known.get(who, "sinkbook.cli") in command and "children.py" not in command:
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    all_end(world.family)
+
+
+@linux
+def test_what_a_kill_has_left_is_gone_when_the_next_command_runs(world):
+    chapter = f"import time, pathlib\npathlib.Path('up').touch()\ntime.sleep({LONG})"
+    world.repository.chapter("03_long", chapter)
+    process = world.start("run", "03")
+    while not (world.repository.root / "book" / "up").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert [*world.repository.output.glob(f"{SCRATCH}*")]
+    assert world.start("run", "01").wait() == 0
+    assert not [*world.repository.output.glob(f"{SCRATCH}*")]
+    assert not [*(world.folder / "temporary").iterdir()]
+
+
+# --- The helper that starts them ---
+
+
+def test_a_command_that_is_tied_ends_with_its_status_and_its_words(tmp_path):
+    code = "import sys; print('said'); print('è', file=sys.stderr); sys.exit(7)"
+    with lifeline(tmp_path) as tied:
+        done = subprocess.run(tied([sys.executable, "-c", code]), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "said\n", "è\n")
+    assert not [*tmp_path.iterdir()]
+
+
+@linux
+def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
+    environment = os.environ | {FAMILY: str(tmp_path)}
+    with lifeline(tmp_path) as tied:
+        subprocess.run(tied(["sh", "-c", f"sleep {LONG} & exit 0"]), env=environment, check=True)
+        all_end(str(tmp_path))
+
+
+@linux
+def test_a_command_ends_with_the_body_and_never_begins_after_it(tmp_path):
+    environment = os.environ | {FAMILY: str(tmp_path)}
+    with lifeline(tmp_path) as tied:
+        before = subprocess.Popen(tied(["sleep", LONG]), env=environment)
+        command = tied(["sleep", LONG])
+    after = subprocess.Popen(command, env=environment)
+    assert before.wait() == after.wait() == -signal.SIGKILL
+    all_end(str(tmp_path))
+
+
+@linux
+def test_a_watcher_that_was_killed_is_replaced_by_the_death_signal(tmp_path):
+    code = (
+        "import subprocess, sys, time; from pathlib import Path; from sinkbook import children\n"
+        "with children.lifeline(Path(sys.argv[1])) as tied:\n"
+        f"    subprocess.run(tied(['sleep', '{LONG}']))\n"
+    )
+    environment = os.environ | {FAMILY: str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    while len(found := living(str(tmp_path))) < 3 or f"sleep {LONG} " not in found.values():
+        time.sleep(0.02)
+    for pid, command in found.items():
+        if "children.py" in command:
+            os.kill(pid, signal.SIGKILL)
+    while any("children.py" in command for command in living(str(tmp_path)).values()):
+        time.sleep(0.02)
+    assert f"sleep {LONG} " in living(str(tmp_path)).values()
+    parent.kill()
+    parent.wait()
+    all_end(str(tmp_path))
+
+
+def test_an_interruption_that_background_jobs_ignore_reaches_a_tied_command(tmp_path):
+    ignoring = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with lifeline(tmp_path) as tied:
+            code = "import time; print('up', flush=True); time.sleep(600)"
+            process = subprocess.Popen(
+                tied([sys.executable, "-c", code]),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait() == -signal.SIGINT
+            process.stdout.close()
+    finally:
+        signal.signal(signal.SIGINT, ignoring)
+
+
+def test_a_folder_that_can_hold_no_pipe_is_an_error_with_its_name(tmp_path):
+    with pytest.raises(OSError, match="nowhere"), lifeline(tmp_path / "nowhere"):
+        pass
+    shutil.rmtree(tmp_path)
