@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG in Linux's prctl.h
+SECONDS_BETWEEN_LOOKS = 0.2  # of a watcher at its command
 
 
 @contextmanager
@@ -46,18 +47,15 @@ def _become(pipe: str, command: list[str]) -> None:
     """Leave a watcher behind and become the command."""
     if os.getpgid(0) != os.getpid():
         os.setsid()
-    alive, held = os.pipe()  # ends with the command, which hands it on to nobody
+    here = os.getpid()
     if os.fork() == 0:
-        os.close(held)
-        _watch(pipe, alive)
-    os.close(alive)
-    os.set_inheritable(held, True)
+        _watch(pipe, here)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which background jobs would inherit as ignored
     _ask_for_death_signal()
     os.execvp(command[0], command)
 
 
-def _watch(pipe: str, alive: int) -> None:
+def _watch(pipe: str, command: int) -> None:
     """Wait for the end of the pipe or of the command, then kill their group and this watcher."""
     import select
 
@@ -68,8 +66,9 @@ def _watch(pipe: str, alive: int) -> None:
         os.dup2(nothing, number)
     with suppress(OSError):  # no such pipe any more
         lifeline = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-        if _is_held(lifeline):
-            select.select([lifeline, alive], [], [])
+        ended = not _is_held(lifeline)
+        while not ended and os.getppid() == command:
+            ended, _, _ = select.select([lifeline], [], [], SECONDS_BETWEEN_LOOKS)
     os.killpg(0, signal.SIGKILL)
 
 

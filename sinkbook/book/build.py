@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 
 import filelock
 import yaml
@@ -28,8 +28,15 @@ import yaml
 from sinkbook import provenance
 from sinkbook.book import claims
 from sinkbook.book.chapters import status_folder
-from sinkbook.book.execution import Execution, Source, execute, stamp, temporary_prefix, told
-from sinkbook.book.notebooks import is_code, parse_notebook, parsed
+from sinkbook.book.execution import execute, temporary_folder, told
+from sinkbook.book.notebooks import (
+    Execution,
+    Source,
+    is_code,
+    parse_notebook,
+    parsed,
+    stamp,
+)
 from sinkbook.book.settings import PROFILES, check_profile
 from sinkbook.children import lifeline
 from sinkbook.dependencies import FOLDER, Closure, closure
@@ -363,9 +370,9 @@ def _scratch(place: Workplace) -> Iterator[Path]:
 
 def _sweep(output: Path) -> None:
     """Remove what a killed build has left in its folder, and put back the pages that it took."""
-    elsewhere = Path(gettempdir()).glob(f"{temporary_prefix(output)}*")
-    for leftover in [*output.glob(f"{SCRATCH}*"), *output.glob(".render-*"), *elsewhere]:
+    for leftover in [*output.glob(f"{SCRATCH}*"), *output.glob(".render-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary_folder(output), ignore_errors=True)
     for profile in PROFILES:
         recover_folder(_pages(output, profile))
 

@@ -16,17 +16,16 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
 from sinkbook.book.notebooks import (
     LOG,
     Execution,
+    Source,
     check_parameters,
     first_complaint,
     load_ipython_extension,
-    parse_notebook,
     place_of,
     read_notebook,
     sealed,
@@ -50,40 +49,11 @@ _ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
-    """A chapter as it was read, once: what is run, hashed and kept is this, whatever is edited."""
-
-    path: Path
-    content: bytes
-    hash: str  # of all that decides what its executed copy says
-    stamps: dict[Path, tuple[int, ...] | None]  # of the other files that do
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-    @cached_property
-    def notebook(self) -> dict:
-        return parse_notebook(self.content, self.path)
-
-    def edited(self) -> list[str]:
-        """The files beside the notebook that were written since, put back or not."""
-        return [path.name for path, before in self.stamps.items() if stamp(path) != before]
-
-
-def stamp(path: Path) -> tuple[int, ...] | None:
-    """What tells whether a file was written since; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
 # The name of the kernel that is the Python at work. Others may have one named "python3" anywhere
 # on Jupyter's path, with other packages than those whose versions a copy is kept under.
 KERNEL = "sinkbook-this-python"
+# The most bytes that the path of a folder may have in which multiprocessing puts its sockets.
+LONGEST = 70
 
 
 @contextmanager
@@ -92,10 +62,7 @@ def _workshop(scratch: Path) -> Iterator["_Workshop"]:
 
     Their processes end with the body, and with this process if that is killed.
     """
-    temporary = TemporaryDirectory(
-        prefix=temporary_prefix(scratch.parent), ignore_cleanup_errors=True
-    )
-    with temporary as elsewhere, lifeline(scratch) as tied:
+    with lifeline(scratch) as tied, _temporary_files(scratch.parent) as elsewhere:
         spec = {
             "argv": tied([sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
             + [f"--IPKernelApp.extra_extensions={load_ipython_extension.__module__}"],
@@ -109,17 +76,36 @@ def _workshop(scratch: Path) -> Iterator["_Workshop"]:
             "JUPYTER_PATH": os.pathsep.join(filter(None, places)),
             "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
             "IPYTHONDIR": str(scratch / "ipython"),  # a user's kernels may do things at their start
-            "TMPDIR": elsewhere,  # not in the build folder: the path of a socket has to be short
         }
-        yield _Workshop(scratch, tied, environment)
+        yield _Workshop(scratch, tied, environment | elsewhere)
 
 
-def temporary_prefix(output: Path) -> str:
-    """How the folders begin that chapters have for temporary files, for a build folder.
+def temporary_folder(output: Path) -> Path:
+    """Where chapters have their temporary files, for a build folder.
 
-    One process at a time writes to that, so another's are leftovers of a kill.
+    One process at a time writes to that, so what is there before a run was left by a kill.
     """
-    return f"sinkbook-{hashlib.sha256(os.fsencode(output)).hexdigest()[:12]}-"
+    return Path(gettempdir()) / f"sinkbook-{hashlib.sha256(os.fsencode(output)).hexdigest()[:8]}"
+
+
+@contextmanager
+def _temporary_files(output: Path) -> Iterator[dict[str, str]]:
+    """The environment that names a folder for temporary files, for the body; {} if there is none.
+
+    Sockets are among them, whose paths have to be short.
+    """
+    folder = temporary_folder(output)
+    try:
+        if len(os.fsencode(folder)) > LONGEST:
+            raise OSError
+        folder.mkdir(mode=0o700)
+    except OSError:  # the user's own place will do, though a kill may leave something there
+        yield {}
+        return
+    try:
+        yield {"TMPDIR": str(folder)}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,37 @@ def what_differs(executed: dict, asked: dict, parameters: Mapping[str, object]) 
     return None
 
 
+@dataclass(frozen=True)
+class Source:
+    """A chapter as it was read, once: what is run, hashed and kept is this, whatever is edited."""
+
+    path: Path
+    content: bytes
+    hash: str  # of all that decides what its executed copy says
+    stamps: dict[Path, tuple[int, ...] | None]  # of the other files that do
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @cached_property
+    def notebook(self) -> dict:
+        return parse_notebook(self.content, self.path)
+
+    def edited(self) -> list[str]:
+        """The files beside the notebook that were written since, put back or not."""
+        return [path.name for path, before in self.stamps.items() if stamp(path) != before]
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells whether a file was written since; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 # ---------------------------------------------------------------------------------------------
 # Executed copies
 # ---------------------------------------------------------------------------------------------
