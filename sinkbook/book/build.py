@@ -29,14 +29,7 @@ from sinkbook import provenance
 from sinkbook.book import claims
 from sinkbook.book.chapters import status_folder
 from sinkbook.book.execution import execute, temporary_folder, told
-from sinkbook.book.notebooks import (
-    Execution,
-    Source,
-    is_code,
-    parse_notebook,
-    parsed,
-    stamp,
-)
+from sinkbook.book.notebooks import Execution, Source, is_code, parse_notebook, parsed, stamp
 from sinkbook.book.settings import PROFILES, check_profile
 from sinkbook.children import lifeline
 from sinkbook.dependencies import FOLDER, Closure, closure

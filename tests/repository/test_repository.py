@@ -64,11 +64,7 @@ def test_what_is_installed_is_what_the_constraints_say():
     assert wrong == {}, "pip install -c constraints.txt -e '.[book,test]'"
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("target", ["book", "test", "bench", "house", "dist", "clean"])
-=======
-@pytest.mark.parametrize("target", ["book", "test", "torture", "bench", "house", "clean"])
->>>>>>> 1869931 (Kills at random moments of the commands; broken notebooks, settings and streams; temporary files of chapters are swept)
+@pytest.mark.parametrize("target", ["book", "test", "torture", "bench", "house", "dist", "clean"])
 def test_make_knows_its_targets_whatever_files_there_are(target):
     outcome = subprocess.run(
         ["make", "--dry-run", "--always-make", target, "PROFILE=paper", "JOBS=1"],
@@ -78,11 +74,7 @@ def test_make_knows_its_targets_whatever_files_there_are(target):
     )
     assert outcome.returncode == 0, outcome.stderr
     expected = {"book": "build --profile paper --jobs 1", "test": "pytest", "clean": "rm -rf build"}
-<<<<<<< HEAD
-    expected |= {"house": "tests.house", "dist": "tests/dist.sh"}
-=======
-    expected |= {"house": "tests.house", "torture": "SINKBOOK_KILLS=500"}
->>>>>>> 1869931 (Kills at random moments of the commands; broken notebooks, settings and streams; temporary files of chapters are swept)
+    expected |= {"house": "tests.house", "dist": "tests/dist.sh", "torture": "SINKBOOK_KILLS=500"}
     assert expected.get(target, "benchmarks") in outcome.stdout
 
 
