@@ -149,19 +149,20 @@ class _Answer(nodes.General, nodes.Element):
 class _FoldAnswers(SphinxTransform):
     """Fold what follows a guess: cells with what they show, the text that reads them, its cards.
 
-    It ends with the section, before the next guess, and before a cell that shows something else.
+    What is said before the first cell stays. It ends with the section, before the next guess, and
+    before a cell that shows something else.
     """
 
     default_priority = 870  # every cell and figure is there, and nothing is numbered yet
 
     def apply(self) -> None:
         for guess in list(self.document.findall(_is_guess)):
-            folded = _answer_to(guess)
-            if folded:
-                answer = _Answer("", *(node.deepcopy() for node in folded))
+            if folded := _answer_to(guess):
+                answer = _Answer()
+                guess.parent.insert(guess.parent.index(folded[0]), answer)
                 for node in folded:
-                    node.parent.remove(node)
-                guess.parent.insert(guess.parent.index(guess) + 1, answer)
+                    guess.parent.remove(node)
+                    answer += node
 
 
 def _is_guess(node: nodes.Node) -> bool:
@@ -169,19 +170,19 @@ def _is_guess(node: nodes.Node) -> bool:
 
 
 def _answer_to(guess: nodes.Node) -> list[nodes.Node]:
-    """The nodes behind a guess that would give the answer away."""
+    """The nodes behind a guess that would give the answer away, from the next cell on."""
     folded: list[nodes.Node] = []
-    cells = text = cards = False
+    text = cards = False
     for node in guess.parent[guess.parent.index(guess) + 1 :]:
         is_cell = isinstance(node, nodes.container) and "cell" in node["classes"]
         ends = cards and not is_cell or text and is_cell and not _shows_only_cards(node)
         if isinstance(node, nodes.section) or _is_guess(node) or ends:
             break
-        folded.append(node)
-        cells |= is_cell
-        cards |= text and is_cell
-        text |= cells and isinstance(node, nodes.paragraph)
-    return folded if cells else []
+        if folded or is_cell:
+            folded.append(node)
+            cards |= text and is_cell
+            text |= isinstance(node, nodes.paragraph)
+    return folded
 
 
 def _shows_only_cards(cell: nodes.container) -> bool:
