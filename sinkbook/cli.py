@@ -23,7 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-INTERRUPTED = 130  # the status that typer ends with after Ctrl-C
 CONDITION_MET = 3  # the status of `sinkbook probe --fail-if` when it is so
 
 # Those of `data.corpora` and of `quantization`, which take longer to import than `--help` should.
@@ -272,6 +271,7 @@ def checkpoints(
     """Measure sinks, drains and peaks along a pretraining; an interrupted sweep goes on."""
     from rich.console import Console
 
+    from sinkbook.files import check_output, write_netcdf
     from sinkbook.llm import checkpoint_metrics
     from sinkbook.llm.checkpoints import measure_checkpoints, revisions_of
     from sinkbook.parallel import cluster
@@ -279,8 +279,8 @@ def checkpoints(
     if list_them:
         Console().print(checkpoint_metrics.table_of_revisions(model, revisions_of(model)))
         return
-    if out is not None and out.exists() and not force:
-        raise SinkbookError(f"{out} is there already. Name another file, or add --force.")
+    if out is not None:
+        check_output(out, "the dataset", force=force, otherwise="Name another file with --out")
     chosen = None if steps is None else _parse_steps(steps)
     passages = _texts_to_measure(text, domain, count=texts, length=length)
     with nullcontext() if dask is None else cluster(dask) as executor:
@@ -289,9 +289,7 @@ def checkpoints(
         )
     Console().print(checkpoint_metrics.table(dataset))
     if out is not None:
-        from sinkbook import files
-
-        files.write_netcdf(out, dataset, otherwise="name another file with --out")
+        write_netcdf(out, dataset, otherwise="name another file with --out")
         print(out)
 
 

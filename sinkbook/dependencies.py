@@ -5,9 +5,9 @@
 
 The sources are parsed, never imported. What counts are the definitions that can be reached by name,
 and what a module does when it is imported: an edit of one function changes the hashes of what uses
-it, and of nothing else. Comments and docstrings do not count, nor does formatting. Where names are
-looked up in a way that cannot be followed, all that might be meant is taken: too much, never too
-little.
+it, and of nothing else. Comments and docstrings do not count, nor does formatting, nor what can
+only refuse: checks of arguments, and `weights_only=True`. Where names are looked up in a way that
+cannot be followed, all that might be meant is taken: too much, never too little.
 """
 
 import ast
@@ -27,6 +27,7 @@ CELLS = "cells"  # the name that a notebook's code goes by
 KEEPERS = tuple(
     f"{ROOT}.{name}"
     for name in (
+        "arguments",
         "children",
         "dependencies",
         "devices",

@@ -15,6 +15,8 @@ def device_of(name: Union[str, "torch.device"] = "auto") -> "torch.device":
     """
     import torch
 
+    if not isinstance(name, str | torch.device):
+        raise SinkbookError(f"`device={name!r:.60}` is no device. Give 'auto', 'cpu' or 'cuda'.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

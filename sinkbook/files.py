@@ -9,8 +9,10 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,8 +28,29 @@ NOTICES.addHandler(logging.NullHandler())
 
 def cache_folder() -> Path:
     """The folder for downloads and runs: `$SINKBOOK_CACHE`, else the user's cache folder."""
-    chosen = os.environ.get("SINKBOOK_CACHE")
-    return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("sinkbook")
+    return chosen_folder("SINKBOOK_CACHE") or platformdirs.user_cache_path("sinkbook")
+
+
+def chosen_folder(variable: str) -> Path | None:
+    """The folder that an environment variable names, whole; None if it names none.
+
+    It begins where the process was when it was first asked for, or at home if with `~`. Raises
+    `SinkbookError` for the home of nobody.
+    """
+    written = os.environ.get(variable)
+    return _whole_path(variable, written) if written else None
+
+
+@cache
+def _whole_path(variable: str, written: str) -> Path:
+    try:
+        whole = Path(written).expanduser().absolute()
+        whole.exists()
+        return whole
+    except (RuntimeError, OSError, ValueError) as error:
+        raise SinkbookError(
+            f"{variable} is {written!r}, which is no folder: {error}. Set it to a whole path."
+        ) from error
 
 
 _whole: set[tuple[Path, int, int, str]] = set()
@@ -89,6 +112,49 @@ def no_room(error: BaseException | None) -> bool:
     return False
 
 
+@contextmanager
+def reading(what: object, advice: str, *, named: bool = False) -> Iterator[None]:
+    """In the body a user's file is read, by whatever library; what that raises is one sentence.
+
+    Raises `SinkbookError`: what cannot be read, why, and `advice`, what to do about it. What is one
+    already passes as it is, unless what it says has to be `named`.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except SinkbookError as error:
+        if not named:
+            raise
+        raise SinkbookError(f"cannot read {what}: {error} {advice}") from error
+    except BaseException as error:  # also what is no Exception: a library in Rust that gives up
+        raise SinkbookError(f"cannot read {what}: {reason_of(error)}. {advice}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line, with its class where that alone tells what happened."""
+    try:
+        said = " ".join(str(error).split())
+    except Exception:  # whatever its class does when it is asked
+        said = ""
+    said = said if len(said) <= 300 else f"{said[:297]}..."
+    plain = isinstance(error, OSError | ValueError | ImportError) and said
+    return (said if plain else f"{type(error).__name__} {said}").strip().rstrip(".")
+
+
+# What moves a terminal's cursor, changes its colours, or turns the direction of its text.
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""Text of others for a terminal: what would steer that is spelt out.
+
+    >>> printable("a \x1b[31mred\x1b[0m name")
+    'a \\x1b[31mred\\x1b[0m name'
+    """
+    return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
     """Write a file in one step: `save` fills a neighbour that then takes the file's place.
 
@@ -103,6 +169,7 @@ def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
         save(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
+        readable_by_others(part)
         part.replace(path)
     except Exception as error:
         refused = refusal(error)
@@ -139,6 +206,49 @@ def recover_folder(place: Path) -> None:
 
 def _set_aside(place: Path) -> Path:
     return place.with_name(f".{place.name}.old")
+
+
+def check_output(path: Path, what: str, *, force: bool, otherwise: str) -> None:
+    """Refuse a file that cannot be written there, before the work whose result it will hold.
+
+    It is tried out in the nearest folder that there is. Raises `SinkbookError` for a folder, unless
+    `force` for a file that is there, and where nothing can be written, with `otherwise`.
+    """
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+        if "\0" in str(path):  # which `exists` says is not there
+            raise ValueError("there is a NUL in it")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SinkbookError(f"cannot write {str(path)[:200]!r}: {reason}. {otherwise}.") from error
+    if is_folder:
+        raise SinkbookError(f"{str(path)!r} is a folder, and {what} is one file. Name a file.")
+    if is_there and not force:
+        raise SinkbookError(
+            f"{str(path)!r} is there already. {otherwise}, or let it be replaced with `force=True`."
+        )
+    try:
+        nearest = next(place for place in path.absolute().parents if place.exists())
+        os.rmdir(tempfile.mkdtemp(dir=nearest, prefix=".sinkbook-"))
+    except OSError as error:
+        raise SinkbookError(f"cannot write {path}: {error.strerror}. {otherwise}.") from error
+
+
+def readable_by_others(path: Path) -> None:
+    """Give a file the rights that the user's umask leaves: libraries in Rust keep it to its owner.
+
+    So that a cache or a store can be shared.
+    """
+    path.chmod(path.stat().st_mode | 0o666 & ~_umask())
+
+
+def _umask() -> int:
+    with suppress(OSError, ValueError, IndexError):  # without setting it, which threads would see
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^Umask:\s*(\d+)", status, flags=re.MULTILINE)[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_netcdf(path: Path, dataset, *, otherwise: str, encoding: dict | None = None) -> None:

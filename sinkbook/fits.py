@@ -47,13 +47,22 @@ def log_slope(
     Raises `SinkbookError` for times that are not positive and increasing.
     """
     logs = np.log(positive_times(times))
+    if len(logs) < 2 or not np.isfinite(values).all():
+        raise SinkbookError(
+            f"no slope through {len(logs)} times and values up to {np.max(values)}. Give two times "
+            "or more, and finite values."
+        )
     logs = logs - logs.mean()
     return np.tensordot(logs, values, axes=1) / (logs @ logs)
 
 
 def positive_times(times: Float64[np.ndarray, " time"]) -> Float64[np.ndarray, " time"]:
     """The same times, if they have logarithms and increase; else `SinkbookError` is raised."""
-    if not len(times) or times[0] <= 0 or (np.diff(times) <= 0).any():
+    times = np.asarray(times)
+    numbers = times.ndim == 1 and times.size and np.issubdtype(times.dtype, np.number)
+    if not numbers or not np.isfinite(times).all():
+        raise SinkbookError(f"times {times!r:.60} are no row of finite numbers. Give one or more.")
+    if times[0] <= 0 or (np.diff(times) <= 0).any():
         raise SinkbookError(
             f"times {times[:3]} ... are not positive and increasing. Start after t = 0, where "
             "log t is not defined; a state at t = 0 is given apart."

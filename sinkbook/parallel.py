@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from sinkbook.errors import SinkbookError
-from sinkbook.files import NOTICES
+from sinkbook.files import NOTICES, reason_of
 from sinkbook.progress import progress
 
 Item = TypeVar("Item")
@@ -299,6 +299,17 @@ ADDRESS = "SINKBOOK_DASK"
 def cluster(address: str, *, patience: str = "10s") -> Iterator[Executor]:
     """The executor of the Dask cluster at an address, for the body.
 
+    Who can reach a scheduler can have its workers run anything: it takes what it is sent for
+    Python's pickles. It listens on every interface, unless it is told to keep to this machine:
+
+        dask scheduler --host 127.0.0.1
+
+    Across machines let it ask for certificates, as the workers and this process then do, too, by
+    `DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT` and its like:
+
+        dask scheduler --protocol tls --tls-ca-file ca.pem --tls-cert cert.pem --tls-key key.pem
+        dask worker tls://HOST:8786 --tls-ca-file ca.pem --tls-cert cert.pem --tls-key key.pem
+
     Raises `SinkbookError` if Dask is not installed or nothing answers at the address.
     """
     try:
@@ -309,10 +320,11 @@ def cluster(address: str, *, patience: str = "10s") -> Iterator[Executor]:
         ) from error
     try:
         client = Client(address, timeout=patience)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each kind of address has its own, and certificates have others
         raise SinkbookError(
-            f"no Dask scheduler answers at {address!r} ({error}). Start one with: dask scheduler, "
-            "and on every machine: dask worker ADDRESS"
+            f"no Dask scheduler answers at {address!r} ({reason_of(error)}). Start one on this "
+            "machine with: dask scheduler --host 127.0.0.1, and: dask worker ADDRESS. Across "
+            "machines protect it by TLS: who reaches it can run code."
         ) from error
     with client:
         yield client.get_executor(pure=False)

@@ -12,6 +12,7 @@ and moved into place, so that a kill leaves the old one or the new one.
 
 import errno
 import hashlib
+import io
 import json
 import os
 import time
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sinkbook.errors import SinkbookError
-from sinkbook.files import NOTICES, cache_folder, write
+from sinkbook.files import NOTICES, cache_folder, chosen_folder, write
 
 # Writes netCDF 3, which is read in a twentieth of the time of netCDF 4.
 ENGINE = "scipy"
@@ -52,8 +53,7 @@ class DamagedError(Exception):
 
 def runs_folder() -> Path:
     """The folder of the run store: `$SINKBOOK_RUNS`, by default `runs` in the cache folder."""
-    chosen = os.environ.get("SINKBOOK_RUNS")
-    return Path(chosen).expanduser() if chosen else cache_folder() / "runs"
+    return chosen_folder("SINKBOOK_RUNS") or cache_folder() / "runs"
 
 
 @contextmanager
@@ -110,14 +110,16 @@ def set_aside(folder: Path, why: str) -> None:
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
     """Keep the state of an unfinished run: named tensors and the number of steps done."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"step": str(step), "run": folder.name, "sha256": _digest(tensors)}
+    metadata = {"step": str(step), "run": folder.name}
+    metadata["sha256"] = _digest(tensors, metadata)
     _write(folder / "checkpoint.safetensors", lambda part: save_file(tensors, part, metadata))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], int]:
     """The last checkpoint's tensors and its step; none and 0 where there is no checkpoint.
 
-    Raises `DamagedError` for a file that does not hold what `save_checkpoint` wrote.
+    Raises `DamagedError` for a file that does not hold what `save_checkpoint` wrote, or whose
+    checksum leaves out the step, as those of earlier versions do.
     """
     path = folder / "checkpoint.safetensors"
     if not path.exists():
@@ -126,11 +128,26 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], int]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise DamagedError(f"{path.name}: {error}") from error
-    if metadata.get("run") != folder.name or metadata.get("sha256") != _digest(tensors):
+    checksum, step = metadata.pop("sha256", None), metadata.get("step", "")
+    ours = metadata.get("run") == folder.name and step.isascii() and step.isdigit()
+    if not ours or checksum != _digest(tensors, metadata):
         raise DamagedError(f"{path.name}: not this run's checkpoint, or its checksum differs")
-    return tensors, int(metadata["step"])
+    _check_optimizer(tensors)
+    return tensors, int(step)
+
+
+def _check_optimizer(tensors: dict[str, Tensor]) -> None:
+    """Refuse the state of an optimizer, where it is kept as a whole, that holds more than numbers.
+
+    It is a pickle, which can be a program.
+    """
+    if (whole := tensors.get("optimizer/whole")) is not None:
+        try:
+            torch.load(io.BytesIO(whole.numpy().tobytes()), weights_only=True)
+        except Exception as error:
+            raise DamagedError("the optimizer's state holds more than numbers") from error
 
 
 def few_enough(weights: Iterable[Tensor], times: int) -> bool:
@@ -176,15 +193,24 @@ def load_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
         facts = record["facts"]
         if record["sha256"] != _sha256_of(facts) or facts["run"] != folder.name:
             raise DamagedError(f"{path.name}: not this run's record, or its checksum differs")
+        _check_facts(facts)
         for name, checksum in facts["files"].items():
             # What is kept along the way is seldom read, and then checked; it may be thrown away.
             if name != ALONG and _sha256(folder / name) != checksum:
                 raise DamagedError(f"{name}: its checksum differs")
         weights = load_file(folder / "weights.safetensors")
         measurements = _with_wide_integers(xr.load_dataset(folder / "measurements.nc"))
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
     return weights, measurements, facts
+
+
+def _check_facts(facts: dict) -> None:
+    """Refuse a record without the checksum of every file that is read, or of files elsewhere."""
+    held = facts["files"]
+    elsewhere = [name for name in held if Path(name).name != name]
+    if elsewhere or not {"weights.safetensors", "measurements.nc"} <= {*held}:
+        raise DamagedError("run.json: it does not hold the checksums of the run's files")
 
 
 def load_along(folder: Path, facts: dict) -> Along:
@@ -276,8 +302,8 @@ def _with_wide_integers(measurements: xr.Dataset) -> xr.Dataset:
     return measurements.assign({name: measurements[name].astype("int64") for name in narrow})
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = "sinkbook"  # the package whose modules are read
+CHECKS = f"{ROOT}.arguments"  # what has `check_` before its name there can only refuse
 
 _NAMES = (ast.Name, ast.Tuple, ast.List, ast.Starred, ast.expr_context)
 
@@ -19,17 +20,21 @@ _NAMES = (ast.Name, ast.Tuple, ast.List, ast.Starred, ast.expr_context)
 class Statement:
     """What a statement says, in the terms that are needed here."""
 
-    dump: str  # without docstrings, comments and places
+    dump: str  # without docstrings, comments, places, and what can only refuse
     chains: frozenset[tuple[str, ...]]  # names with the attributes taken of them
     imports: tuple[tuple[str, tuple[str, str | None]], ...]  # inside it
     texts: frozenset[str]
 
     @classmethod
-    def of(cls, statement: ast.stmt, package: str) -> "Statement":
+    def of(cls, statement: ast.stmt, package: str, checks: frozenset[str]) -> "Statement":
         for node in ast.walk(statement):
             body = getattr(node, "body", None)
             if isinstance(body, list):
-                node.body = [child for child in body if not _is_text(child)]
+                node.body = [
+                    child for child in body if not (_is_text(child) or _refuses(child, checks))
+                ]
+            if isinstance(node, ast.Call):
+                node.keywords = [given for given in node.keywords if not _is_for_weights(given)]
         nodes = list(ast.walk(statement))
         constants = [node.value for node in nodes if isinstance(node, ast.Constant)]
         return cls(
@@ -67,8 +72,16 @@ class Module:
     def read(self, statement: ast.stmt) -> Statement:
         """What a statement of this module says; read once."""
         if id(statement) not in self._read:
-            self._read[id(statement)] = Statement.of(statement, self.package)
+            self._read[id(statement)] = Statement.of(statement, self.package, self._checks())
         return self._read[id(statement)]
+
+    def _checks(self) -> frozenset[str]:
+        """The names by which this module calls checks of arguments."""
+        return frozenset(
+            bound
+            for bound, targets in self.imports.items()
+            if all(m == CHECKS and (a or "").startswith("check_") for m, a in targets)
+        )
 
     def _add(self, statement: ast.stmt) -> None:
         runs = not _is_for_types(statement)
@@ -125,6 +138,27 @@ def _is_text(node: ast.AST) -> bool:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     )
+
+
+_CALLING = (ast.Call, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+
+
+def _refuses(node: ast.AST, checks: frozenset[str]) -> bool:
+    """Whether it is a check of arguments that stands alone, or a method of nothing else."""
+    if isinstance(node, ast.FunctionDef):
+        body = [child for child in node.body if not _is_text(child)]
+        return bool(body) and all(_refuses(child, checks) for child in body)
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+        return False
+    given = [*node.value.args, *node.value.keywords]
+    calls = any(isinstance(inner, _CALLING) for each in given for inner in ast.walk(each))
+    return isinstance(node.value.func, ast.Name) and node.value.func.id in checks and not calls
+
+
+def _is_for_weights(given: ast.keyword) -> bool:
+    """Whether it has torch refuse a file that holds more than numbers."""
+    value = given.value
+    return given.arg == "weights_only" and isinstance(value, ast.Constant) and value.value is True
 
 
 def _root(node: ast.expr) -> str | None:

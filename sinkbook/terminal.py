@@ -8,10 +8,12 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from sinkbook.files import NO_ROOM, NOTICES
+from sinkbook.files import NO_ROOM, NOTICES, printable, reason_of
 
 # What the system answers where stdout takes no more; such an answer names no file.
 REFUSED = {*NO_ROOM, errno.EIO, errno.EPIPE, errno.ENXIO}
@@ -21,14 +23,15 @@ REFUSED = {*NO_ROOM, errno.EIO, errno.EPIPE, errno.ENXIO}
 def speaking() -> Iterator[None]:
     """Make both streams take whatever is printed, for the body, and a `kill` end it as Ctrl-C does.
 
-    Where stdout takes no more, that is the last thing said, and the exit status is 1.
+    Where stdout takes no more, that is the last thing said, and the exit status is 1. So it is of
+    an error that nobody expected: the lines that raised it are kept in a file.
     """
     _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # else it is another's
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show
     notices = logging.StreamHandler()
-    notices.setFormatter(logging.Formatter("sinkbook: %(message)s"))
+    notices.setFormatter(_Plain("sinkbook: %(message)s"))
     NOTICES.addHandler(notices)
     terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -38,9 +41,10 @@ def speaking() -> Iterator[None]:
             NOTICES.removeHandler(notices)
             signal.signal(signal.SIGTERM, terminated)
             sys.stdout.flush()
-    except OSError as error:
-        if error.filename is not None or error.errno not in REFUSED:
-            raise
+    except Exception as error:
+        if not isinstance(error, OSError) or error.filename or error.errno not in REFUSED:
+            say(_unexpected(error))
+            raise SystemExit(1) from None
         with suppress(OSError, ValueError):  # Python, when it ends, has no more to complain of
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno != errno.EPIPE:  # whoever read it has seen enough
@@ -51,7 +55,30 @@ def speaking() -> Iterator[None]:
 def say(message: str) -> None:
     """A message on stderr; where that takes nothing, nothing is lost but the message."""
     with suppress(OSError):
-        print(f"sinkbook: {message}", file=sys.stderr, flush=True)
+        print(f"sinkbook: {printable(message)}", file=sys.stderr, flush=True)
+
+
+class _Plain(logging.Formatter):
+    """Notices, whatever names are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _unexpected(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "the memory is full. Ask for fewer or shorter texts, or for a smaller model."
+    where = "nowhere, since no file could be written"
+    with suppress(OSError):
+        number, where = tempfile.mkstemp(prefix="sinkbook-", suffix=".txt")
+        with os.fdopen(number, "w", encoding="utf-8", errors="replace") as file:
+            traceback.print_exception(error, file=file)
+    kind = type(error).__name__
+    said = reason_of(error).removeprefix(kind).strip()
+    return (
+        f"{kind}{': ' if said else ''}{said}. This should have been a sentence that says what to "
+        f"do: please report it, with the lines that are kept in {where}."
+    )
 
 
 def _open_what_is_closed() -> None:

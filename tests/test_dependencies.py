@@ -129,6 +129,42 @@ def test_comments_docstrings_and_formatting_change_nothing(old, new, package):
     assert not made.changed_by("a.py", old, new, "sinkbook.user")
 
 
+CHECKED = """
+from sinkbook.arguments import check_number, number
+
+class Config:
+    rate = 1
+
+    def use(self):
+        return load(self.rate)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "counts"),
+    [
+        ("        return", "        check_number(self.rate, 0)\n        return", False),
+        (
+            "    def use",
+            "    def __post_init__(self):\n        check_number(1)\n\n    def use",
+            False,
+        ),
+        ("load(self.rate)", "load(self.rate, weights_only=True)", False),
+        ("        return", "        number(self.rate, 0)\n        return", True),
+        ("        return", "        check_number(self.take())\n        return", True),
+        ("        return", "        self.x = check_number(1)\n        return", True),
+        ("        return", "        check_other(self.rate)\n        return", True),
+        ("    def use", "    def __post_init__(self):\n        self.x = 1\n\n    def use", True),
+        ("load(self.rate)", "load(self.rate, weights_only=False)", True),
+    ],
+)
+def test_what_can_only_refuse_does_not_count(old, new, counts, package):
+    """A stored run is found again after its arguments are looked at more closely."""
+    made = package({"a.py": CHECKED, "arguments.py": "def check_number(*_): pass"})
+    out = ("sinkbook.arguments",)
+    assert made.changed_by("a.py", old, new, "sinkbook.a", without=out) == counts
+
+
 def test_what_a_module_does_when_it_is_imported_counts_wherever_it_is_imported(package):
     made = package(FILES | {"setup.py": "from sinkbook.a import f\nf()\n"})
     made.write("user.py", "from sinkbook import setup\ndef use(): ...")

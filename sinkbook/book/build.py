@@ -26,6 +26,7 @@ import filelock
 import yaml
 
 from sinkbook import provenance
+from sinkbook.arguments import check_seed
 from sinkbook.book import claims
 from sinkbook.book.chapters import status_folder
 from sinkbook.book.execution import execute, temporary_folder, told
@@ -197,6 +198,7 @@ def run_chapters(
     which gets the chapter's name and the error, the other chapters go on. One that has not ended
     after `limit` seconds has failed.
     """
+    check_seed(seed)
     with _writing_to(place.output):
         return _run_chapters(names, place, seed, jobs, fresh, failed, limit)
 

@@ -20,9 +20,10 @@ from pathlib import Path
 import pandas as pd
 import xarray as xr
 
+from sinkbook.arguments import check_kind
 from sinkbook.book import claims
 from sinkbook.book.settings import Settings
-from sinkbook.files import cache_folder
+from sinkbook.files import cache_folder, reading
 from sinkbook.provenance import device, repository, versions
 
 
@@ -202,17 +203,7 @@ class Status:
     def _repr_html_(self) -> str:
         rows = []
         for record in self.records:
-            ran_with = record["versions"]
-            cells = (
-                record["chapter"],
-                record["profile"],
-                str(record["seed"]),
-                f"{record['seconds']:.0f}",
-                record["device"],
-                ran_with["torch"],
-                ran_with["transformers"],
-                record["date"],
-            )
+            cells = _cells(record)
             rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
         titles = ("chapter", "profile", "seed", "seconds", "device", "torch", "transformers", "run")
         head = "".join(f"<th>{title}</th>" for title in titles)
@@ -228,9 +219,32 @@ class Status:
         )
 
 
+def _cells(record: dict) -> tuple[str, ...]:
+    """The row of a chapter's last run."""
+    ran_with = record["versions"]
+    return (
+        record["chapter"],
+        record["profile"],
+        str(record["seed"]),
+        f"{record['seconds']:.0f}",
+        record["device"],
+        ran_with["torch"],
+        ran_with["transformers"],
+        record["date"],
+    )
+
+
 def status() -> Status:
-    """The last run of every chapter of the book, by `sinkbook build` or `sinkbook run`."""
-    records = [json.loads(path.read_text("utf-8")) for path in status_folder().glob("*.json")]
+    """The last run of every chapter of the book, by `sinkbook build` or `sinkbook run`.
+
+    Raises `SinkbookError` for what was kept of one and cannot be read.
+    """
+    records = []
+    for path in status_folder().glob("*.json"):
+        with reading(path, "Delete it, and run the chapter again.", named=True):
+            records.append(json.loads(path.read_text("utf-8")))
+            for cell in _cells(records[-1]):
+                check_kind("cell", cell, str)
     if root := repository():  # renamed chapters, and those of another book, have left theirs
         chapters = {path.stem for path in (root / "book").glob("*.ipynb")}
         records = [record for record in records if record["chapter"] in chapters]

@@ -21,56 +21,20 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from sinkbook.arguments import check_kind
 from sinkbook.book.settings import check_profile
+from sinkbook.criteria import in_words, limits, satisfies
 from sinkbook.errors import SinkbookError
-from sinkbook.files import cache_folder, write_json
+from sinkbook.files import cache_folder, reading, write_json
 from sinkbook.pages import claim_cards, claim_ledger
 from sinkbook.provenance import repository, versions
 
-_NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
-_BOUND = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER})")
-_RANGE = re.compile(rf"in\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
 SENSITIVE = "Another machine may find otherwise: its rounding leads the training elsewhere."
+_ID = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # it names a file in the ledger
+IN_YAML = "Mend it: it is a list in YAML, with an entry for each claim."
 DECIDED_BY = ("live", "record")
 WHOSE = {"paper": "the paper's", "rival": "somebody else's", "ours": "our own"}
 VERDICTS = ("holds", "mixed", "contradicts", "undecided", "not measured")
-_COMPARE = {
-    ">=": lambda value, bound: value >= bound,
-    "<=": lambda value, bound: value <= bound,
-    ">": lambda value, bound: value > bound,
-    "<": lambda value, bound: value < bound,
-}
-
-
-def limits(criterion: str) -> tuple[float, float]:
-    """From where to where a criterion reaches; infinite where it is open.
-
-    >>> limits(">= 0.7"), limits("in [0.3, 3]")
-    ((0.7, inf), (0.3, 3.0))
-    """
-    if bound := _BOUND.fullmatch(criterion.strip()):
-        at = float(bound[2])
-        return (at, math.inf) if ">" in bound[1] else (-math.inf, at)
-    if both := _RANGE.fullmatch(criterion.strip()):
-        return float(both[1]), float(both[2])
-    raise SinkbookError(
-        f"no way to judge by {criterion!r}. Write a criterion as '>= 0.7', '<= 0.35', '> 2', "
-        "'< 0.02' or 'in [0.3, 3]'."
-    )
-
-
-def satisfies(criterion: str, value: float) -> bool:
-    """Whether one number meets a criterion: `>= 0.7`, `<= 1`, `> 2`, `< 0.02` or `in [0.3, 3]`.
-
-    A number that is not finite meets none. Another form of criterion raises `SinkbookError`.
-
-    >>> satisfies(">= 0.7", 0.78), satisfies("in [0.3, 3]", 4.0), satisfies("< 1", float("nan"))
-    (True, False, False)
-    """
-    low, high = limits(criterion)
-    if bound := _BOUND.fullmatch(criterion.strip()):
-        return math.isfinite(value) and _COMPARE[bound[1]](value, float(bound[2]))
-    return low <= value <= high
 
 
 @dataclass(frozen=True)
@@ -93,12 +57,29 @@ class Claim:
     undecided: str = ""  # what would decide it, where our size cannot: a debt as well
 
     def __post_init__(self) -> None:
+        check_id(self.id)
+        for name in ("chapter", "source", "statement", "quantity", "unit", "fails", "over"):
+            check_kind(name, getattr(self, name), str)
+        check_kind("undecided", self.undecided, str)
+        check_kind("sensitive", self.sensitive, bool)
+        check_kind("paper", self.paper, int | float | str | None)
+        check_kind("criterion", self.criterion, dict)
+        if not self.criterion:
+            raise SinkbookError("its criterion is empty. Give one for each profile.")
         for value, known_values in ((self.decided_by, DECIDED_BY), (self.whose, WHOSE)):
             if value not in known_values:
                 raise SinkbookError(f"{value!r} is none of {', '.join(known_values)}.")
         for profile, criterion in self.criterion.items():
             check_profile(profile)
             satisfies(criterion, 0.0)
+
+
+def check_id(claim_id: object) -> None:
+    """Refuse an id that is not the name of a file as well: letters, digits, and `.`, `-`, `_`."""
+    if not isinstance(claim_id, str) or not _ID.fullmatch(claim_id):
+        raise SinkbookError(
+            f"{claim_id!r:.80} is no id of a claim. Give one of letters, digits, and . - _ inside."
+        )
 
 
 def claims_file() -> Path:
@@ -116,7 +97,10 @@ def known() -> dict[str, Claim]:
     """
     path = claims_file()
     found: dict[str, Claim] = {}
-    for entry in yaml.safe_load(path.read_text(encoding="utf-8")) or []:
+    with reading(path, IN_YAML, named=True):
+        entries = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+        check_kind("claims", entries, list)
+    for entry in entries:
         try:
             claim = Claim(**entry)
         except (TypeError, AttributeError, SinkbookError) as error:
@@ -225,13 +209,9 @@ class Verdict:
         return f"{mean} ({seeds} {self.claim.over}: {low} to {high})"
 
     def _rule_in_words(self) -> str:
-        if both := _RANGE.fullmatch(self.criterion.strip()):
-            rule = f"between {both[1]} and {both[2]}"
-        else:
-            rule = self.criterion.replace(">=", "≥").replace("<=", "≤")
         count = len(self.measured)
         all_of = f" in {'both' if count == 2 else f'all {count}'} {self.claim.over}"
-        return rule + all_of * (count > 1)
+        return in_words(self.criterion) + all_of * (count > 1)
 
     def __str__(self) -> str:
         details = "; ".join(f"{label} {text}" for label, text in self.describe().items())
@@ -300,7 +280,12 @@ def judge(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
         raise SinkbookError(
             f"no claim is called {claim_id!r}. In {claims_file().name}: {', '.join(claims)}."
         )
-    measured = tuple(float(value) for value in np.atleast_1d(np.asarray(values)).ravel())
+    try:
+        measured = tuple(float(value) for value in np.atleast_1d(np.asarray(values)).ravel())
+    except (TypeError, ValueError) as error:
+        raise SinkbookError(
+            f"claim {claim_id!r} got {values!r:.60}, which are no numbers. Hand in one a seed."
+        ) from error
     if not measured:
         raise SinkbookError(f"claim {claim_id!r} got no values. Hand in one number a seed.")
     today = date.today().isoformat()
@@ -321,7 +306,11 @@ def check(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
 
 
 def keep(record: dict) -> None:
-    """Write one measurement, as `Verdict.record` gives it, to the ledger."""
+    """Write one measurement, as `Verdict.record` gives it, to the ledger.
+
+    Raises `SinkbookError` for an id that is the name of no file in it.
+    """
+    check_id(record.get("id"))
     write_json(ledger_folder() / f"{record['id']}.json", record)
 
 
@@ -331,8 +320,12 @@ def verdicts() -> list[Verdict]:
     for claim in known().values():
         path = ledger_folder() / f"{claim.id}.json"
         if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            measured = tuple(float(value) for value in record["measured"])
+            with reading(path, f"Delete it, and run {claim.chapter} again.", named=True):
+                record = json.loads(path.read_text(encoding="utf-8"))
+                check_kind("measured", record["measured"], list)
+                check_kind("date", record["date"], str)
+                measured = tuple(float(value) for value in record["measured"])
+                check_profile(record["profile"])
             found.append(Verdict(claim, record["profile"], measured, record["date"]))
         else:
             found.append(Verdict(claim, next(iter(claim.criterion))))

@@ -5,6 +5,7 @@ The sizes themselves are in `experiments.py`, for pretrained models in `llm_expe
 
 from dataclasses import dataclass
 
+from sinkbook.arguments import check_seed
 from sinkbook.errors import SinkbookError
 
 PROFILES = ("quick", "paper")
@@ -37,6 +38,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_profile(self.profile)
+        check_seed(self.seed)
 
     @property
     def quick(self) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sinkbook.arguments import check_whole_number
 from sinkbook.data import shakespeare
 from sinkbook.data.sources import SOURCES, fetch_source, wheel_path
 from sinkbook.errors import SinkbookError
@@ -45,6 +46,8 @@ def texts(domain: str, count: int | None = None, minimum_characters: int = 600) 
     """
     if domain not in DOMAINS:
         raise SinkbookError(f"no domain named {domain!r}. Known: {', '.join(DOMAINS)}")
+    check_whole_number("count", 1 if count is None else count, 1)
+    check_whole_number("minimum_characters", minimum_characters, 0, 10_000_000)
     passages = DOMAINS[domain].passages(minimum_characters)
     long_enough = (text for text in passages if len(text) >= minimum_characters)
     found = list(itertools.islice(long_enough, count))
@@ -54,6 +57,13 @@ def texts(domain: str, count: int | None = None, minimum_characters: int = 600) 
             f"{count} were asked for. Ask for fewer texts, or for shorter ones."
         )
     return found
+
+
+def one_by_one(domain: str, minimum_characters: int) -> Iterator[str]:
+    """The texts of `texts`, one after the other, none of which is made before it is asked for."""
+    texts(domain, 1, minimum_characters)  # refuses what it refuses
+    made = DOMAINS[domain].passages(minimum_characters)
+    return (text for text in made if len(text) >= minimum_characters)
 
 
 def fetch(name: str, accept_license: bool = False) -> Path:

@@ -12,9 +12,11 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
+from sinkbook.files import printable
 from sinkbook.probe.attention_maps import attention_maps
 from sinkbook.probe.measure import measure
 from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
@@ -69,10 +71,10 @@ def measure_checkpoint(
 
 def table_of_revisions(model: str, revisions: Iterable) -> Table:
     """The revisions of a hub model that name a step, as `checkpoints.revisions_of` finds them."""
-    rows = Table("revision", "step", "tokens", title=model)
+    rows = Table("revision", "step", "tokens", title=Text(printable(model)))
     for revision in revisions:
         tokens = "" if revision.tokens is None else f"{revision.tokens:.3g}"
-        rows.add_row(revision.name, f"{revision.step:,}", tokens)
+        rows.add_row(Text(printable(revision.name)), f"{revision.step:,}", tokens)
     return rows
 
 
@@ -81,7 +83,7 @@ def table(dataset: xr.Dataset) -> Table:
     rows = Table(
         *("step", "tokens", "sink attention", "heads > 0.3", "sink logit"),
         *("value ratio", "residual ratio", "loss"),
-        title=dataset.attrs["model"],
+        title=Text(printable(dataset.attrs["model"])),
         caption="sink attention, sink logit: means over heads; value ratio: median over heads; "
         "residual ratio: largest over layers",
     )
@@ -90,7 +92,7 @@ def table(dataset: xr.Dataset) -> Table:
         attention = one.sink_attention.mean("text")
         unknown = bool(one.step.isnull())
         rows.add_row(
-            str(one.revision.item()) if unknown else f"{int(one.step):,}",
+            Text(printable(str(one.revision.item()))) if unknown else f"{int(one.step):,}",
             "" if one.tokens.isnull() else f"{one.tokens.item():.3g}",
             f"{attention.mean().item():.2f}",
             f"{(attention > 0.3).where(attention.notnull()).mean().item():.0%}",

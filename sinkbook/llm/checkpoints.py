@@ -26,6 +26,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import repo_folder_name
 
 from sinkbook import store
+from sinkbook.arguments import check_all, check_kind, check_whole_number, texts_of
 from sinkbook.data import corpora
 from sinkbook.dependencies import code_hash
 from sinkbook.errors import SinkbookError
@@ -109,8 +110,13 @@ def measure_checkpoints(
     Raises `SinkbookError` for a missing revision, or for a string in the place of the texts, before
     anything is measured, and at the end for revisions without weights or otherwise unreadable.
     """
-    if isinstance(texts, str):
-        raise SinkbookError(f"texts is one string, {texts[:30]!r}. Give a list: [text].")
+    texts = texts_of(texts)
+    check_kind("model_id", model_id, str)
+    check_whole_number("length", length, 2)
+    check_whole_number("random_queries", random_queries)
+    check_whole_number("seed", seed)
+    if revisions is not None:
+        check_all("revisions", revisions, str, int)
     jobs = [
         _Job(
             model_id,

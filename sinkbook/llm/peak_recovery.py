@@ -21,6 +21,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sinkbook import store
+from sinkbook.arguments import (
+    check_known,
+    check_multiple,
+    check_numbers,
+    check_seed,
+    check_whole_numbers,
+)
 from sinkbook.data import corpora
 from sinkbook.dependencies import code_hash
 from sinkbook.llm import components
@@ -75,6 +82,15 @@ class Config:
     measure_every: int = 40  # steps, besides
     evaluation_size: int = 6  # held-out texts of each domain
     held_out: str = "measured"  # which of SETS
+
+    def __post_init__(self):
+        check_whole_numbers(self, length=2, steps=1, measurements=1, measure_every=1)
+        check_whole_numbers(self, evaluation_size=1)
+        check_numbers(self, share=(0, 1), learning_rate=0, clip=0)
+        check_multiple("batch_size", self.batch_size, 2)
+        check_known("held_out", self.held_out, SETS)
+        check_known("optimizer", self.optimizer, OPTIMIZERS)
+        check_seed(self.seed)
 
     @property
     def measured_steps(self) -> tuple[int, ...]:

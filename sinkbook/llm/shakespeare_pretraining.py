@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from sinkbook import store
+from sinkbook.arguments import check_known, check_numbers, check_seed, check_whole_numbers
 from sinkbook.data import corpora
 from sinkbook.data.shakespeare import SYMBOLS
 from sinkbook.dependencies import KEEPERS, code_hash
@@ -76,6 +77,13 @@ class PretrainingConfig:
     measurements: int = 16  # on a logarithmic schedule
     measure_every: int = 100  # steps, besides
     evaluation_size: int = 32  # held-out texts of each kind
+
+    def __post_init__(self):
+        check_whole_numbers(self, length=4, width=1, layers=1, heads=1, batch_size=1, steps=1)
+        check_whole_numbers(self, measurements=1, measure_every=1, evaluation_size=1)
+        check_numbers(self, repeated=(0, 1), learning_rate=0, weight_decay=0)
+        check_known("optimizer", self.optimizer, OPTIMIZERS)
+        check_seed(self.seed)
 
     @property
     def model(self) -> TransformerConfig:

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from sinkbook import store
+from sinkbook.arguments import check_numbers, check_seed, check_whole_numbers
 from sinkbook.data import corpora
 from sinkbook.dependencies import code_hash
 from sinkbook.files import write_json
@@ -68,6 +69,12 @@ class SmallLlama:
     steps: int = 500
     checkpoints: int = 3  # revisions, on a logarithmic schedule; and one of the start
     seed: int = 0
+
+    def __post_init__(self):
+        check_whole_numbers(self, vocabulary=300, length=2, width=1, layers=1, heads=1, warmup=0)
+        check_whole_numbers(self, batch_size=1, steps=1, checkpoints=1)
+        check_numbers(self, learning_rate=0, weight_decay=0)
+        check_seed(self.seed)
 
     @property
     def saved_steps(self) -> tuple[int, ...]:

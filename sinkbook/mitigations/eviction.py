@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sinkbook.errors import SinkbookError, whole_number
+from sinkbook.arguments import check_whole_number, whole_number
+from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, unwrapped
 from sinkbook.probe.measure import measure
@@ -51,6 +52,7 @@ def eviction_losses(
     - "importance, no first": the same with the first key dropped in any case;
     - "random": keys drawn at random, for each head anew.
     """
+    check_whole_number("seed", seed)
     prompt, sinks, budgets = _checked(input_ids.shape[1], prompt, sinks, budgets)
     model = _of_transformers(model)
     input_ids = input_ids.to(computing_device(model))

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sinkbook.arguments import check_all, check_number, check_whole_number
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
 from sinkbook.models.trials.heads import heads as heads_of
@@ -55,6 +56,9 @@ def without_heads(
     model: nn.Module, heads: Int[np.ndarray, " head"], per_layer: int
 ) -> Iterator[None]:
     """Cut heads, which are counted layer by layer, `per_layer` in each."""
+    most = len(heads_of(model)) * per_layer - 1
+    for number in heads.tolist():
+        check_whole_number("heads", number, 0, most)
     with ExitStack() as cuts:
         for layer in np.unique(heads // per_layer).tolist():
             own = heads[heads // per_layer == layer] % per_layer
@@ -76,6 +80,11 @@ def pruning_losses(
     `shares` says how many, as shares of all heads; `removed` has 0 as well. One order more is
     "random", the mean over `draws` random ones. Layers without attention have no heads.
     """
+    check_all("shares", shares, float)
+    for share in shares:
+        check_number("shares", share, 0, 1)
+    check_whole_number("draws", draws, 1)
+    check_whole_number("seed", seed)
     generator, (there, per_layer) = np.random.default_rng(seed), _all_heads(model)
     count = len(there)
     drawn = {f"draw {number}": there[generator.permutation(count)] for number in range(draws)}

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from sinkbook.errors import SinkbookError, whole_number
+from sinkbook.arguments import whole_number
+from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.experts import check_by_text, compute_by_text
 from sinkbook.mitigations.matrices import Part, parts
 from sinkbook.models.layout import blocks, of_transformers
@@ -204,6 +205,10 @@ def quantized(
     """
     if activations is not None:
         _check_ranges(activations)
+    elif not weights:
+        raise SinkbookError(
+            "nothing is to be rounded. Give `activations`, or leave the weights in."
+        )
     model = unwrapped(model)
     shape: list[int] = []  # texts and tokens that the layers are called with
     with alone_with(model), ExitStack() as undo, torch.no_grad(), uncompiled():

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinkbook.errors import SinkbookError, whole_number
+from sinkbook.arguments import check_all, check_whole_number, whole_number
+from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.rotation import (
     Rotation,
     check_text,
@@ -333,7 +334,9 @@ def streaming_losses(
       of first tokens includes and that the first window does.
     """
     model, (window, _) = unwrapped(model), _checked(window, sinks)
-    random, sinks = whole_number("random", random), list(sinks)
+    check_all("sinks", sinks, int)
+    random, sinks = whole_number("random", random), [whole_number("sinks", s) for s in sinks]
+    check_whole_number("stride", stride, 1, window)
     length, most = input_ids.shape[1], max(sinks, default=0)
     if window - most < random or length <= window + most:
         raise SinkbookError(

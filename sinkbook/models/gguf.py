@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Pretra
 
 from sinkbook.data.sources import unpack
 from sinkbook.errors import SinkbookError
-from sinkbook.files import NOTICES, cache_folder, is_whole, writing
+from sinkbook.files import NOTICES, cache_folder, is_whole, readable_by_others, writing
 
 GGUF_FILE = "weights.gguf"
 # Else the weights would stay in their 4-bit blocks wherever there is a kernel for these.
@@ -50,6 +50,8 @@ def prepared(name: str) -> Path:
             (part / GGUF_FILE).unlink()
             sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(part.iterdir())]
             (part / _SUMS).write_text("".join(sums))
+            for file in part.iterdir():
+                readable_by_others(file)
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import Layer, layers
 from sinkbook.models.partial_forward import alone_with, state_of
@@ -75,7 +76,7 @@ def replace(
     for index in chosen:
         _check_layer(index, len(found))
     where = {
-        "with_": torch.as_tensor(with_),
+        "with_": _as_states(with_),
         "head": None if head is None else _numbers("head", head),
         "position": None if position is None else _numbers("position", position),
     }
@@ -98,9 +99,29 @@ def _not_run_again(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
-def zero(model: AnyModel, part: str, **where) -> AbstractContextManager[None]:
+def zero(
+    model: AnyModel,
+    part: str,
+    *,
+    layer: Numbers,
+    head: Numbers | None = None,
+    position: Numbers | None = None,
+) -> AbstractContextManager[None]:
     """Cut a part: `replace` with 0. Zeroed heads, attentions and MLPs write nothing."""
-    return replace(model, part, 0.0, **where)
+    return replace(model, part, 0.0, layer=layer, head=head, position=position)
+
+
+def _as_states(with_: float | Tensor) -> Tensor:
+    try:
+        states = torch.as_tensor(with_)
+        finite = bool(states.isfinite().all())
+    except (ValueError, TypeError, RuntimeError):
+        finite = False
+    if not finite:
+        raise SinkbookError(
+            f"`with_={with_!r:.60}` is no finite number, and no tensor of them. Give one."
+        )
+    return states
 
 
 @contextmanager
@@ -167,6 +188,7 @@ def stand_in(
     each position.
     """
     check_ways([way])
+    check_whole_number("seed", seed)
     if way == "zero":
         return torch.zeros_like(written)
     count = len(written)
@@ -197,7 +219,8 @@ def _numbers(name: str, given: Numbers) -> list[int]:
         numbers = torch.as_tensor(list(given) if many else given)
     except (TypeError, ValueError, RuntimeError):
         numbers = torch.tensor(0.5)
-    if numbers.numel() and (numbers.is_floating_point() or numbers.dtype == torch.bool):
+    none = not numbers.numel() and name == "layer"  # where others may ask for nothing
+    if none or numbers.numel() and (numbers.is_floating_point() or numbers.dtype == torch.bool):
         raise SinkbookError(
             f"{name}={given} is not made of whole numbers. Give one, such as 0, or a list of them."
         )
@@ -295,10 +318,15 @@ def _write_over(
     rows = torch.arange(length)
     rows = rows if position is None else rows[position]
     new = with_.to(states)
-    if heads is None:
-        states[:, rows] = new
-        return states
-    chosen = list(range(heads)) if head is None else head
-    own = states[..., round(start * states.shape[-1]) :].unflatten(-1, (heads, -1))
-    own[:, rows[:, None], chosen] = new
+    chosen, place = (slice(None), rows), states
+    if heads is not None:
+        place = states[..., round(start * states.shape[-1]) :].unflatten(-1, (heads, -1))
+        chosen = (slice(None), rows[:, None], list(range(heads)) if head is None else head)
+    try:
+        place[chosen] = new
+    except RuntimeError as error:
+        raise SinkbookError(
+            f"with_ of shape {tuple(new.shape)} does not fit what it replaces, of shape "
+            f"{tuple(place[chosen].shape)}. Give a number, or a tensor that is broadcast to that."
+        ) from error
     return states

@@ -9,9 +9,10 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkbook.arguments import check_kind, whole_number
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import logits_of
-from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, unwrapped
+from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, taking, unwrapped
 
 Tokens = Int[Tensor, "text position"]
 
@@ -55,11 +56,18 @@ def token_losses(
     `model` is any that `measure` takes, and reads without dropout. Raises `SinkbookError` for one
     without a head that predicts tokens, and `NotFiniteError` for a loss that is NaN or infinite.
     """
-    last = input_ids.shape[1] - 1 if last is None else last
     model = unwrapped(model)
+    check_kind("input_ids", input_ids, Tensor)
+    if input_ids.ndim != 2 or input_ids.shape[1] < 2 or not len(input_ids):
+        raise SinkbookError(
+            f"input_ids of shape {tuple(input_ids.shape)} have no next tokens. Give (text, "
+            "position), two tokens or more of each text."
+        )
+    most = input_ids.shape[1] - 1
+    last = most if last is None else whole_number("last", last, 1, most)
     losses, device = [], computing_device(model)
     cut_short = "logits_to_keep" in signature(model.forward).parameters
-    with evaluating(model):
+    with evaluating(model), taking(model, input_ids):
         for rows in input_ids.to(device).split(max(1, AT_ONCE // input_ids.shape[1])):
             if cut_short:
                 logits = model(rows, use_cache=False, logits_to_keep=last + 1).logits

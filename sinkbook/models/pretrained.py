@@ -5,10 +5,8 @@ id on the Hugging Face hub. Weights are read from safetensors and GGUF only, whi
 pickles, which hold programs, are refused.
 """
 
-import difflib
 import io
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
@@ -17,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import logging as hub_logging
 from jaxtyping import Int
 from torch import Tensor
@@ -35,11 +32,21 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from sinkbook.arguments import check_kind, texts_of, whole_number
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
+from sinkbook.files import reading
 from sinkbook.models.gguf import DEQUANTISED, check_header, check_tensors, prepared
+from sinkbook.models.load_errors import (
+    NO_MODEL,
+    check_options,
+    comes_with_code,
+    explained,
+    may_be_on_hub,
+    path_of,
+    unknown,
+)
 from sinkbook.models.weight_files import (
-    NO_PICKLES,
     check_downloaded,
     check_folder,
     check_hub,
@@ -99,7 +106,10 @@ class LanguageModel:
 
     def tokenize(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The token ids of each text, those of `prefix` before them."""
+        if isinstance(texts, str):
+            raise SinkbookError(f"texts is one string, {texts[:30]!r}. Give a list: [text].")
         for text in texts:
+            check_kind("text", text, str)
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
             yield [*self.prefix, *encoded["input_ids"]]
 
@@ -108,6 +118,7 @@ class LanguageModel:
 
         They lie on the model's device. Raises SinkbookError if a text is too short.
         """
+        texts, length = texts_of(texts), whole_number("length", length, 1)
         rows = list(self.tokenize(texts))
         short = [index for index, row in enumerate(rows) if len(row) < length]
         if short:
@@ -144,11 +155,11 @@ def load(
     >>> language_model.encode(["The capital of France is Paris."], length=4)
     tensor([[   0,  504, 3575,  282]])
     """
-    name = os.fspath(name)
-    device = device_of(device)
-    path = Path(name).expanduser()
+    path = path_of(name)
+    name, device = os.fspath(name), device_of(device)
+    check_options(revision, dtype)
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    with quiet():
+    with quiet(), reading(repr(name), NO_MODEL):
         if name in KNOWN:
             source, card = prepared(name), KNOWN[name].card
         elif path.suffix.lower() == ".gguf" and path.is_file():
@@ -158,17 +169,18 @@ def load(
         elif path.is_dir():
             check_folder(path)
             source, card = path, f"{name}, a folder."
-        elif _may_be_on_hub(name):
+        elif may_be_on_hub(name, KNOWN):
             source, card = name, f"{name} from the hub, revision {options['revision']}."
         else:
-            raise _unknown(name)
+            raise unknown(name, KNOWN)
         if revision and source != name:
             raise SinkbookError(
                 f"revision {revision!r} was asked for, but {name!r} is not on the hub and has "
                 "none. Leave the revision out."
             )
         model, tokenizer = _read(name, str(source), device, dtype, options)
-    _check_vocabulary(name, model, tokenizer)
+    with reading(f"the tokenizer of {name!r}", NO_MODEL):
+        _check_vocabulary(name, model, tokenizer)
     first_token = KNOWN[name].first_token if name in KNOWN else None
     if first_token is None:
         prefix = prefix_of(name, tokenizer)
@@ -249,6 +261,7 @@ def _read(
         weights = {"use_safetensors": True, "dtype": stored}
     if dtype is not None:
         weights["dtype"] = dtype
+    part = "config"  # of the model, that is being read
     try:
         if not Path(source).is_dir():
             check_hub(name, str(options["revision"]))
@@ -260,7 +273,9 @@ def _read(
             check_header(Path(source) / str(options["gguf_file"]), config)
         else:
             weights["config"] = _with_own_attention(config)
+        part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        part = "weights"
         model, report = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options, **weights
         )
@@ -270,10 +285,10 @@ def _read(
         else:
             check_numbers(name, source, str(options["revision"]), model)
         return model.to(device), tokenizer
-    except SinkbookError:
+    except (SinkbookError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # whatever a reader raises that meets a file that it did not expect
-        raise _explain(name, str(options["revision"]), error) from error
+    except BaseException as error:  # whatever a reader raises, or panics with, that meets a file
+        raise explained(name, part, str(options["revision"]), error, KNOWN) from error
 
 
 def _with_own_attention(config: PretrainedConfig) -> PretrainedConfig:
@@ -307,79 +322,7 @@ def _refuse_own_class(name: str, config: PretrainedConfig) -> None:
     own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "")
     taken = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if own and taken is not None and own.rpartition(".")[2] != taken.__name__:
-        raise _comes_with_code(name, f" ({own})")
-
-
-def _comes_with_code(name: str, which: str = "") -> SinkbookError:
-    return SinkbookError(
-        f"{name!r} comes with code of its own{which}, which is not run. If you have read that code "
-        "and trust it, add `trust_remote_code=True`."
-    )
-
-
-def _explain(name: str, revision: str, error: Exception) -> SinkbookError:
-    """Say in one sentence why transformers could not load a model."""
-    causes: list[BaseException] = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
-
-    def caused_by(kind: type[Exception]) -> bool:
-        return any(isinstance(cause, kind) for cause in causes)
-
-    page = f"https://huggingface.co/{name}"
-    if caused_by(hub_errors.GatedRepoError):
-        return SinkbookError(
-            f"{name!r} is gated. Accept its terms at {page} and log in with: hf auth login"
-        )
-    if caused_by(hub_errors.RepositoryNotFoundError):
-        return _unknown(name)
-    if caused_by(hub_errors.RevisionNotFoundError):
-        return SinkbookError(f"{name!r} has no revision {revision!r}. See {page}/tree/main")
-    if caused_by(hub_errors.LocalEntryNotFoundError):
-        return _unknown(name, f" (revision {revision!r}) on this machine, and no way to the hub")
-    if "use_safetensors" in str(error):
-        return SinkbookError(f"{name!r} has no weights as safetensors. {NO_PICKLES}")
-    if "custom code" in str(error):
-        return _comes_with_code(name)
-    if "module 'torch' has no attribute" in str(error):
-        return SinkbookError(
-            f"the config.json of {name!r} names a dtype that torch does not have: "
-            f"{str(error).split()[-1]}. Write it as torch names it: bfloat16, float16 or float32."
-        )
-    if "backend tokenizer" in str(error):
-        return SinkbookError(
-            f"{name!r} has no tokenizer files that can be read, such as tokenizer.json. Take them "
-            "from the model that it was trained from."
-        )
-    said = " ".join(line.strip() for line in str(error).split("\n")[:2]).strip()
-    known = isinstance(error, (OSError, ValueError, ImportError)) and said
-    reason = said if known else f"{type(error).__name__} {said}".strip()
-    return SinkbookError(
-        f"cannot load {name!r}: {reason.rstrip('.')}. Are its files whole, and those of a causal "
-        "language model?"
-    )
-
-
-def _may_be_on_hub(name: str) -> bool:
-    """Whether it reads like `owner/model`, or like `gpt2` and not like a slip in a known name."""
-    shape = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name)
-    file = name.lower().endswith(".gguf")
-    slip = "/" not in name and (file or difflib.get_close_matches(name, KNOWN))
-    return bool(shape) and not slip
-
-
-def _unknown(name: str, where: str = "") -> SinkbookError:
-    if Path(name).expanduser().is_file():
-        return SinkbookError(
-            f"{name!r} is a file. Give the folder that it lies in; only a .gguf file is a model by "
-            "itself."
-        )
-    near = difflib.get_close_matches(name, KNOWN, n=1)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    return SinkbookError(
-        f"no model named {name!r}{where}.{meant} Known: {', '.join(KNOWN)}; "
-        "or give a folder, a .gguf file or a hub id."
-    )
+        raise comes_with_code(name, f" ({own})")
 
 
 @contextmanager

@@ -23,14 +23,15 @@ def read_document(path: Path) -> str:
     """The text of a UTF-8 file. Raises SinkbookError if it cannot be read or holds no text."""
     try:
         text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise SinkbookError(
-            f"cannot read {str(path)!r}: {error.strerror}. Give the path of a text file."
-        ) from error
     except UnicodeDecodeError as error:
         raise SinkbookError(
             f"{str(path)!r} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}. "
             "Save it as UTF-8 plain text."
+        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SinkbookError(
+            f"cannot read {str(path)[:200]!r}: {reason}. Give the path of a text file."
         ) from error
     text = text.removeprefix("\ufeff")
     if not text.strip():

@@ -164,7 +164,7 @@ def _check_name(here: str, by: str, name: object, endings: tuple[str, ...]) -> N
 def _json(path: Path) -> dict:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SinkbookError(
             f"{str(path)!r} cannot be read as JSON: {error}. Download it again."
         ) from error

@@ -13,7 +13,8 @@ from types import MethodType, ModuleType
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from sinkbook.errors import SinkbookError
 
@@ -70,6 +71,29 @@ def computing_device(model: AnyModel) -> torch.device:
     held = next(model.parameters(), None)
     held = next(model.buffers(), torch.empty(0)) if held is None else held
     return held.device
+
+
+@contextmanager
+def taking(model: AnyModel, input_ids: Int[Tensor, "batch position"]) -> Iterator[None]:
+    """In the body a model reads tokens; `SinkbookError` is raised for those that it has not.
+
+    The ids are looked at before, since on a GPU wrong ones would end the whole process.
+    """
+    found = unwrapped(model)
+    embedding = found.get_input_embeddings() if hasattr(found, "get_input_embeddings") else None
+    known = getattr(embedding, "num_embeddings", None)
+    if input_ids.min() < 0 or (known is not None and input_ids.max() >= known):
+        raise SinkbookError(
+            f"token ids go from {int(input_ids.min())} to {int(input_ids.max())}; the model has "
+            f"{known or 'none below 0'}. Give input_ids of its own tokenizer; labels are none."
+        )
+    try:
+        yield
+    except IndexError as error:
+        raise SinkbookError(
+            f"the model cannot take {input_ids.shape[1]} positions with token ids up to "
+            f"{int(input_ids.max())}. Cut the text, or use the model's own tokenizer."
+        ) from error
 
 
 @contextmanager

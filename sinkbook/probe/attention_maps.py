@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkbook.arguments import check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import layers
-from sinkbook.models.wrappers import AnyModel, computing_device, unwrapped
+from sinkbook.models.wrappers import AnyModel, computing_device, taking, unwrapped
 from sinkbook.probe.masks import Scope, TokenTable, integers
 from sinkbook.probe.recorder import Recorder
 
@@ -76,7 +77,8 @@ def attention_maps(
     input_ids = integers("input_ids", input_ids).to(computing_device(model))
     real = torch.ones_like(input_ids, dtype=torch.bool)
     scope = Scope(torch.zeros_like(input_ids[:, 0]), real, real, frozenset())
-    Recorder(model, scope, look).run({"input_ids": input_ids}, with_logits=False)
+    with taking(model, input_ids):
+        Recorder(model, scope, look).run({"input_ids": input_ids}, with_logits=False)
     return found
 
 
@@ -88,6 +90,7 @@ def _map_of(model: AnyModel, input_ids: TokenTable, layer: int) -> AttentionMap:
             "use sinkbook.measure."
         )
     count = len(layers(model))
+    check_whole_number("layer", layer, -count)
     if not 0 <= layer < count:
         raise SinkbookError(f"layer {layer} is not there; 0 to {count - 1} are.")
     found = attention_maps(model, input_ids, layer=layer)[layer]

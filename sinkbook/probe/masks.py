@@ -131,6 +131,8 @@ def integers(
         ) from error
     if values.is_floating_point() or values.is_complex():
         raise SinkbookError(f"{name} holds numbers of {values.dtype}. Give integers.")
+    if shape is None and values.dtype == torch.bool:
+        raise SinkbookError(f"{name} holds truth values, as a mask does. Give integers.")
     if shape is not None and values.shape != shape:
         raise SinkbookError(
             f"{name} has shape {tuple(values.shape)} and input_ids {tuple(shape)}. Give one entry "

@@ -25,9 +25,10 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import names_of, texts_of, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
-from sinkbook.models.wrappers import AnyModel, computing_device, unwrapped
+from sinkbook.models.wrappers import AnyModel, computing_device, taking, unwrapped
 from sinkbook.probe.finite import check_losses, check_variable
 from sinkbook.probe.masks import Scope, TokenTable, integers, shown
 from sinkbook.probe.recorder import Recorder
@@ -102,7 +103,7 @@ def measure(
     infinite. Threads wait for each other. Source: arXiv 2410.13835, sections 1 and 3.
     """
     started = time.perf_counter()
-    model = _checked(model, variables)
+    model, variables = _checked(model), names_of("variable", variables, VARIABLES)
     inputs = _inputs(input_ids, attention_mask, position_ids, computing_device(model))
     real = counted = _real_tokens(inputs)
     if queries is not None:
@@ -135,12 +136,17 @@ def measure_texts(
     at a time. Shows progress on a terminal. Raises `SinkbookError` for a string in the place of a
     list, no texts, a text without tokens, and a `length` below 2.
     """
-    if isinstance(texts, str):
-        raise SinkbookError(f"texts is one string, {texts[:30]!r}. Give a list: [text].")
-    if length < 2:
-        raise SinkbookError(f"length={length} leaves nothing to measure. Give 2 or more.")
-    if not texts:
-        raise SinkbookError("there are no texts to measure. Give one at least.")
+    variables = names_of("variable", variables, VARIABLES)
+    length, batch_size = (
+        whole_number("length", length, 2),
+        whole_number("batch_size", batch_size, 1),
+    )
+    texts = texts_of(texts)
+    if not hasattr(language_model, "tokenize"):
+        raise SinkbookError(
+            f"a {type(language_model).__name__} has no tokenizer to read texts with. Give what "
+            "`sinkbook.load` returns, or token ids to `sinkbook.measure`."
+        )
     tokens = list(language_model.tokenize(texts))
     prefix = list(language_model.prefix)
     if prefix in tokens:
@@ -164,10 +170,8 @@ def measure_texts(
     return together.sortby("batch")
 
 
-def _checked(model: AnyModel, variables: Sequence[str]) -> nn.Module:
-    """A model that reads tokens, of which there are such variables."""
-    if unknown := [name for name in variables if name not in VARIABLES]:
-        raise SinkbookError(f"no variable {unknown[0]!r}. Known: {', '.join(VARIABLES)}.")
+def _checked(model: AnyModel) -> nn.Module:
+    """A model that reads tokens."""
     model = unwrapped(model)
     takes = getattr(model, "main_input_name", "input_ids")
     if takes != "input_ids" and "input_ids" not in signature(model.forward).parameters:
@@ -179,7 +183,13 @@ def _checked(model: AnyModel, variables: Sequence[str]) -> nn.Module:
 
 def _mask(attention_mask: Tensor | Sequence | np.ndarray) -> Tensor:
     """A mask as a tensor: 1 and 0 for each token, or for pairs truth values or what is added."""
-    mask = torch.as_tensor(attention_mask)
+    try:
+        mask = torch.as_tensor(attention_mask)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise SinkbookError(
+            f"attention_mask cannot be read as a table (batch, position): {error}. Give one entry "
+            "per token, in rows of one length."
+        ) from error
     if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         raise SinkbookError(
             f"attention_mask over pairs holds {mask.dtype}. Give truth values, True where a query "
@@ -206,18 +216,15 @@ def _inputs(
     if position_ids is not None:
         shape = inputs["input_ids"].shape
         inputs["position_ids"] = integers("position_ids", position_ids, shape)
+        if (inputs["position_ids"] < 0).any():
+            raise SinkbookError("position_ids go below 0. Give positions that count from 0.")
     return {name: states.to(device) for name, states in inputs.items()}
 
 
 def _run(recorder: Recorder, inputs: dict[str, Tensor]) -> Tensor | None:
     """The forward pass that the recorder listens to. Returns the logits if the loss is wanted."""
-    try:
+    with taking(recorder.model, inputs["input_ids"]):
         return recorder.run(inputs, with_logits=recorder.scope.asks_for("loss"))
-    except IndexError as error:
-        raise SinkbookError(
-            f"the model cannot take {inputs['input_ids'].shape[1]} positions with token ids up to "
-            f"{int(inputs['input_ids'].max())}. Cut the text, or use the model's own tokenizer."
-        ) from error
 
 
 def _circumstances(recorder: Recorder) -> dict[str, str]:
@@ -241,7 +248,8 @@ def _real_tokens(inputs: dict[str, Tensor]) -> Bool[Tensor, "b t"]:
         return torch.ones_like(input_ids, dtype=torch.bool)
     if mask.ndim == 4:
         visible = mask if mask.dtype == torch.bool else shown(mask)
-        mask = visible[:, 0].diagonal(dim1=-2, dim2=-1).expand(input_ids.shape)
+        mask = visible[:, 0].diagonal(dim1=-2, dim2=-1)
+        mask = mask.expand(input_ids.shape) if mask.shape[1] == input_ids.shape[1] else mask
     if mask.shape != input_ids.shape:
         raise SinkbookError(
             f"attention_mask has shape {tuple(mask.shape)} and input_ids "
@@ -255,7 +263,17 @@ def _real_tokens(inputs: dict[str, Tensor]) -> Bool[Tensor, "b t"]:
 def _sink_positions(sink: int | Tensor | None, real: Tensor) -> Int[Tensor, " batch"]:
     if sink is None:
         return real.to(torch.uint8).argmax(1)
-    positions = torch.as_tensor(sink, device=real.device).expand(len(real))
+    try:
+        positions = torch.as_tensor(sink, device=real.device)
+        whole = not positions.is_floating_point() and positions.dtype != torch.bool
+        positions = positions.expand(len(real)) if whole else None
+    except (ValueError, TypeError, RuntimeError):
+        positions = None
+    if positions is None:
+        raise SinkbookError(
+            f"`sink={sink!r:.60}` is no position. Give a whole number, or one for each of the "
+            f"{len(real)} texts."
+        )
     if positions.min() < 0 or positions.max() >= real.shape[1]:
         raise SinkbookError(
             f"no position {sink} in a text of {real.shape[1]} tokens. "

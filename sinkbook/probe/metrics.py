@@ -5,10 +5,25 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkbook.arguments import check_number
+from sinkbook.errors import SinkbookError
+
 THRESHOLD = 0.3  # mean attention above which a head has a sink: Gu et al., arXiv 2410.10781
 ROUNDING = 1e-3  # of attention that is the same, relative
 
 Hidden = Float[Tensor, "*batch position width"]
+
+
+def check_measured(result: object, *names: str) -> None:
+    """Refuse what is no dataset of `measure`, or lacks a variable that is needed."""
+    if not isinstance(result, xr.Dataset):
+        raise SinkbookError(
+            f"a {type(result).__name__} is no measurement. Give the dataset that `measure` returns."
+        )
+    if missing := [name for name in names if name not in result]:
+        raise SinkbookError(
+            f"the measurement has no {missing[0]}. Measure again, with it among the `variables`."
+        )
 
 
 def sink_rate(result: xr.Dataset, threshold: float = THRESHOLD) -> xr.DataArray:
@@ -17,6 +32,8 @@ def sink_rate(result: xr.Dataset, threshold: float = THRESHOLD) -> xr.DataArray:
     (batch, layer), NaN for layers without attention. Its mean is `Sink^threshold` of Gu et al.
     (arXiv 2410.10781), averaged over texts.
     """
+    check_measured(result, "sink_attention")
+    check_number("threshold", threshold, 0, 1)
     attention = result.sink_attention
     return (attention > threshold).where(attention.notnull()).mean("head")
 
@@ -35,6 +52,7 @@ def above_null(result: xr.Dataset, level: float = 0.95) -> xr.DataArray:
 
     That thresholds need an empirical null is argued in arXiv 2606.02378; this one is our own.
     """
+    check_measured(result, "key_importance", "even_importance")
     received = result.key_importance / result.even_importance
     age = result.position - result.sink
     length = result.key_importance.notnull().any(("layer", "head")).sum("position")
@@ -55,6 +73,7 @@ def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) ->
     a training hold the sink's norm as `value_norm` and the others' mean as `other_value_norm`;
     their ratio has the dimensions of these.
     """
+    check_measured(result, "value_norm")
     if "other_value_norm" in result:
         return result.value_norm / result.other_value_norm
     at_sink, elsewhere = _apart(result.value_norm, others)
@@ -67,6 +86,7 @@ def residual_peak_ratio(result: xr.Dataset, others: xr.DataArray | None = None) 
     A median, since other tokens can have peaks of their own. `others`, and `other_residual_norm`
     of measurements along a training, as in `value_drain_ratio`.
     """
+    check_measured(result, "residual_norm")
     if "other_residual_norm" in result:
         return result.residual_norm / result.other_residual_norm
     at_sink, elsewhere = _apart(result.residual_norm, others)
@@ -78,6 +98,7 @@ def residual_peak_height(result: xr.Dataset, others: xr.DataArray | None = None)
 
     The quantity whose growth arXiv 2410.13835 follows. `others` as in `value_drain_ratio`.
     """
+    check_measured(result, "residual_norm")
     at_sink, elsewhere = _apart(result.residual_norm, others)
     return at_sink - elsewhere.mean("position")
 

@@ -40,10 +40,11 @@ from transformers.trainer_callback import (
 )
 from transformers.training_args import TrainingArguments
 
+from sinkbook.arguments import check_whole_number, whole_number
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import alone_with
 from sinkbook.models.pretrained import prefix_of
-from sinkbook.models.wrappers import computing_device, in_own_precision, unwrapped
+from sinkbook.models.wrappers import computing_device, in_own_precision, taking
 from sinkbook.probe.measure import measure
 from sinkbook.probe.metrics import THRESHOLD, residual_peak_ratio, sink_rate, value_drain_ratio
 
@@ -73,7 +74,6 @@ def sink_metrics(
     that are no token ids of the model.
     """
     ids, mask = _batch(inputs, tokenizer, attention_mask, length)
-    _check_vocabulary(model, ids)
     return _metrics(_measured(model, ids, mask))
 
 
@@ -106,9 +106,7 @@ class SinkCallback(TrainerCallback):
         attention_mask: Int[Tensor, "batch position"] | None = None,
         length: int = 512,
     ):
-        if every < 1:
-            raise SinkbookError(f"every={every!r} is no number of steps. Give 1 or more.")
-        self.every = every
+        self.every = whole_number("every", every, 1)
         self._inputs = (inputs, attention_mask, length)
         self._batch: Batch | None = None  # texts that wait for the trainer's tokenizer have none
         if tokenizer is not None or not _are_texts(inputs):
@@ -130,7 +128,6 @@ class SinkCallback(TrainerCallback):
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             self._batch = _batch(inputs, tokenizer, attention_mask, length)
         ids, mask = self._batch
-        _check_vocabulary(model, ids)
         longest = slice(None, 1) if mask is None else mask.sum(1).argmax()[None]
         _measured(model, ids[longest], None if mask is None else mask[longest])
 
@@ -178,7 +175,7 @@ def _calling_handler() -> CallbackHandler | None:
 
 def _are_texts(inputs: Inputs) -> bool:
     """Whether these are texts, which need a tokenizer."""
-    if isinstance(inputs, Tensor | Mapping | str) or not inputs:
+    if isinstance(inputs, Tensor | Mapping | str) or not isinstance(inputs, Iterable) or not inputs:
         return False
     return all(isinstance(text, str) for text in inputs)
 
@@ -190,6 +187,7 @@ def _batch(
     length: int,
 ) -> Batch:
     """Token ids, with padding after the shorter texts, and where there is none."""
+    check_whole_number("length", length, 1)
     if isinstance(inputs, Tensor):
         if inputs.ndim != 2 or inputs.is_floating_point() or not inputs.numel():
             raise SinkbookError(
@@ -236,7 +234,8 @@ def _measured(model: nn.Module, ids: Tensor, mask: Tensor | None) -> xr.Dataset:
     device = computing_device(model)
     of_cuda = [device] if device.type == "cuda" else []
     # No model draws in evaluation mode; one with code of its own might.
-    with alone_with(model), torch.random.fork_rng(of_cuda), in_own_precision(model):
+    every = taking(model, ids)
+    with alone_with(model), torch.random.fork_rng(of_cuda), in_own_precision(model), every:
         try:
             names = ("sink_attention", *NORMS)
             return measure(model, ids, names, attention_mask=mask)
@@ -248,18 +247,6 @@ def _measured(model: nn.Module, ids: Tensor, mask: Tensor | None) -> xr.Dataset:
                 with suppress(SinkbookError):
                     result[name] = measure(model, ids, (name,), attention_mask=mask)[name]
             return result
-
-
-def _check_vocabulary(model: nn.Module, ids: Tensor) -> None:
-    """Refuse ids that are no tokens: on a GPU they would end the whole process."""
-    found = unwrapped(model)
-    embedding = found.get_input_embeddings() if hasattr(found, "get_input_embeddings") else None
-    known = getattr(embedding, "num_embeddings", None)
-    if ids.min() < 0 or (known is not None and ids.max() >= known):
-        raise SinkbookError(
-            f"token ids go from {int(ids.min())} to {int(ids.max())}, and the model has "
-            f"{known or 'none below 0'}. Give input_ids of its own tokenizer; labels are none."
-        )
 
 
 def _metrics(result: xr.Dataset) -> dict[str, float]:

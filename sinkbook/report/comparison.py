@@ -26,7 +26,7 @@ from sinkbook.models.pretrained import LanguageModel, load
 from sinkbook.models.token_windows import Windows
 from sinkbook.probe.metrics import THRESHOLD, residual_peak_ratio, value_drain_ratio
 from sinkbook.report.headroom import magnitude
-from sinkbook.report.report import Reading, describe_texts, measure_windows
+from sinkbook.report.report import Reading, describe_texts, measure_windows, plain
 
 QUANTITIES = {  # one number for each text: what it is called, and what it is
     "loss": ("loss, nats", "of the next token, mean over the text"),
@@ -287,9 +287,8 @@ def titles(comparison: Comparison) -> tuple[str, str]:
 def terminal(comparison: Comparison) -> Group:
     """The comparison as a table and a sentence, to print with rich."""
     table = Table(
-        title="\n".join((*titles(comparison), describe_texts(comparison.a))),
+        title=plain("\n".join((*titles(comparison), describe_texts(comparison.a)))),
         title_justify="left",
-        title_style="bold",
         caption=NOTE,
         caption_justify="left",
     )

@@ -9,7 +9,6 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from sinkbook import files
-from sinkbook.errors import SinkbookError
 from sinkbook.figures import basic, style
 from sinkbook.figures.svg import embedded
 from sinkbook.report import comparison as compared
@@ -82,14 +81,8 @@ def _about(values: xr.DataArray) -> list[str | None]:
 
 
 def check_file(path: Path, *, force: bool) -> None:
-    """Refuse a folder and, unless `force`, a file that is there already."""
-    if path.is_dir():
-        raise SinkbookError(f"{str(path)!r} is a folder, and the page is one file. Name a file.")
-    if path.exists() and not force:
-        raise SinkbookError(
-            f"{str(path)!r} is there already. {ANOTHER.capitalize()}, or let it be replaced with "
-            "`force=True`."
-        )
+    """Refuse a folder, unless `force` a file that is there already, and what cannot be written."""
+    files.check_output(path, "the page", force=force, otherwise=ANOTHER.capitalize())
 
 
 def write(comparison: Comparison, path: Path, *, force: bool = False) -> None:

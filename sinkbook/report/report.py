@@ -3,7 +3,6 @@
 Everything that is said comes from one dataset, which `result.nc` keeps.
 """
 
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sinkbook import files, provenance
+from sinkbook.arguments import check_whole_number
 from sinkbook.data import corpora
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.figures import style
@@ -52,8 +52,10 @@ class Reading:
     @classmethod
     def of(cls, text: Path | None, domain: str, *, texts: int, length: int) -> "Reading":
         """Of a document if there is one. Raises SinkbookError for what cannot be read."""
+        check_whole_number("texts", texts, 1)
+        check_whole_number("length", length, 2)
         if text is None:
-            source = corpora.texts(domain, minimum_characters=5 * length)
+            source = corpora.one_by_one(domain, 5 * length)
             cut = token_windows.of_texts
             about, option = corpora.DOMAINS[domain].about, ("--domain", domain)
         else:
@@ -140,12 +142,16 @@ def _has(language_model: LanguageModel, tokens: token_windows.Windows, name: str
     return True
 
 
+def plain(text: str) -> Text:
+    """Names that others have given, for a title: no markup, nothing that steers a terminal."""
+    return Text(files.printable(text), style="bold")
+
+
 def terminal(result: xr.Dataset) -> Group:
     """The report as a table, a verdict, and the sinks at other tokens, to print with rich."""
     table = Table(
-        title=f"{result.attrs['model']}: {describe_texts(result)}",
+        title=plain(f"{result.attrs['model']}: {describe_texts(result)}"),
         title_justify="left",
-        title_style="bold",
         caption=f"above null: {summary.ABOVE_NULL}. value ratio: median over heads. residual ratio "
         "and largest entry of any token: after the layer.",
         caption_justify="left",
@@ -195,18 +201,13 @@ FILES = (
 
 def check_folder(folder: Path, *, force: bool) -> None:
     """Refuse a folder that cannot be written to or, unless `force`, already holds a report."""
+    otherwise = "Name another folder"
+    files.check_output(folder / FILES[0], "a report", force=True, otherwise=otherwise)
     present = [name for name in FILES if (folder / name).exists()]
     if present and not force:
         raise SinkbookError(
             f"{str(folder)!r} already holds {present[0]}. Name another folder, or let the report "
             "in it be replaced with `force=True`."
-        )
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        reason = "it cannot be written to" if nearest.is_dir() else "it is a file"
-        raise SinkbookError(
-            f"no report can be written to {str(folder)!r}: {str(nearest)!r} is in the way, "
-            f"{reason}. Name another folder."
         )
 
 

@@ -17,7 +17,9 @@ from jaxtyping import Float64
 from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
+from sinkbook.arguments import check_number, check_whole_number
 from sinkbook.errors import SinkbookError
+from sinkbook.fits import positive_times
 
 
 def peak_flow(
@@ -27,7 +29,7 @@ def peak_flow(
 
     Raises `SinkbookError` for times before 1 or not increasing, where log t gives no sink.
     """
-    _after_one(times)
+    _check(times, start)
 
     def velocity(log_time, state):
         m = state[0]
@@ -50,7 +52,7 @@ def peak_closed_form(
 
     m(t) = (start⁴ + 2·(1 - c²)·log² t)^¼, the paper's (2·log² t)^¼ where start and c are small.
     """
-    _after_one(times)
+    _check(times, start)
     return (start**4 + 2 * (1 - c * c) * np.log(times) ** 2) ** 0.25
 
 
@@ -68,6 +70,8 @@ def peak_steps(
     optimizer: Callable[..., torch.optim.Optimizer], steps: int, start: float, c: float = 0.0
 ) -> Float64[np.ndarray, " step"]:
     """m after each of so many steps of an optimizer, made by `optimizer([m])`."""
+    check_whole_number("steps", steps, 1)
+    check_number("start", start, 0)
     m = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     made, path = optimizer([m]), []
     for step in range(1, steps + 1):
@@ -79,8 +83,9 @@ def peak_steps(
     return np.array(path)
 
 
-def _after_one(times) -> None:
-    if not len(times) or times[0] < 1 or (np.diff(times) <= 0).any():
+def _check(times, start: float) -> None:
+    check_number("start", start, 0)
+    if positive_times(times)[0] < 1:
         raise SinkbookError(
             f"times {times[:3]} ... have to increase from 1 on: the toy's sink logit is log t."
         )

@@ -20,6 +20,7 @@ from jaxtyping import Float64, Int64
 from scipy.integrate import solve_ivp
 from scipy.special import expit
 
+from sinkbook.arguments import check_whole_number, names_of
 from sinkbook.errors import SinkbookError
 from sinkbook.fits import positive_times
 from sinkbook.toy.tasks import Task
@@ -48,8 +49,12 @@ class ReducedModel:
     visible: Float64[np.ndarray, " context"]
 
     def __post_init__(self) -> None:
+        rows, tokens, contexts = *self.transition.shape, len(self.visible)
+        shapes = {"weights": (rows,), "values": (contexts, tokens), "visible": (contexts,)}
+        for name, shape in shapes.items():
+            check_finite(name, getattr(self, name), shape)
         sums = self.transition.sum(axis=1)
-        if (wrong := np.abs(sums - 1) > 1e-9).any() or (self.transition < 0).any():
+        if (wrong := ~(np.abs(sums - 1) <= 1e-9)).any() or (self.transition < 0).any():
             row = int(np.argmax(wrong | (self.transition < 0).any(axis=1)))
             raise SinkbookError(
                 f"row {row} of the transition is no distribution: it sums to {sums[row]:.6g}, its "
@@ -135,6 +140,16 @@ class ReducedModel:
         return self.weights * variance.mean(axis=0)
 
 
+def check_finite(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape, or with entries that are NaN or infinite."""
+    if np.shape(values) != shape:
+        raise SinkbookError(f"{name} has the shape {np.shape(values)}. Give {shape}.")
+    if not np.isfinite(values).all():
+        raise SinkbookError(
+            f"{name} has a value state, weight, logit or context that is not finite. Give numbers."
+        )
+
+
 def asymptotic_sink_logits(
     model: ReducedModel, times: Float64[np.ndarray, " time"]
 ) -> Float64[np.ndarray, "time row"]:
@@ -142,13 +157,13 @@ def asymptotic_sink_logits(
 
     Raises `SinkbookError` for times that are not positive, and for a row with C = 0.
     """
-    rates = model.growth_rates()
+    times, rates = positive_times(times), model.growth_rates()
     if not (rates > 0).all():
         raise SinkbookError(
             f"row {int(np.argmin(rates))} has C = 0: nothing in view can mislead it, and its sink "
             "logit does not grow. Leave the row out."
         )
-    return 0.5 * np.log(2 * rates * positive_times(times)[:, None])
+    return 0.5 * np.log(2 * rates * times[:, None])
 
 
 def adam_sink_logits(
@@ -223,10 +238,13 @@ def gradient_flow(
     average, or NaN. The solver is stiff, adapts its step over any number of decades, and gives the
     same bits at every call. Raises `SinkbookError` for times that are not positive and increasing.
     """
-    times = positive_times(times)
+    times, moving = (
+        positive_times(times),
+        names_of("moving part", moving, (SINK_LOGITS, SINK_VALUE)),
+    )
+    check_finite(SINK_LOGITS, sink_logits, model.weights.shape)
+    check_finite(SINK_VALUE, sink_value, model.values.shape[1:])
     parts = {SINK_LOGITS: sink_logits, SINK_VALUE: sink_value}
-    if unknown := [name for name in moving if name not in parts]:
-        raise SinkbookError(f"no part named {unknown[0]!r} moves. Known: {', '.join(parts)}.")
     names = [name for name in parts if name in moving]
     cuts = np.cumsum([len(parts[name]) for name in names])[:-1]
 
@@ -345,7 +363,9 @@ def reduced_model(
     there is a single one, the average over positions; else so many are drawn from the task's texts.
     Raises `SinkbookError` for a negative ξ.
     """
-    if np.min(value) < 0:
+    if contexts is not None:
+        check_whole_number("contexts", contexts, 1)
+    if not np.isfinite(value).all() or np.min(value) < 0:
         raise SinkbookError(f"a value state ξ is {np.min(value):.6g}; give ξ >= 0.")
     rows, tokens = rows_and_tokens(task)
     share, length = token_shares(task), task.config.length

@@ -341,7 +341,9 @@ class Program:
         kept = [run.optimizer for run in self.runs]
         if self.config.optimizer in MATRIX_OPTIMIZERS:
             whole = io.BytesIO(kept[0]["whole"].cpu().numpy().tobytes())
-            self.optimizer.load_state_dict(torch.load(whole, map_location=self.device))
+            self.optimizer.load_state_dict(
+                torch.load(whole, map_location=self.device, weights_only=True)
+            )
             return
         for name, key in [n.rsplit("/", 1) for n in kept[0]]:
             tensors = [of_run[f"{name}/{key}"] for of_run in kept]

@@ -14,6 +14,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinkbook import store
+from sinkbook.arguments import (
+    check_kind,
+    check_numbers,
+    check_seed,
+    check_whole_number,
+    check_whole_numbers,
+)
 from sinkbook.data.shakespeare import characters
 from sinkbook.dependencies import KEEPERS, code_hash
 from sinkbook.errors import SinkbookError
@@ -50,6 +57,11 @@ class TrainingConfig:
     details: bool = False  # also measure who writes at `<s>`, gradients and steps
 
     def __post_init__(self):
+        check_kind("task", self.task, TaskConfig)
+        check_kind("model", self.model, TransformerConfig)
+        check_whole_numbers(self, steps=1, batch_size=1, measurements=1, evaluation_size=1)
+        check_numbers(self, learning_rate=0, weight_decay=0)
+        check_seed(self.seed)
         if self.precision not in PRECISIONS:
             raise SinkbookError(
                 f"no precision named {self.precision!r}. Known: {', '.join(PRECISIONS)}."
@@ -131,6 +143,7 @@ class Run:
 
 def seeds_of(config: Config, count: int) -> list[Config]:
     """The config under `count` seeds, its own first."""
+    check_whole_number("count", count)
     return [replace(config, seed=config.seed + i) for i in range(count)]
 
 

@@ -16,6 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinkbook.arguments import (
+    check_kind,
+    check_numbers,
+    check_whole_number,
+    check_whole_numbers,
+)
 from sinkbook.data.shakespeare import CharacterStatistics, characters
 from sinkbook.errors import SinkbookError
 from sinkbook.models.token_labels import token_label
@@ -39,6 +45,8 @@ class TaskConfig:
     copy_probability: float = 1.0  # of copying at a trigger; else the bigram rule
 
     def __post_init__(self):
+        check_whole_numbers(self, characters=0, triggers=0, length=0, starts=0)
+        check_numbers(self, delimiter_probability=0, copy_probability=0)
         limits = {
             "characters": (self.triggers + 2, 65),
             "triggers": (0, 60),
@@ -156,6 +164,7 @@ class Task:
 
     def _draw(self, size: int, generators: list[torch.Generator | None]) -> Int[Tensor, "b t"]:
         """`size` texts from each generator, all of them position by position."""
+        check_whole_number("size", size, 1)
         config, length = self.config, self.config.length + 1
         device = generators[0].device if generators[0] is not None else torch.device("cpu")
         rows, is_trigger = self._on(device)
@@ -269,6 +278,7 @@ class Task:
 
         Raises `SinkbookError` for a character that the task does not have.
         """
+        check_kind("text", text, str)
         starts = [s for s in self.symbols if s in (START, "<s2>")]
         unknown = sorted(set(text) - set(self.symbols))
         if unknown:
@@ -331,6 +341,8 @@ class _Rows:
 
 def generator_at(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The random numbers of a training step, which depend on nothing but (seed, step)."""
+    check_whole_number("seed", seed)
+    check_whole_number("step", step)
     entropy = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
 

@@ -19,6 +19,7 @@ import xarray as xr
 from torch import Tensor
 
 from sinkbook import store
+from sinkbook.arguments import check_all, check_known, check_number
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.parallel import asked_for, in_processes, on_executor
@@ -37,7 +38,7 @@ def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: f
     `device` is "auto" (CUDA where there is one), "cpu" or a CUDA device. A kill loses at most
     `checkpoint_seconds`. A damaged stored run is reported, set aside and trained again; a second
     process that asks for the same run waits for the first.
-    Raises `SinkbookError` when the store cannot be written.
+    Raises `SinkbookError` for what is no config, and when the store cannot be written.
     """
     return train_all([config], device=device, checkpoint_seconds=checkpoint_seconds)[0]
 
@@ -63,11 +64,15 @@ def train_all(
     Every way gives the same results within floating-point error.
 
     `until` is a time (`time.time()`) at which what is unfinished is kept for a later call.
-    Raises `TimeIsUpError` then.
+    Raises `TimeIsUpError` then, and `SinkbookError` for an unknown way and what is no config.
 
     With an `executor`, or a Dask scheduler whose address is in `SINKBOOK_DASK`, each missing run
     is a task of its own there, and comes back into the store here. Workers need no store in common.
     """
+    check_all("configs", configs, TrainingConfig)
+    check_known("way", way, ("auto", "batched", "processes", "sequence"))
+    check_number("checkpoint_seconds", checkpoint_seconds, 0, infinite=True)
+    check_number("until", until, infinite=True)
     runs = {config: stored(config) for config in configs}
     missing = [config for config, run in runs.items() if run is None]
     with ExitStack() as stack:

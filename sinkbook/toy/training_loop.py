@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_number, check_whole_number
 from sinkbook.progress import progress
 
 Batch = TypeVar("Batch")
@@ -28,6 +29,10 @@ def schedule(
     >>> schedule(1000, 4), schedule(1000, 2, every=400)
     ((0, 1, 10, 100, 1000), (0, 1, 400, 800, 1000))
     """
+    check_whole_number("steps", steps, 1)
+    check_whole_number("count", count)
+    check_whole_number("every", 1 if every is None else every, 1)
+    check_number("first", first, 1e-9)
     evenly = np.geomspace(first, steps, count).round().astype(int).tolist()
     return tuple(sorted({0, *evenly, *range(0, steps, every or steps), steps}))
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_layers, check_numbers, check_whole_numbers
 from sinkbook.errors import SinkbookError
 from sinkbook.toy.attention import KERNELS, PARAMETERS
 from sinkbook.toy.norms import NORMS
@@ -44,6 +45,11 @@ class TransformerConfig:
     linear_mlp: tuple[int, ...] = ()  # layers whose MLP is one linear map
 
     def __post_init__(self):
+        check_whole_numbers(self, vocab_size=1, length=1, width=1, layers=0, heads=1)
+        check_numbers(self, null_slot_speed=0)
+        check_layers("without_attention", self.without_attention, self.layers)
+        check_layers("without_mlp", self.without_mlp, self.layers)
+        check_layers("linear_mlp", self.linear_mlp, self.layers)
         _check_name("attention kernel", self.attention, KERNELS)
         _check_name("gate", self.gate, GATES)
         _check_name("first value", self.first_value, FIRST_VALUES)

@@ -20,18 +20,15 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     LlamaForCausalLM,
-    PreTrainedModel,
 )
 
 from sinkbook.data import corpora, sources
 from sinkbook.errors import SinkbookError
 from sinkbook.models.gguf import GGUF_FILE, prepared
 from sinkbook.models.pretrained import KNOWN, load
-from tiny import SIZES, tiny_model, tiny_tokenizer
+from tiny import GGUF_TOKENS, SIZES, tiny_model, tiny_tokenizer, write_tiny_gguf
 
 pytestmark = pytest.mark.weights
-
-GGUF_TOKENS = ["<|endoftext|>", "<s>", "t", "o", "b", "e", "to", "be"]
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
@@ -101,47 +98,6 @@ def test_the_prepared_smollm2_is_the_gguf_files_model_to_the_last_bit(smollm2, t
 
 
 # --- Preparing pinned weights ----------------------------------------------------------------
-
-
-def write_tiny_gguf(path: Path, model: PreTrainedModel, about=lambda writer: None) -> None:
-    """A tiny model in GGUF's layout, its matrices in 8 bits, with a byte-pair tokenizer."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, config.model_type)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(64)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(GGUF_TOKENS)
-    writer.add_token_types([3, 3, 1, 1, 1, 1, 1, 1])
-    writer.add_token_merges(["t o", "b e"])
-    writer.add_bos_token_id(1)
-    writer.add_add_bos_token(False)
-    about(writer)
-    architecture = gguf.MODEL_ARCH[config.model_type.upper()]
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if architecture == gguf.MODEL_ARCH.LLAMA and (".q_proj." in name or ".k_proj." in name):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            # From two halves to neighbouring pairs, as llama.cpp's own converter does.
-            tensor = tensor.reshape(heads, 2, -1, config.hidden_size).transpose(1, 2)
-            tensor = tensor.reshape(-1, config.hidden_size)
-        values, kind = tensor.numpy(), gguf.GGMLQuantizationType.F32
-        if values.ndim == 2:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            values = gguf.quantize(values, kind)
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(gguf_name, values, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture

@@ -224,7 +224,7 @@ def test_a_report_is_replaced_only_with_force_and_other_files_stay(
 
 def test_out_that_is_a_file_is_refused_before_the_model_is_loaded(sinkbook, document):
     status, _, errors = sinkbook("no-such-model", "--text", document, "--out", document)
-    assert status == 1 and "it is a file" in errors
+    assert status == 1 and "Not a directory" in errors
 
 
 def test_text_and_domain_together_are_a_usage_error(sinkbook, folder, document):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -19,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sinkbook import store
 from sinkbook.errors import SinkbookError
@@ -222,6 +225,47 @@ def test_a_damaged_checkpoint_is_reported_and_training_starts_over(
     fault(run_store / TINY.key / "checkpoint.safetensors")
     assert_same_run(train(TINY), unbroken)
     assert "is damaged (checkpoint.safetensors" in caplog.text
+
+
+def _stopped_at_12(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 12)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, checkpoint_seconds=0.0)
+
+
+@pytest.mark.parametrize("step", ["2", "99", "-1", "many", "", "１２", None])
+def test_a_step_that_is_not_the_checkpoints_is_found(unbroken, monkeypatch, caplog, step):
+    """It stands beside the weights and decides what is trained on."""
+    _stopped_at_12(TINY, monkeypatch)
+    path = TINY.folder / "checkpoint.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | {"step": step}
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(store.DamagedError):
+        store.load_checkpoint(TINY.folder)
+    assert_same_run(train(TINY), unbroken)
+    assert "is damaged" in caplog.text
+
+
+def test_an_optimizers_state_runs_no_code(monkeypatch, caplog, tmp_path):
+    """Not even where an environment variable has torch read pickles whole."""
+
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "executed").touch, ()
+
+    config = replace(TINY, optimizer="muon")
+    _stopped_at_12(config, monkeypatch)
+    tensors, step = store.load_checkpoint(config.folder)
+    trap = io.BytesIO()
+    torch.save(Trap(), trap)
+    tensors["optimizer/whole"] = torch.frombuffer(bytearray(trap.getvalue()), dtype=torch.uint8)
+    store.save_checkpoint(config.folder, tensors, step)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    train(config)
+    assert "holds more than numbers" in caplog.text and not (tmp_path / "executed").exists()
 
 
 def test_another_runs_files_under_this_runs_name_are_not_believed(unbroken, run_store, caplog):

@@ -11,8 +11,10 @@ import pandas as pd
 import xarray as xr
 from safetensors.torch import load_file
 
+from sinkbook.arguments import check_kind, check_number
 from sinkbook.book.records import paper_scale
 from sinkbook.errors import SinkbookError
+from sinkbook.files import reading
 from sinkbook.provenance import repository
 from sinkbook.toy.runs import Run
 from sinkbook.toy.transformer import Transformer
@@ -31,6 +33,8 @@ NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 
 # The records whose weights stand beside them, one seed of each training, for later questions.
 WITH_WEIGHTS = ("one-layer", "three-layers")
+
+FROM_A_CLONE = "Take it from a clone of the repository"
 
 # Records are never edited: a variable that has another name today is renamed when it is read.
 RENAMED = {
@@ -80,7 +84,13 @@ def whole_file(name: str) -> xr.Dataset:
     path = path_of(name)
     if not path.exists():
         raise SinkbookError(f"the record {name!r} is not there. Make it: sinkbook record {name}")
-    found = xr.load_dataset(path, engine="h5netcdf")
+    with reading(path, f"{FROM_A_CLONE}, or make it again: sinkbook record {name}", named=True):
+        found = xr.load_dataset(path, engine="h5netcdf")
+        check_number("seconds", float(found.attrs["seconds"]), 0)
+        for fact in ("date", "device", "command"):
+            check_kind(fact, found.attrs[fact], str)
+        if name in paper_scale.GROUPS:
+            paper_scale.finished(found)
     return found.rename({old: new for old, new in RENAMED.items() if old in found})
 
 
@@ -151,14 +161,15 @@ def run_of(name: str, training: str) -> Run:
         )
     config = groups[training][0]
     model = Transformer(config.model)
-    kept = load_file(weights_path(name))
-    model.load_state_dict(
-        {
-            key.removeprefix(f"{training}/"): tensor.float()
-            for key, tensor in kept.items()
-            if key.startswith(f"{training}/")
-        }
-    )
+    with reading(weights_path(name), f"{FROM_A_CLONE}, or make it again: sinkbook record {name}"):
+        kept = load_file(weights_path(name))
+        model.load_state_dict(
+            {
+                key.removeprefix(f"{training}/"): tensor.float()
+                for key, tensor in kept.items()
+                if key.startswith(f"{training}/")
+            }
+        )
     measurements, facts = paper_scale.trainings(whole_file(name))[training, config.seed]
     return Run(config, model.eval().requires_grad_(False), measurements, facts)
 
@@ -169,8 +180,7 @@ def paper_one_layer() -> xr.Dataset:
     Read from the result files of the official code (Figure 4b of arXiv 2410.13835). Its sink
     attention counts position 0, and its bigram risk has the oracle's slip there.
     """
-    path = path_of("one-layer").parent / "paper-one-layer.csv"
-    return pd.read_csv(path, index_col="step").to_xarray()
+    return _table("paper-one-layer")
 
 
 def paper_olmo() -> xr.Dataset:
@@ -180,5 +190,10 @@ def paper_olmo() -> xr.Dataset:
     a figure shows no number. Its attention is that on whichever key gets most, and its sink logit
     counts masked keys.
     """
-    path = path_of("one-layer").parent / "paper-olmo-7b.csv"
-    return pd.read_csv(path, index_col="step").to_xarray()
+    return _table("paper-olmo-7b")
+
+
+def _table(name: str) -> xr.Dataset:
+    path = path_of("one-layer").parent / f"{name}.csv"
+    with reading(path, f"{FROM_A_CLONE}."):
+        return pd.read_csv(path, index_col="step").to_xarray()

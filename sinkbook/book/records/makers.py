@@ -17,6 +17,7 @@ import xarray as xr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sinkbook.arguments import check_number
 from sinkbook.book.experiments import (
     league_base,
     one_layer,
@@ -36,6 +37,7 @@ from sinkbook.book.records.kept import (
     whole_file,
 )
 from sinkbook.book.settings import Settings
+from sinkbook.devices import device_of
 from sinkbook.files import write, write_netcdf
 from sinkbook.mitigations.registry import MITIGATIONS, under_mitigations, under_slot_controls
 from sinkbook.toy.measurements import measure_toy
@@ -182,8 +184,9 @@ def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
 
     `until` is a time (`time.time()`) at which trainings at the paper's scale stop. The file then
     holds those that are finished, and the next call, on this machine or another, makes the others.
-    Raises `TimeIsUpError` then.
+    Raises `TimeIsUpError` then, and `SinkbookError` for an unknown record or device.
     """
+    path_of(name), device_of(device)
     if name not in paper_scale.GROUPS:
         return _write(name, MAKERS[name]())
     groups = paper_scale.GROUPS[name]()
@@ -239,6 +242,7 @@ def make_missing(*, device: str = "auto", minutes: float = math.inf) -> list[Pat
 
     What is unfinished then goes on with the next call.
     """
+    check_number("minutes", minutes, 0, infinite=True)
     until, made = time.time() + 60 * minutes, []
     for name in NAMES:
         if is_finished(name):

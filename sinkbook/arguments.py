@@ -1,0 +1,208 @@
+"""Checks of arguments where they enter: each names what does not fit, its value, and what does.
+
+What begins with `check_` returns nothing and only refuses. Standing alone, with nothing called in
+its arguments, such a statement is no part of what decides a result: `syntax.py` leaves it out, so
+that a stored run is found again after its arguments are looked at more closely.
+"""
+
+import math
+from collections.abc import Collection, Iterable
+from numbers import Real
+from operator import index
+from types import UnionType
+
+from sinkbook.errors import SinkbookError
+
+# The seeds that there are. From the first one on that there is not, texts are held out.
+SEEDS = 2**31
+
+Number = int | float
+Limits = Number | tuple[Number, Number]  # the least value, or the least and the most
+
+
+def whole_number(name: str, value: object, least: int = 0, most: int | None = None) -> int:
+    """The value of an argument that must be a whole number, from `least` to `most`.
+
+    >>> whole_number("window", 4.0, 1)
+    Traceback (most recent call last):
+    ...
+    sinkbook.errors.SinkbookError: `window=4.0` is no whole number. Give one from 1 on.
+    """
+    there = f"from {least} on" if most is None else f"from {least} to {most}"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        raise SinkbookError(
+            f"`{name}={_shown(value)}` is no whole number. Give one {there}."
+        ) from None
+    if number < least or (most is not None and number > most):
+        size = "small" if number < least else "large"
+        instead = f"{least} or more" if most is None else f"one {there}"
+        raise SinkbookError(f"`{name}={value!r}` is too {size}. Give {instead}.")
+    return number
+
+
+def check_whole_number(name: str, value: object, least: int = 0, most: int | None = None) -> None:
+    """Refuse what is no whole number from `least` to `most`."""
+    whole_number(name, value, least, most)
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what is no seed of a training: from 2**31 on, they are those of held-out texts."""
+    whole_number("seed", seed, 0, SEEDS - 1)
+
+
+def check_number(
+    name: str,
+    value: object,
+    least: Number = -math.inf,
+    most: Number = math.inf,
+    *,
+    infinite: bool = False,
+) -> None:
+    """Refuse what is no number from `least` to `most`, or is infinite where it may not be.
+
+    >>> check_number("learning_rate", float("nan"), 0)
+    Traceback (most recent call last):
+    ...
+    sinkbook.errors.SinkbookError: `learning_rate=nan` is no finite number. Give one from 0 on.
+    """
+    bounds = {(True, True): f" from {least} to {most}", (True, False): f" from {least} on"}
+    there = bounds.get((least > -math.inf, most < math.inf), "")
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or math.isnan(value) or (math.isinf(value) and not infinite):
+        raise SinkbookError(f"`{name}={_shown(value)}` is no finite number. Give one{there}.")
+    if not least <= value <= most:
+        raise SinkbookError(f"`{name}={_shown(value)}` is out of range. Give a number{there}.")
+
+
+def check_whole_numbers(config: object, **limits: Limits) -> None:
+    """Refuse a config with fields that are no whole numbers within their limits."""
+    for name, limit in limits.items():
+        check_whole_number(name, getattr(config, name), *_pair(limit))
+
+
+def check_numbers(config: object, **limits: Limits) -> None:
+    """Refuse a config with fields that are no finite numbers within their limits."""
+    for name, limit in limits.items():
+        check_number(name, getattr(config, name), *_pair(limit))
+
+
+def check_multiple(name: str, value: object, of: int) -> None:
+    """Refuse what is no positive multiple of a whole number."""
+    if whole_number(name, value, of) % of:
+        raise SinkbookError(f"`{name}={value}` is no multiple of {of}. Give one.")
+
+
+def check_known(kind: str, name: object, known: Iterable[object]) -> None:
+    """Refuse a name that is none of those known.
+
+    >>> check_known("way", "nonsense", ("zero", "mean"))
+    Traceback (most recent call last):
+    ...
+    sinkbook.errors.SinkbookError: no way named 'nonsense'. Known: zero, mean.
+    """
+    known = list(known)
+    if not isinstance(name, str) or name not in known:
+        raise SinkbookError(f"no {kind} named {_shown(name)}. Known: {', '.join(map(str, known))}.")
+
+
+def names_of(kind: str, given: object, known: Collection[str]) -> tuple[str, ...]:
+    """A list of known names, one at least, of whatever gives them one after the other.
+
+    >>> names_of("variable", (name for name in ["loss"]), ("loss", "value_norm"))
+    ('loss',)
+    """
+    instead = f"Give one, such as [{next(iter(known))!r}]."
+    several = f"`{kind}s={_shown(given)}` is no list of names. {instead}"
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise SinkbookError(several)
+    names = tuple(given)
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            raise SinkbookError(f"no {kind} {_shown(name)}. Known: {', '.join(known)}.")
+    if not names:
+        raise SinkbookError(several)
+    return names
+
+
+def texts_of(given: object) -> list[str]:
+    """A list of texts, one at least, of whatever gives them one after the other.
+
+    >>> texts_of("one text")
+    Traceback (most recent call last):
+    ...
+    sinkbook.errors.SinkbookError: texts is one string, 'one text'. Give a list: [text].
+    """
+    if isinstance(given, str):
+        raise SinkbookError(f"texts is one string, {given[:30]!r}. Give a list: [text].")
+    if not isinstance(given, Iterable):
+        raise SinkbookError(f"texts is {_shown(given)}. Give a list of strings.")
+    texts = list(given)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise SinkbookError(
+                f"texts has {_shown(text)} at place {number}, which is no string. Give a list of "
+                "strings."
+            )
+    if not texts:
+        raise SinkbookError("there are no texts to measure. Give one at least.")
+    return texts
+
+
+def check_all(name: str, given: object, *kinds: type) -> None:
+    """Refuse what is no list of things of some kinds.
+
+    >>> check_all("configs", 5, str)
+    Traceback (most recent call last):
+    ...
+    sinkbook.errors.SinkbookError: `configs=5` is no list. Give a list of str.
+    """
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if isinstance(given, str) or not isinstance(given, Collection):
+        raise SinkbookError(f"`{name}={_shown(given)}` is no list. Give a list of {wanted}.")
+    for place, value in enumerate(given):
+        if not isinstance(value, kinds):
+            raise SinkbookError(
+                f"`{name}` has {_shown(value)} at place {place}. Give a list of {wanted}."
+            )
+
+
+def check_kind(name: str, given: object, kind: type | UnionType) -> None:
+    """Refuse what is not of a kind.
+
+    >>> check_kind("text", 5, str)
+    Traceback (most recent call last):
+    ...
+    sinkbook.errors.SinkbookError: `text=5` is no str. Give one.
+    """
+    if not isinstance(given, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace(" | ", " or ")
+        raise SinkbookError(f"`{name}={_shown(given)}` is no {wanted}. Give one.")
+
+
+def check_layers(name: str, given: object, count: int) -> None:
+    """Refuse what is no tuple of layers, of which there are `count`."""
+    if not isinstance(given, tuple):
+        raise SinkbookError(
+            f"`{name}={_shown(given)}` is no tuple of layers. Give one, such as (0,)."
+        )
+    for layer in given:
+        check_whole_number(name, layer, 0)
+        if layer >= count:
+            raise SinkbookError(f"{name} has layer {layer}, and there are {count}. Leave it out.")
+
+
+def _pair(limit: Limits) -> tuple[Number, ...]:
+    return limit if isinstance(limit, tuple) else (limit,)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: short, on one line, whatever its class does when it is asked."""
+    try:
+        shown = " ".join(repr(value).split())
+    except Exception:
+        return f"a {type(value).__name__}"
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
