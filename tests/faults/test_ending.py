@@ -44,7 +44,10 @@ def ended(raised: Exception, capsys, monkeypatch) -> tuple[int, str]:
     [
         (SinkbookError("no such thing. Give another."), "sinkbook: no such thing. Give another.\n"),
         (MemoryError(), "sinkbook: the memory is full"),
-        (OSError(22, os.strerror(22)), "sinkbook: OSError: [Errno 22] Invalid argument. This should"),
+        (
+            OSError(22, os.strerror(22)),
+            "sinkbook: OSError: [Errno 22] Invalid argument. This should",
+        ),
         (RecursionError("too deep"), "sinkbook: RecursionError: too deep. This should have been"),
         (KeyError("x"), "sinkbook: KeyError: 'x'. This should have been a sentence"),
         (FileNotFoundError(2, "No such file", "x"), "sinkbook: FileNotFoundError: [Errno 2]"),
