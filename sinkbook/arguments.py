@@ -117,15 +117,15 @@ def names_of(kind: str, given: object, known: Collection[str]) -> tuple[str, ...
     """
     instead = f"Give one, such as [{next(iter(known))!r}]."
     several = f"`{kind}s={_shown(given)}` is no list of names. {instead}"
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    names = _items(given)
+    if names is None:
         raise SinkbookError(several)
-    names = tuple(given)
     for name in names:
         if not isinstance(name, str) or name not in known:
             raise SinkbookError(f"no {kind} {_shown(name)}. Known: {', '.join(known)}.")
     if not names:
         raise SinkbookError(several)
-    return names
+    return tuple(names)
 
 
 def texts_of(given: object) -> list[str]:
@@ -138,9 +138,9 @@ def texts_of(given: object) -> list[str]:
     """
     if isinstance(given, str):
         raise SinkbookError(f"texts is one string, {given[:30]!r}. Give a list: [text].")
-    if not isinstance(given, Iterable):
+    texts = _items(given)
+    if texts is None:
         raise SinkbookError(f"texts is {_shown(given)}. Give a list of strings.")
-    texts = list(given)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise SinkbookError(
@@ -161,9 +161,9 @@ def check_all(name: str, given: object, *kinds: type) -> None:
     sinkbook.errors.SinkbookError: `configs=5` is no list. Give a list of str.
     """
     wanted = " or ".join(kind.__name__ for kind in kinds)
-    if isinstance(given, str) or not isinstance(given, Collection):
+    if not isinstance(given, Collection) or (items := _items(given)) is None:
         raise SinkbookError(f"`{name}={_shown(given)}` is no list. Give a list of {wanted}.")
-    for place, value in enumerate(given):
+    for place, value in enumerate(items):
         if not isinstance(value, kinds):
             raise SinkbookError(
                 f"`{name}` has {_shown(value)} at place {place}. Give a list of {wanted}."
@@ -193,6 +193,14 @@ def check_layers(name: str, given: object, count: int) -> None:
         check_whole_number(name, layer, 0)
         if layer >= count:
             raise SinkbookError(f"{name} has layer {layer}, and there are {count}. Leave it out.")
+
+
+def _items(given: object) -> list | None:
+    """What somebody gives one after the other; None for a string, and for what gives nothing."""
+    try:
+        return None if isinstance(given, str | bytes) else list(given)
+    except TypeError:
+        return None
 
 
 def _pair(limit: Limits) -> tuple[Number, ...]:

@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+INTERRUPTED = 130  # the status that typer ends with after Ctrl-C
 CONDITION_MET = 3  # the status of `sinkbook probe --fail-if` when it is so
 
 # Those of `data.corpora` and of `quantization`, which take longer to import than `--help` should.

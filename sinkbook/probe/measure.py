@@ -15,7 +15,7 @@ as much as the plain forward pass, is exact, and needs memory linear in the numb
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from inspect import signature
 
@@ -61,7 +61,7 @@ DEFAULT = ("sink_attention", "sink_logit", "value_norm", "residual_norm")
 def measure(
     model: AnyModel,
     input_ids: TokenTable,
-    variables: Sequence[str] = DEFAULT,
+    variables: Iterable[str] = DEFAULT,
     *,
     attention_mask: Tensor | Sequence | np.ndarray | None = None,
     position_ids: TokenTable | None = None,
@@ -122,8 +122,8 @@ def measure(
 
 def measure_texts(
     language_model,
-    texts: Sequence[str],
-    variables: Sequence[str] = DEFAULT,
+    texts: Iterable[str],
+    variables: Iterable[str] = DEFAULT,
     *,
     length: int = 512,
     batch_size: int = 8,

@@ -93,7 +93,7 @@ def test_lists_are_lists_and_names_are_known(value):
     ):
         said = refused(call)
         assert said is None or said.endswith(".")
-        assert said is not None or value in ([], {})
+        assert said is not None or not len(value)
     said = refused(lambda: texts_of(value))
     assert said is not None or all(isinstance(text, str) for text in value)
 

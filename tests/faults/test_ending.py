@@ -21,7 +21,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.files import printable
 from sinkbook.llm import checkpoint_metrics
 from sinkbook.llm.checkpoints import Revision
-from sinkbook.report import comparison_page, report
+from sinkbook.report import report
 from tiny import tiny_model, tiny_reader
 
 STEERING = "a\x1b]0;title\x07[red]name\x9b31m\u202edesrever"
@@ -97,7 +97,7 @@ def test_what_is_plain_is_printed_as_it_is():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
-@pytest.mark.parametrize("command", [["claims", "--json"], ["fetch", "--list"], ["record"]])
+@pytest.mark.parametrize("command", [["claims", "--json"], ["fetch", "--list"]])
 def test_output_that_cannot_be_written_is_told(command):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -140,7 +140,7 @@ def no_room_beyond(size: int):
         signal.signal(signal.SIGXFSZ, ignoring)
 
 
-@pytest.mark.parametrize("size", [0, 100, 5_000, 20_000, 40_000])
+@pytest.mark.parametrize("size", [0, 20_000])
 def test_a_full_disk_leaves_every_file_of_a_good_report_whole(tmp_path, result, size):
     report.write(result, tmp_path)
     good = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -158,15 +158,13 @@ def test_a_full_disk_leaves_every_file_of_a_good_report_whole(tmp_path, result, 
     "write",
     [
         lambda folder: claims.keep({"id": "x" * 50, "measured": list(range(1000))}),
-        lambda folder: comparison_page.write(None, folder / "page.html", force=True),
         lambda folder: store.save_checkpoint(folder, {"w": torch.zeros(999)}, 1),
         lambda folder: files.write_netcdf(folder / "x.nc", DATASET, otherwise="wait"),
     ],
-    ids=["ledger", "page", "checkpoint", "dataset"],
+    ids=["ledger", "checkpoint", "dataset"],
 )
 def test_a_full_disk_leaves_what_was_good_and_nothing_half(tmp_path, monkeypatch, write):
     monkeypatch.setenv("SINKBOOK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(comparison_page, "comparison_page", lambda comparison: "x" * 3000)
     write(tmp_path)
     good = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with no_room_beyond(1000), pytest.raises(SinkbookError, match="Free some space, or "):
