@@ -30,10 +30,11 @@ STEERING = "a\x1b]0;title\x07[red]name\x9b31m\u202edesrever"
 def ended(raised: Exception, capsys, monkeypatch) -> tuple[int, str]:
     """Status and message of a command in whose course something is raised."""
 
-    def fail():
+    def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("sinkbook.data.corpora.fetch", fail)
+    monkeypatch.setattr("sys.argv", ["sinkbook", "fetch", "code"])
     with pytest.raises(SystemExit) as end:
         cli.main()
     return end.value.code, capsys.readouterr().err
