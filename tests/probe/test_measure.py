@@ -457,7 +457,7 @@ def test_what_does_not_fit_is_named(arguments, message):
 
 
 def test_tokens_that_the_model_does_not_have_are_named():
-    with pytest.raises(SinkbookError, match="token ids up to 200"):
+    with pytest.raises(SinkbookError, match="token ids go from 200 to 200"):
         measure(tiny_model(), torch.full((1, 4), 200))
 
 
