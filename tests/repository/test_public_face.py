@@ -21,6 +21,7 @@ import json, os, pkgutil, sys, warnings
 import matplotlib, torch
 from transformers import AutoModel, Trainer
 import distributed, ipywidgets, matplotlib.pyplot, pandas, pytorch_optimizer, xarray
+import sphinx.transforms.post_transforms, sphinx.util.docutils
 
 def now():
     return {
