@@ -200,6 +200,7 @@ def _for_the_page(element: ElementTree.Element, *, mapped: bool) -> None:
     """An element and all below it; `mapped` is what a colour map has coloured."""
     element.tag = element.tag.removeprefix(SVG)
     mapped = mapped or element.get("class") == MAPPED
+    _clip_once(element)
     if "d" in element.attrib:
         element.set("d", _shorter(element.get("d")))
     for place in ("x", "y"):
@@ -217,6 +218,17 @@ def _for_the_page(element: ElementTree.Element, *, mapped: bool) -> None:
         element.text = (element.text or "").strip()
         for child in element:
             child.tail = None
+
+
+def _clip_once(element: ElementTree.Element) -> None:
+    """Dots that are all cut off in the same place, each in a group of its own, in one group."""
+    groups = [child for child in element if child.tag.removeprefix(SVG) == "g"]
+    cuts = {tuple(group.attrib.items()) for group in groups}
+    if len(groups) > 1 and len(cuts) == 1 and all(set(g.attrib) == {"clip-path"} for g in groups):
+        element.set("clip-path", groups[0].get("clip-path"))
+        for group in groups:
+            element.remove(group)
+            element.extend(group)
 
 
 def _rounded(numbers: str) -> str:

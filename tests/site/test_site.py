@@ -26,6 +26,7 @@ READ_PAGE = """async () => {
   const text = document.querySelector("article").cloneNode(true);
   text.querySelectorAll("pre, code, mjx-container, script, style").forEach(node => node.remove());
   const images = [...document.querySelectorAll("article img")];
+  const figures = [...document.querySelectorAll("article svg[role=img]")];
   const fileName = /\\.(png|svg|webp|jpe?g)$/;
   const colours = getComputedStyle(document.body);
   const code = [...document.querySelectorAll(
@@ -37,7 +38,8 @@ READ_PAGE = """async () => {
     formulas: document.querySelectorAll("article .math").length,
     typeset: document.querySelectorAll("article mjx-container").length,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-    unnamed: images.filter(i => !i.alt.trim() || fileName.test(i.alt)).map(i => i.src),
+    unnamed: images.filter(i => !i.alt.trim() || fileName.test(i.alt)).map(i => i.src)
+      .concat(figures.filter(svg => !svg.getAttribute("aria-label")?.trim()).map(svg => svg.id)),
     firstFigure: document.querySelector("article figure")?.getBoundingClientRect().top,
     code: height(code) / height([document.querySelector("article")]),
     broken: images.filter(i => !i.naturalWidth).map(i => i.src),
@@ -52,6 +54,19 @@ BARRIERS = """async () => {
   const found = await axe.run(document, {resultTypes: ["violations"]});
   return found.violations.filter(rule => ["serious", "critical"].includes(rule.impact))
     .map(rule => [rule.id, ...rule.nodes.map(node => node.target.join(" "))]);
+}"""
+
+
+# The letters of all figures that a view shows, opened or not: pixels, ink and words.
+LETTERS = """() => {
+  document.querySelectorAll("details").forEach(details => { details.open = true; });
+  return [...document.querySelectorAll("article .sinkbook-figure svg text")]
+    .filter(text => text.checkVisibility() && text.textContent.trim())
+    .map(text => {
+      const { a, b, c, d } = text.getScreenCTM(), style = getComputedStyle(text);
+      const pixels = Math.sqrt(Math.abs(a * d - b * c)) * parseFloat(style.fontSize);
+      return [pixels, style.fill, text.textContent];
+    });
 }"""
 
 
@@ -164,6 +179,27 @@ def test_every_image_says_what_it_shows(visit, name):
     assert visit(name, "wide")["unnamed"] == []
 
 
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_letters_of_every_figure_are_ten_pixels_high(visit, name, view):
+    letters = visit(name, view)["letters"]
+    assert letters
+    assert [words for pixels, _, words in letters if pixels < 10] == []
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_letters_of_every_figure_stand_out(visit, name, view):
+    page = visit(name, view)
+    faint = {
+        words
+        for _, ink, words in page["letters"]
+        # What has the colour of the page is written on the cells of a map.
+        if ink != page["paper"] and contrast(ink, page["paper"]) < 4.5
+    }
+    assert faint == set()
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_dark_pages_are_dark_and_their_text_is_light(visit, name):
     page = visit(name, "dark")
@@ -208,3 +244,15 @@ def brightness(colour: str) -> float:
     """Mean of the channels of a CSS colour such as `rgb(20, 24, 30)`, 0 to 255."""
     channels = [float(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3]]
     return sum(channels) / 3
+
+
+def contrast(ink: str, paper: str) -> float:
+    """How much lighter one CSS colour is than another, as WCAG counts it: from 1 to 21."""
+
+    def luminance(colour: str) -> float:
+        channels = [float(part) / 255 for part in re.findall(r"[\d.]+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(ink), luminance(paper)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
