@@ -21,12 +21,13 @@ from sinkbook.figures.basic import (
     token_strip,
     transition_map,
 )
-from sinkbook.figures.style import BACKCOPY, BIGRAM, DRAIN, OTHER, PEAK, SINK, TRIGGER
+from sinkbook.figures.style import BACKCOPY, BIGRAM, DRAIN, LAYERS, OTHER, PEAK, SINK, TRIGGER
 
 __all__ = [
     "BACKCOPY",
     "BIGRAM",
     "DRAIN",
+    "LAYERS",
     "OTHER",
     "PEAK",
     "SINK",

@@ -59,8 +59,12 @@ def head_map(
     *,
     label: str = "attention on the first token",
     title: str = "",
+    mark: float | None = None,
 ) -> Axes:
-    """A number between 0 and 1 for every head: one column a layer, one row a head."""
+    """A number between 0 and 1 for every head: one column a layer, one row a head.
+
+    `mark` is a number to show on the colour bar: from where on a head counts as a sink.
+    """
     layers, heads = values.sizes["layer"], values.sizes["head"]
     ax = axes_or_new(ax, figsize=(7, 1.2 + 0.18 * heads))
     # Cells of their own, which a page can name one by one; an image of them could not be asked.
@@ -75,7 +79,9 @@ def head_map(
     ax.set(xlabel="layer", ylabel="head", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(min(heads, 9), integer=True))
-    ax.figure.colorbar(cells, ax=ax, label=label)
+    bar = ax.figure.colorbar(cells, ax=ax, label=label)
+    if mark is not None:
+        bar.ax.axhline(mark, color="black", lw=1.5)
     return ax
 
 
@@ -272,7 +278,8 @@ def key_bars(
         title=title,
         colours=[colours.get(label, OTHER) for label in labels],
     )
-    ax.set(xlabel="kind of key", ylim=(0, 1.02))
+    pink = any(colours.get(label) == TRIGGER for label in labels)
+    ax.set(xlabel="kind of key" + " (pink: triggers)" * pink, ylim=(0, 1.02))
     return ax
 
 

@@ -169,15 +169,18 @@ def event_strip(
     reference: dict[str, float],
     xlabel: str,
 ) -> Axes:
-    """When things happened: one row an event, one dot a seed, a cross for the reference."""
+    """When things happened: one row an event, one dot a seed, a cross for the paper's run."""
     ax = axes_or_new(ax, figsize=(7, 0.8 + 0.35 * len(events)))
     for row, (name, steps) in enumerate(events.items()):
-        ax.plot(steps, np.full(steps.shape, row), "o", color=SINK, alpha=0.6, ms=6)
+        dots = ax.plot(steps, np.full(steps.shape, row), "o", color=SINK, alpha=0.6, ms=6, mew=0)
         if name in reference:
-            ax.plot(reference[name], row, "x", color="black", ms=7, mew=2)
+            crosses = ax.plot(reference[name], row, "x", color="black", ms=7, mew=2)
     ax.set_yticks(range(len(events)), events)
     ax.set(xlabel=xlabel, xscale="log", ylim=(len(events) - 0.5, -0.5))
     ax.grid(axis="y", alpha=0.3)
+    if set(reference) & set(events):
+        names = {"ncols": 2, "loc": "lower right", "bbox_to_anchor": (1, 1)}
+        ax.legend([dots[0], crosses[0]], ["a seed of ours", "paper"], **names)
     return ax
 
 

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 
 SINK, DRAIN, PEAK, OTHER = "#0072B2", "#D55E00", "#009E73", "#777777"
 TRIGGER, BACKCOPY, BIGRAM = "#CC79A7", "#CC79A7", "#E69F00"
+LAYERS = ("#005C43", PEAK, "#7DD3B8")  # of the peak after the first, second and third layer
 LARGEST = "#56B4E9"  # of the largest other token
 
 MAP = "Blues"  # of attention and other shares: darker is more
