@@ -38,6 +38,8 @@ FAULTS = (
     (re.compile(r'(<button class="btn search-button-field [^>]*?) aria-label="Search"'), r"\1"),
     # Titles of three icons, of which one is shown, in a button with a name of its own.
     (re.compile(r'(<i class="theme-switch [^>]*?) title="[^"]*"'), r"\1"),
+    # The same for what unfolds code, which says "Show the code".
+    (re.compile(r'<summary aria-label="Toggle hidden content">'), "<summary>"),
     # A list whose children are no items.
     (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
 )
