@@ -13,11 +13,7 @@ CLAIMS = """
 """
 PARAMETERS = 'profile = "quick"  # or "paper"\nseed = 0'
 # What npm has installed, as far as the pages carry it.
-INSTALLED = (
-    "mathjax/es5/tex-chtml.js",
-    "mathjax/es5/output/chtml/fonts/woff-v2/a.woff",
-    "@jupyter-widgets/html-manager/dist/embed.js",
-)
+INSTALLED = ("mathjax/es5/tex-chtml.js", "mathjax/es5/output/chtml/fonts/woff-v2/a.woff")
 
 
 def notebook(*cells: str, parameters: str | None = PARAMETERS, title: str | None = None) -> dict:
