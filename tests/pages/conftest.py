@@ -1,7 +1,5 @@
 """Labs on pages of their own, in Chromium: neither the executed book nor a renderer is needed."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,23 +22,6 @@ html[data-theme="dark"] {{
 }}
 body {{ margin: 16px; font-family: sans-serif }} {style}</style></head>
 <body>{body}<script src="lab-data.js"></script><script src="lab.js"></script></body></html>"""
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator:
-    """The browser, as in tests/site: without one the checks are skipped, or fail where asked."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        if os.environ.get("SINKBOOK_REQUIRE_BROWSER") == "1":
-            pytest.fail("SINKBOOK_REQUIRE_BROWSER=1, and there is no Chromium to open a lab in")
-        pytest.skip("no Chromium here: install one to check the lab (Debian: chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +53,12 @@ def lab_pages(runs, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def opened(lab_pages, chromium) -> Iterator[Callable]:
+def opened(lab_pages, browser) -> Iterator[Callable]:
     """Open a lab's page; fails at the end if it complained or asked another machine."""
     contexts, complaints = [], []
 
     def open_page(name: str, *, theme: str = "light", script: str = "", **view):
-        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | view)
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | view)
         contexts.append(context)
         tab = context.new_page()
         tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
