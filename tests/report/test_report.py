@@ -2,7 +2,6 @@
 
 import io
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -161,34 +160,28 @@ def test_each_cell_and_each_dot_says_the_numbers_that_it_is_drawn_by(smollm2):
             assert f"fill: var(--{'sink' if value > 0.3 else 'other'}, #" in drawn
 
 
-def test_the_page_opens_in_a_browser_without_complaint(written):
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-    playwright = pytest.importorskip("playwright.sync_api")
-    if found is None:
-        pytest.skip("no Chromium here: install one to check the page (Debian: chromium)")
+def test_the_page_opens_in_a_browser_without_complaint(written, browser):
     complaints, requests = [], []
     page = (written / "report.html").as_uri()
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        for width, scheme in ((1280, "light"), (390, "dark")):
-            tab = browser.new_page(
-                viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
-            )
-            tab.on("console", lambda message: complaints.append(message.text))
-            tab.on("request", lambda request: requests.append(request.url))
-            tab.goto(page)
-            seen = tab.evaluate("""() => ({
-              overflow: document.documentElement.scrollWidth - innerWidth,
-              unnamed: [...document.querySelectorAll("svg:not([aria-label])")].length,
-              drawings: document.querySelectorAll("svg[role=img]").length,
-              ink: getComputedStyle(document.body).color,
-              text: Math.min(...[...document.querySelectorAll("svg text")].map(
-                text => text.getBoundingClientRect().height)),
-            })""")
-            assert seen["overflow"] <= 0 and seen["unnamed"] == 0 and seen["drawings"] == 3
-            assert seen["text"] > 9
-            assert (seen["ink"] == "rgb(230, 233, 237)") == (scheme == "dark")
-        browser.close()
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        tab = browser.new_page(
+            viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
+        )
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.goto(page)
+        seen = tab.evaluate("""() => ({
+          overflow: document.documentElement.scrollWidth - innerWidth,
+          unnamed: [...document.querySelectorAll("svg:not([aria-label])")].length,
+          drawings: document.querySelectorAll("svg[role=img]").length,
+          ink: getComputedStyle(document.body).color,
+          text: Math.min(...[...document.querySelectorAll("svg text")].map(
+            text => text.getBoundingClientRect().height)),
+        })""")
+        assert seen["overflow"] <= 0 and seen["unnamed"] == 0 and seen["drawings"] == 3
+        assert seen["text"] > 9
+        assert (seen["ink"] == "rgb(230, 233, 237)") == (scheme == "dark")
+        tab.close()
     assert not complaints and set(requests) == {page}
 
 
