@@ -123,8 +123,8 @@ class _CapitalChapters(SphinxTransform):
     def apply(self) -> None:
         for name in list(self.document.findall(_is_chapter)):
             link = name.parent
-            before = link.parent[link.parent.index(link) - 1] if link.parent.index(link) else ""
-            if not before or re.search(r"[.?!]\s+$", before.astext()):
+            before = "".join(node.astext() for node in link.parent[: link.parent.index(link)])
+            if not before or re.search(r"[.?!]\s+$", before):
                 name.replace(name[0], nodes.Text(name.astext().capitalize()))
 
 
@@ -151,14 +151,14 @@ class _Answer(nodes.General, nodes.Element):
 class _FoldAnswers(SphinxTransform):
     """Fold what follows a guess: cells with what they show, the text that reads them, its cards.
 
-    What is said before the first cell stays. It ends with the section, before the next guess, and
-    before a cell that shows something else.
+    What is said before the first cell stays. It ends with the section, before a cell that shows
+    something else, and with the answer to the next guess, to which its text leads.
     """
 
     default_priority = 870  # every cell and figure is there, and nothing is numbered yet
 
     def apply(self) -> None:
-        for guess in list(self.document.findall(_is_guess)):
+        for guess in reversed(list(self.document.findall(_is_guess))):
             if folded := _answer_to(guess):
                 answer = _Answer()
                 guess.parent.insert(guess.parent.index(folded[0]), answer)
@@ -174,15 +174,17 @@ def _is_guess(node: nodes.Node) -> bool:
 def _answer_to(guess: nodes.Node) -> list[nodes.Node]:
     """The nodes behind a guess that would give the answer away, from the next cell on."""
     folded: list[nodes.Node] = []
-    text = cards = False
+    text = ends = False
     for node in guess.parent[guess.parent.index(guess) + 1 :]:
         is_cell = isinstance(node, nodes.container) and "cell" in node["classes"]
-        ends = cards and not is_cell or text and is_cell and not _shows_only_cards(node)
-        if isinstance(node, nodes.section) or _is_guess(node) or ends:
+        only_cards = is_cell and _shows_only_cards(node)
+        if isinstance(node, nodes.section) or (_is_guess(node) and not folded):
+            break
+        if text and is_cell and not only_cards or ends and not only_cards:
             break
         if folded or is_cell:
             folded.append(node)
-            cards |= text and is_cell
+            ends |= text and is_cell or isinstance(node, _Answer)
             text |= isinstance(node, nodes.paragraph)
     return folded
 

@@ -155,9 +155,11 @@ def rendered(tmp_path):
 
 
 def test_a_chapter_is_a_link_with_its_number_and_a_capital_at_the_start_of_a_sentence(rendered):
-    html, warnings = rendered(text("# A\n\n{chapter}`01_a`, not {chapter}`01_a`. {chapter}`01_a`."))
+    html, warnings = rendered(
+        text("# A\n\n{chapter}`01_a`, not {chapter}`01_a`.\n{chapter}`01_a`.")
+    )
     words = re.sub("<[^>]+>", "", html)
-    assert "Chapter 1, not chapter 1. Chapter 1." in words
+    assert "Chapter 1, not chapter 1. Chapter 1." in " ".join(words.split())
     assert html.count('class="reference internal" href="#"') >= 3
     assert warnings == ""
 
@@ -183,3 +185,18 @@ def test_a_guess_folds_what_answers_it_and_nothing_else(rendered):
     for plain in ("Before.", "Which?", "Still.", "another matter", "And this?", "No cell follows."):
         assert plain in html and plain not in answer
     assert warnings == ""
+
+
+def test_a_guess_that_an_answer_leads_to_waits_within_it(rendered):
+    html, _ = rendered(
+        text("# A\n\n:::{guess}\nWhich?\n:::"),
+        shows("the first"),
+        text("It was this. What chose it?\n\n:::{guess}\nWho?\n:::"),
+        shows("the second"),
+        text("It was you."),
+        shows("another matter"),
+    )
+    first, second = re.split(r'<details class="sinkbook-answer">', html)[1:]
+    assert "What chose it?" in first and "Who?" in first and "</details>" not in first
+    assert second.index("the second") < second.index("It was you.") < second.index("</details>")
+    assert "another matter" in second.rpartition("</details>")[2]
