@@ -135,7 +135,7 @@ def mitigation_rows(
         control = values.sel(mitigation="softmax").mean().item()
         ax.axvline(control, color=OTHER, lw=0.9, ls="--")
     count = values.sizes["mitigation"]
-    ax.set_yticks(range(count), values.label.values if names else [""] * count)
+    ax.set_yticks(range(count), values.label.values)
     ax.set(xlabel=xlabel, ylim=(count - 0.4, -0.6))
     if log:
         low, high = values.min().item(), values.max().item()
@@ -144,7 +144,7 @@ def mitigation_rows(
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if within_a_decade else (1,)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
-    ax.tick_params(axis="y", length=0, labelsize=7.5)
+    ax.tick_params(axis="y", length=0, labelsize=7.5, labelleft=names)
     ax.grid(axis="y", alpha=0.25)
     return ax
 

@@ -67,7 +67,7 @@ def _one_legend(figure: Figure) -> None:
             said.add(words)
 
 
-def _plain(value: float, _position: int = 0) -> str:
+def _plain(value: float | int, _position: int = 0) -> str:
     """A number as one says it; far powers of ten with raised digits.
 
     >>> _plain(0.01), _plain(1000.0), _plain(1e-7), _plain(2e6)
@@ -128,8 +128,10 @@ def _stack(figure: Figure) -> float:
         for number, axes in enumerate(panels):
             axes.set_subplotspec(grid[number // across, number % across])
             _label_alone(panels, number, columns, small=small)
-            if len(axes.get_shared_y_axes().get_siblings(axes)) > 1:
-                axes.tick_params(labelleft=number % across == 0)
+            if number % across == 0:
+                axes.tick_params(labelleft=True)
+            elif len(axes.get_shared_y_axes().get_siblings(axes)) > 1:
+                axes.tick_params(labelleft=False)
         height = sum(inches)
     elif small and columns > 1:
         height = rows * (WIDTH / columns + 0.4)

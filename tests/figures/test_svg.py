@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from sinkbook.figures import basic, curves, phone, style, svg
+from sinkbook.figures import basic, curves, mitigations, phone, style, svg
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +135,22 @@ def test_panels_that_stood_side_by_side_keep_what_they_shared():
     assert {axes.get_xlabel() for axes in figure.axes} == {"training step"}
     assert [axes.get_ylabel()[-1] for axes in figure.axes] == list("012345")
     assert sum(axes.get_legend() is not None for axes in figure.axes) == 1
+
+
+def test_rows_that_one_panel_named_for_all_are_named_by_each_first_one_on_a_phone():
+    dims = {"mitigation": ["softmax", "gate"], "seed": [0]}
+    values = xr.DataArray([[0.5], [0.1]], dims)
+    values = values.assign_coords(
+        label=("mitigation", ["softmax", "value gate"]), family=("mitigation", ["control", "gate"])
+    )
+    figure, panels = plt.subplots(1, 2)
+    for number, panel in enumerate(panels):
+        mitigations.mitigation_rows(values, panel, xlabel="sink", names=number == 0)
+    phone.rearrange(figure)
+    figure.canvas.draw()
+    for panel in panels:
+        shown = [label.get_text() for label in panel.get_yticklabels() if label.get_visible()]
+        assert shown == ["softmax", "value gate"]
 
 
 def test_a_cell_too_narrow_for_a_range_keeps_its_number():
