@@ -322,9 +322,9 @@ def cluster(address: str, *, patience: str = "10s") -> Iterator[Executor]:
         client = Client(address, timeout=patience)
     except Exception as error:  # each kind of address has its own, and certificates have others
         raise SinkbookError(
-            f"no Dask scheduler answers at {address!r} ({reason_of(error)}). Start one on this "
-            "machine with: dask scheduler --host 127.0.0.1, and: dask worker ADDRESS. Across "
-            "machines protect it by TLS: who reaches it can run code."
+            f"no Dask scheduler answers at {address!r} ({reason_of(error)}). Start one with: dask "
+            "scheduler, for this machine alone or protected by TLS, since who reaches it can run "
+            "code; and on every machine: dask worker ADDRESS"
         ) from error
     with client:
         yield client.get_executor(pure=False)

@@ -85,7 +85,10 @@ def peak_steps(
 
 def _check(times, start: float) -> None:
     check_number("start", start, 0)
-    if positive_times(times)[0] < 1:
+    first, *_ = np.ravel(times)[:1].tolist() or [1]
+    if isinstance(first, float | int) and first >= 1:
+        positive_times(times)  # a row of finite numbers that increase
+    else:
         raise SinkbookError(
-            f"times {times[:3]} ... have to increase from 1 on: the toy's sink logit is log t."
+            f"times {times!r:.60} have to increase from 1 on: the toy's sink logit is log t."
         )

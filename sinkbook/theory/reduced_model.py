@@ -238,13 +238,10 @@ def gradient_flow(
     average, or NaN. The solver is stiff, adapts its step over any number of decades, and gives the
     same bits at every call. Raises `SinkbookError` for times that are not positive and increasing.
     """
-    times, moving = (
-        positive_times(times),
-        names_of("moving part", moving, (SINK_LOGITS, SINK_VALUE)),
-    )
+    times, parts = positive_times(times), {SINK_LOGITS: sink_logits, SINK_VALUE: sink_value}
     check_finite(SINK_LOGITS, sink_logits, model.weights.shape)
     check_finite(SINK_VALUE, sink_value, model.values.shape[1:])
-    parts = {SINK_LOGITS: sink_logits, SINK_VALUE: sink_value}
+    moving = names_of("moving part", moving, parts)
     names = [name for name in parts if name in moving]
     cuts = np.cumsum([len(parts[name]) for name in names])[:-1]
 
