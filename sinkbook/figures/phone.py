@@ -166,8 +166,10 @@ def _names(axes: Axes) -> None:
         names = [label.get_text() for label in axes.get_yticklabels()]
         broken = [textwrap.fill(name, _LONGEST, break_long_words=False) for name in names]
         axes.yaxis.set_ticklabels(broken)
-    axes.set_title(textwrap.fill(axes.get_title(loc="left"), 46), loc="left")
-    axes.set_xlabel(textwrap.fill(axes.get_xlabel(), 46))
+    spec = axes.get_subplotspec()
+    room = 46 // (spec.get_gridspec().ncols if spec else 1)
+    axes.set_title(textwrap.fill(axes.get_title(loc="left"), room), loc="left")
+    axes.set_xlabel(textwrap.fill(axes.get_xlabel(), room))
     axes.set_ylabel(textwrap.fill(axes.get_ylabel(), 32))
 
 
@@ -177,7 +179,7 @@ def _needed(figure: Figure) -> float:
     for axes in figure.axes:
         names = [label.get_text() for label in axes.get_yticklabels()]
         if _named(axes.yaxis) and len(names) <= _MANY:
-            lines = sum(1.15 * (name.count("\n") + 1) + 0.15 for name in names)
+            lines = sum(1.3 * (name.count("\n") + 1) + 0.15 for name in names)
             tallest = max(tallest, lines * LEAST / 72)
     rows = _grid(figure)[0]
     return rows * (tallest + 0.6) if tallest else 0.0
@@ -217,6 +219,8 @@ def _thin(axis: Axis, *, horizontal: bool) -> None:
         for label in axis.get_ticklabels():
             label.set(rotation=45, ha="right", va="top", rotation_mode="anchor")
         return
+    if not horizontal and len(names) <= _MANY:
+        return  # the figure is as high as they need
     every = _every(labels, horizontal=horizontal)
     axis.set_ticklabels([name if i % every == 0 else "" for i, name in enumerate(names)])
 
