@@ -5,7 +5,6 @@ Each command imports what it needs when it runs, so that `sinkbook --help` answe
 
 import json
 import os
-import re
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,6 @@ from sinkbook import terminal
 from sinkbook.errors import SinkbookError
 
 app = typer.Typer(
-    help="Attention sinks, value drains and residual peaks: a book that runs, and a probe.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,6 +45,19 @@ Texts = Annotated[int, typer.Option(min=1, help="How many texts; windows of a FI
 Length = Annotated[int, typer.Option(min=2, help="Tokens of each, the first included.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Let a model's own code run.")]
+
+
+Version = Annotated[bool, typer.Option("--version", help="What is installed, and exit.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Version = False) -> None:
+    """Attention sinks, value drains and residual peaks: a book that runs, and a probe."""
+    if version:
+        from sinkbook.provenance import versions
+
+        print(" · ".join(map(" ".join, versions().items())))
+        raise typer.Exit
 
 
 @app.command()
@@ -367,7 +378,7 @@ def main() -> None:
         try:
             app()
         except SinkbookError as error:
-            terminal.say(_with_options(str(error)))
+            terminal.say(terminal.with_options(str(error), _options()))
             raise SystemExit(1) from None
         except SystemExit as end:
             if end.code == INTERRUPTED:
@@ -375,18 +386,10 @@ def main() -> None:
             raise
 
 
-def _with_options(message: str) -> str:
-    """A message with options in the place of arguments: --length 9 where it says `length=9`."""
+def _options() -> dict[str, str]:
+    """The options of all commands, by the names of the arguments that they stand for."""
     commands = typer.main.get_command(app).commands.values()
-    options = {parameter.name: parameter.opts[0] for c in commands for parameter in c.params}
-
-    def option(found: re.Match) -> str:
-        name, value = found.groups()
-        if not options.get(name, "").startswith("--"):
-            return found.group()
-        return options[name] if value in (None, "True") else f"{options[name]} {value}"
-
-    return re.sub(r"`(\w+)(?:=(\w+))?`", option, message)
+    return {parameter.name: parameter.opts[0] for c in commands for parameter in c.params}
 
 
 if __name__ == "__main__":

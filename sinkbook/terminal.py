@@ -6,6 +6,7 @@ Notices, which anything below may log, are printed as `sinkbook: ...` on stderr.
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -93,3 +94,19 @@ def _open_what_is_closed() -> None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def with_options(message: str, options: dict[str, str]) -> str:
+    """A message with options in the place of arguments.
+
+    >>> with_options("Give `length=9`, or `force`.", {"length": "--length", "force": "--force"})
+    'Give --length 9, or --force.'
+    """
+
+    def option(found: re.Match) -> str:
+        name, value = found.groups()
+        if not options.get(name, "").startswith("--"):
+            return found.group()
+        return options[name] if value in (None, "True") else f"{options[name]} {value}"
+
+    return re.sub(r"`(\w+)(?:=(\w+))?`", option, message)

@@ -54,9 +54,6 @@ from sinkbook.models.weight_files import (
     check_read,
 )
 
-# Else transformers asks a bot on the hub to convert pickled weights, and takes what it answers.
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-
 
 @dataclass(frozen=True)
 class Known:
@@ -261,6 +258,8 @@ def _read(
         weights = {"use_safetensors": True, "dtype": stored}
     if dtype is not None:
         weights["dtype"] = dtype
+    # Else transformers asks a bot on the hub to convert pickled weights, and takes what it answers.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     part = "config"  # of the model, that is being read
     try:
         if not Path(source).is_dir():

@@ -150,6 +150,13 @@ def test_the_command_line_answers_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_version_is_told_with_those_of_what_computes(sinkbook):
+    from sinkbook import __version__
+
+    status, said, _ = sinkbook("--version")
+    assert status == 0 and f"sinkbook {__version__}" in said and "transformers 5." in said
+
+
 def test_the_probe_is_one_import_away():
     from sinkbook import measure
     from sinkbook.probe import measure as the_probe
