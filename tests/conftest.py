@@ -1,4 +1,4 @@
-"""What all tests share: fast ones first, a run store of their own, each chapter executed once.
+"""What all tests share: their order, a run store of their own, each chapter executed once.
 
 Folders mirror the package. `repository` checks the repository and the pipeline on tiny notebooks,
 `chapters` executes the book (marked `book`), `site` opens its pages in a browser, and `pages` what
@@ -22,7 +22,7 @@ from tiny_book import Repository
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("package", "repository", "faults", "weights", "chapters", "site")
+LAYERS = ("chapters", "site", "doctests", "package", "repository", "faults", "weights")
 CHAPTER_SECONDS = 3600.0
 BOOK_SECONDS = 3 * 3600  # the first test of the book waits for all chapters
 
@@ -41,11 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Doctests and fast tests first; the book's tests last and in one process."""
+    """The book's tests first and in one process, since they take longest; beside them fast ones."""
 
     def layer(item: pytest.Item) -> int:
         if not item.path.is_relative_to(ROOT / "tests"):
-            return -1
+            return LAYERS.index("doctests")
         folder = item.path.parent.name
         if folder not in LAYERS:
             folder = "weights" if item.get_closest_marker("weights") else "package"

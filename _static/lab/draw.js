@@ -40,7 +40,8 @@ function whenSized(host, draw) {
  */
 class MapView {
   constructor(choose = null) {
-    this.picture = svg("svg", { role: "img", class: "map" });
+    // What it shows is said as soon as it shows something.
+    this.picture = svg("svg", { role: "img", class: "map", "aria-label": "An attention map" });
     this.node = html(
       "div",
       { class: "lab-map" },

@@ -1,6 +1,6 @@
 """Kills at random moments: nothing lives on, nothing stays behind, the next run ends as any does.
 
-`make torture` kills ten times as often.
+`make torture` kills 500 times.
 """
 
 import errno
@@ -24,7 +24,7 @@ from sinkbook.children import lifeline
 from tiny import tiny_model, tiny_tokenizer
 from tiny_book import Repository
 
-KILLS = int(os.environ.get("SINKBOOK_KILLS", "50"))
+KILLS = int(os.environ.get("SINKBOOK_KILLS", "20"))
 IN_A_ROW = 3  # at most, before a run that nobody interrupts
 LONG = "600"  # seconds, which nobody waits for
 # By which a process is known, with all that it started: they inherit it.
