@@ -336,13 +336,13 @@ def streaming_losses(
     model, (window, _) = unwrapped(model), _checked(window, sinks)
     check_all("sinks", sinks, int)
     random, sinks = whole_number("random", random), [whole_number("sinks", s) for s in sinks]
-    check_whole_number("stride", stride, 1, window)
     length, most = input_ids.shape[1], max(sinks, default=0)
     if window - most < random or length <= window + most:
         raise SinkbookError(
             f"a window of {window}, texts of {length} tokens, {most} kept, {random} drawn. "
             "Give texts longer than window and kept tokens, and a window with room for the draw."
         )
+    check_whole_number("stride", stride, 1, window)
     generator = torch.Generator().manual_seed(seed)
     drawn = [
         (most + torch.randperm(window - most, generator=generator)[:random]).tolist()

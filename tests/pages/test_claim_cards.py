@@ -110,7 +110,7 @@ def test_a_refuted_rival_or_guess_is_told_apart_from_a_contradiction_of_the_pape
 
 
 def test_what_a_claim_spells_is_only_shown():
-    html = card(of(">= 1", [2], statement="<script> & `<s>`", source='"><b>', id="a\"'<"))
+    html = card(of(">= 1", [2], statement="<script> & `<s>`", source='"><b>'))
     ElementTree.fromstring(html.replace("&#x27;", "'"))  # well formed
     assert "<script>" not in html and "<b>" not in html.replace("<b>measured", "").replace(
         "<b>rule", ""
