@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sinkbook import attention_weights, measure, replace, zero
+from sinkbook import attention_weights, measure, zero
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.llm.checkpoint_metrics import measure_checkpoint
 from sinkbook.models.losses import token_losses
@@ -67,10 +67,14 @@ def test_one_broken_token_is_an_error_where_it_counts_and_none_at_padding():
     model.model.embed_tokens.weight.data = embedding
     mask = torch.ones_like(IDS)
     mask[1, 9:] = 0
-    with replace(model, "residual", float("nan"), layer=1, position=[9, 11]):
-        with pytest.raises(NotFiniteError, match="after layer 1 is NaN.* position 9 of text 0"):
-            measure(model, IDS, attention_mask=mask)
-        result = measure(model, IDS[1:], attention_mask=mask[1:])
+    places = torch.tensor([9, 11])
+    hook = model.model.layers[1].register_forward_hook(
+        lambda layer, given, states: states.index_fill(1, places, float("nan"))
+    )
+    with pytest.raises(NotFiniteError, match="after layer 1 is NaN.* position 9 of text 0"):
+        measure(model, IDS, attention_mask=mask)
+    result = measure(model, IDS[1:], attention_mask=mask[1:])
+    hook.remove()
     assert result.sink_attention.notnull().all()
     assert result.residual_norm.isnull().sum() == 3 * 3  # the padding alone
 
