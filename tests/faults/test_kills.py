@@ -24,7 +24,8 @@ from sinkbook.children import lifeline
 from tiny import tiny_model, tiny_tokenizer
 from tiny_book import Repository
 
-KILLS = int(os.environ.get("SINKBOOK_KILLS", "20"))
+KILLS = int(os.environ.get("SINKBOOK_KILLS", "8"))
+CHANCE = random.Random()  # other moments each time, whatever the tests draw
 IN_A_ROW = 3  # at most, before a run that nobody interrupts
 LONG = "600"  # seconds, which nobody waits for
 # By which a process is known, with all that it started: they inherit it.
@@ -139,10 +140,10 @@ def test_a_command_that_was_killed_ends_as_ever_the_next_time(world, command, pr
     expected = world.files()
     left = round(KILLS * share)
     while left:
-        for _ in range(min(left, random.randint(1, IN_A_ROW))):
+        for _ in range(min(left, CHANCE.randint(1, IN_A_ROW))):
             left -= 1
             process = world.start(*command)
-            time.sleep(random.uniform(0, took))
+            time.sleep(CHANCE.uniform(0, took))
             process.kill()
             process.wait()
             all_end(world.family)
