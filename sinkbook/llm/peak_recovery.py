@@ -84,7 +84,7 @@ class Config:
     held_out: str = "measured"  # which of SETS
 
     def __post_init__(self):
-        check_whole_numbers(self, length=2, steps=1, measurements=1, measure_every=1)
+        check_whole_numbers(self, length=2, steps=1, measurements=0, measure_every=1)
         check_whole_numbers(self, evaluation_size=1)
         check_numbers(self, share=(0, 1), learning_rate=0, clip=0)
         check_multiple("batch_size", self.batch_size, 2)
