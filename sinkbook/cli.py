@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that `sinkbook --help` answe
 
 import json
 import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path

@@ -129,7 +129,8 @@ class SinkCallback(TrainerCallback):
             self._batch = _batch(inputs, tokenizer, attention_mask, length)
         ids, mask = self._batch
         longest = slice(None, 1) if mask is None else mask.sum(1).argmax()[None]
-        _measured(model, ids[longest], None if mask is None else mask[longest])
+        with taking(model, ids):  # all of them, of which one is measured to see that it can be
+            _measured(model, ids[longest], None if mask is None else mask[longest])
 
     def on_step_end(
         self,

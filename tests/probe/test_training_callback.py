@@ -377,7 +377,7 @@ REFUSED = {
     "nothing": ([], "no text at all"),
     "an empty text": ([[1, 2], []], "without tokens"),
     "labels": ([[1, 2], [-100, 3]], "from -100 to 3"),
-    "another tokenizer's ids": ([[1, 2], [3, 50_000]], "to 50000, and the model has 97"),
+    "another tokenizer's ids": ([[1, 2], [3, 50_000]], "to 50000; the model has 97"),
     "texts without a tokenizer": (["to be or not"], "Give `tokenizer`"),
 }
 
