@@ -21,6 +21,10 @@ const svg = (tag, attributes = {}, ...children) =>
 const calm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 const number = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
 
+/** The mean length of the values but the first token's; 0 where it is alone. */
+const usualLength = (values) =>
+  values.slice(1).reduce((sum, length) => sum + length, 0) / Math.max(values.length - 1, 1);
+
 let names = 0;
 const newName = () => `sinkbook-lab-${++names}`;
 
@@ -89,7 +93,7 @@ class MapView {
         this.cells[n][j].setAttribute("fill-opacity", Math.min(weight, 1).toFixed(3));
       }),
     );
-    const others = values.slice(1).reduce((sum, v) => sum + v, 0) / Math.max(values.length - 1, 1);
+    const others = usualLength(values);
     values.forEach((value, n) => {
       const high = Math.min(value / (others || value || 1) / 2, 1) * this.barHeight;
       this.bars[n].setAttribute("y", (this.floor - high).toFixed(1));
@@ -306,6 +310,16 @@ function trainingCurves() {
       high: 4,
     }),
   ];
+}
+
+/** The map beside the curves. */
+function board(map, curves) {
+  return html(
+    "div",
+    { class: "lab-board" },
+    map.node,
+    html("div", { class: "lab-curves" }, ...curves.map((curve) => curve.node)),
+  );
 }
 
 /** Numbers from 0 to 1 by name, as rows of bars; `mark` is what they should be. */

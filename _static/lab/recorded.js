@@ -37,12 +37,7 @@ class RecordedLab {
         html("label", { class: "lab-slide" }, html("span", {}, "step"), this.slider),
         this.count,
       ),
-      html(
-        "div",
-        { class: "lab-board" },
-        this.map.node,
-        html("div", { class: "lab-curves" }, ...this.curves.map((curve) => curve.node)),
-      ),
+      board(this.map, this.curves),
       this.status.node,
     );
   }

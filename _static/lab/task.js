@@ -84,6 +84,11 @@ class Task {
     return { tokens: Int32Array.from(tokens), unknown };
   }
 
+  /** Where the tokens are triggers. */
+  atTriggers(tokens) {
+    return Array.from(tokens, (token) => this.isTrigger[token]);
+  }
+
   /** The symbols of tokens, blanks made visible. */
   labels(tokens) {
     return Array.from(tokens, (t) => ({ " ": "␣", "\n": "⏎" })[this.symbols[t]] ?? this.symbols[t]);

@@ -97,12 +97,7 @@ class TrainingLab {
         kernel,
       ),
       html("div", { class: "lab-progress" }, this.progress, this.count),
-      html(
-        "div",
-        { class: "lab-board" },
-        this.map.node,
-        html("div", { class: "lab-curves" }, ...this.curves.map((curve) => curve.node)),
-      ),
+      board(this.map, this.curves),
       this.status.node,
       more.length ? html("div", { class: "lab-controls" }, ...more) : "",
     );
@@ -196,7 +191,7 @@ class TrainingLab {
     const says = this.inWords(frame);
     this.map.show({
       labels: this.task.labels(tokens),
-      triggers: Array.from(tokens, (token) => this.task.isTrigger[token]),
+      triggers: this.task.atTriggers(tokens),
       map: frame.map,
       values: frame.values,
       says,

@@ -13,6 +13,7 @@ class TypedLab {
     const { length } = about.config;
     this.texts = this.task.batch(RISK_TEXTS, length, new Random(0, 3));
     this.build();
+    this.readRisks();
     this.read({ now: true });
   }
 
@@ -50,8 +51,8 @@ class TypedLab {
     });
     const typing = html("label", { class: "lab-text" }, html("span", {}, "A text"), this.input);
     const changed = () => {
-      this.read();
       this.readRisks();
+      this.read();
     };
     const switches = html(
       "div",
@@ -105,7 +106,6 @@ class TypedLab {
       ),
       this.status.node,
     );
-    this.readRisks();
   }
 
   choose(row) {
@@ -130,7 +130,7 @@ class TypedLab {
     );
     const labels = this.task.labels(this.tokens);
     const values = Array.from(this.tokens, (_, n) => model.valueNorm(0, n));
-    const triggers = Array.from(this.tokens, (token) => this.task.isTrigger[token]);
+    const triggers = this.task.atTriggers(this.tokens);
     this.shown = { labels, triggers, map: model.map(0), values };
     this.slider.max = labels.length - 1;
     this.showRow({ now });
@@ -167,6 +167,7 @@ class TypedLab {
     );
   }
 
+  /** To be followed by `read`, since the model then holds other texts than the reader's. */
   readRisks() {
     const { length } = this.about.config;
     const found = measure(this.model(), this.task, this.texts, {
@@ -190,7 +191,6 @@ class TypedLab {
         " bigrams",
       ),
     );
-    this.read();
   }
 
   inWords(row) {
@@ -198,7 +198,7 @@ class TypedLab {
     const weights = map[row];
     const total = weights.reduce((sum, w) => sum + w, 0);
     const most = weights.indexOf(Math.max(...weights));
-    const others = values.slice(1).reduce((sum, v) => sum + v, 0) / Math.max(values.length - 1, 1);
+    const others = usualLength(values);
     const parts = [];
     if (this.unknown.length)
       parts.push(`The language has no ${this.unknown.map((c) => `“${c}”`).join(", ")}; left out.`);
