@@ -136,8 +136,7 @@ def texts_of(given: object) -> list[str]:
     ...
     sinkbook.errors.SinkbookError: texts is one string, 'one text'. Give a list: [text].
     """
-    if isinstance(given, str):
-        raise SinkbookError(f"texts is one string, {given[:30]!r}. Give a list: [text].")
+    check_not_one_text(given)
     texts = _items(given)
     if texts is None:
         raise SinkbookError(f"texts is {_shown(given)}. Give a list of strings.")
@@ -150,6 +149,12 @@ def texts_of(given: object) -> list[str]:
     if not texts:
         raise SinkbookError("there are no texts to measure. Give one at least.")
     return texts
+
+
+def check_not_one_text(texts: object) -> None:
+    """Refuse one string in the place of a list of texts."""
+    if isinstance(texts, str):
+        raise SinkbookError(f"texts is one string, {texts[:30]!r}. Give a list: [text].")
 
 
 def check_all(name: str, given: object, *kinds: type) -> None:

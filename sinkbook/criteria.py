@@ -1,20 +1,16 @@
 """Criteria: what a number has to meet, as `book/claims.yml` writes it."""
 
 import math
+import operator
 import re
 
 from sinkbook.arguments import check_kind
 from sinkbook.errors import SinkbookError
 
+COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
 _BOUND = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER})")
 _RANGE = re.compile(rf"in\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]")
-_COMPARE = {
-    ">=": lambda value, bound: value >= bound,
-    "<=": lambda value, bound: value <= bound,
-    ">": lambda value, bound: value > bound,
-    "<": lambda value, bound: value < bound,
-}
 
 
 def limits(criterion: str) -> tuple[float, float]:
@@ -46,7 +42,7 @@ def satisfies(criterion: str, value: float) -> bool:
     """
     low, high = limits(criterion)
     if bound := _BOUND.fullmatch(criterion.strip()):
-        return math.isfinite(value) and _COMPARE[bound[1]](value, float(bound[2]))
+        return math.isfinite(value) and COMPARISONS[bound[1]](value, float(bound[2]))
     return low <= value <= high
 
 

@@ -30,7 +30,7 @@ from sinkbook.arguments import check_seed
 from sinkbook.book import claims
 from sinkbook.book.chapters import status_folder
 from sinkbook.book.execution import execute, temporary_folder, told
-from sinkbook.book.notebooks import Execution, Source, is_code, parse_notebook, parsed, stamp
+from sinkbook.book.notebooks import Execution, Source, is_code, parsed, read_content, stamp
 from sinkbook.book.settings import PROFILES, check_profile
 from sinkbook.children import lifeline
 from sinkbook.dependencies import FOLDER, Closure, closure
@@ -132,14 +132,11 @@ def content_hash(notebook: Path, place: Workplace, seed: int) -> str:
 
 def read_source(path: Path, place: Workplace, seed: int) -> Source:
     """A chapter as it is now, with its `content_hash`. What is no notebook is a `SinkbookError`."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise SinkbookError(f"{path} cannot be read: {error.strerror}.") from error
+    content, notebook = read_content(path)
     records, found = place.root / "book" / "records", claims.claims_file()
     # Looked at before they are read, so that no change in between is missed.
     before = {each: stamp(each) for each in [found, *records.rglob("*"), *FOLDER.rglob("*")]}
-    used = _code_of(parse_notebook(content, path))
+    used = _code_of(notebook)
     read = _records_of(used, records)
     digest = hashlib.sha256(used.hash.encode())
     digest.update(f"{path.name}\0".encode() + content + b"\0")

@@ -24,6 +24,7 @@ from sinkbook.arguments import check_kind
 from sinkbook.book import claims
 from sinkbook.book.settings import Settings
 from sinkbook.files import cache_folder, reading
+from sinkbook.pages.tables import scrolling
 from sinkbook.provenance import device, repository, versions
 
 
@@ -153,17 +154,10 @@ class Table:
     rows: pd.DataFrame
 
     def _repr_html_(self) -> str:
-        return _scrolling(self.rows.to_html(border=0))
+        return scrolling(self.rows.to_html(border=0))
 
     def __repr__(self) -> str:
         return self.rows.to_string()
-
-
-def _scrolling(table: str) -> str:
-    """A table in a box that those without a pointer can scroll as well."""
-    return (
-        f'<div class="sinkbook-scroll" role="group" aria-label="Table" tabindex="0">{table}</div>'
-    )
 
 
 @dataclass(frozen=True)
@@ -207,7 +201,7 @@ class Status:
             rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
         titles = ("chapter", "profile", "seed", "seconds", "device", "torch", "transformers", "run")
         head = "".join(f"<th>{title}</th>" for title in titles)
-        return _scrolling(
+        return scrolling(
             f'<table class="sinkbook-status"><thead><tr>{head}</tr></thead>'
             f"<tbody>{''.join(rows)}</tbody></table>"
         )

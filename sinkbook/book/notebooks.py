@@ -57,11 +57,16 @@ def read_notebook(path: Path) -> dict:
 
     A file that cannot be read, or is no notebook of format 4, raises `SinkbookError`.
     """
+    return read_content(path)[1]
+
+
+def read_content(path: Path) -> tuple[bytes, dict]:
+    """What a file holds, as it is and as `read_notebook` has it."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise SinkbookError(f"{path} cannot be read: {error.strerror}.") from error
-    return parse_notebook(content, path)
+    return content, parse_notebook(content, path)
 
 
 def parse_notebook(content: bytes, path: Path) -> dict:

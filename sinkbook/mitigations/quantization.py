@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from sinkbook.arguments import whole_number
+from sinkbook.arguments import check_known, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.experts import check_by_text, compute_by_text
 from sinkbook.mitigations.matrices import Part, parts
@@ -88,7 +88,7 @@ def int8_error(
     >>> int8_error(hidden, first=1).item(), int8_error(hidden, ranges="token").item() < 1e-6
     (1.0, True)
     """
-    _check_ranges(ranges)
+    check_known("ranges", ranges, RANGES)
     if hidden.ndim < 2 or whole_number("first", first) >= hidden.shape[-2]:
         raise SinkbookError(
             f"states of shape {tuple(hidden.shape)} from position `first={first}` on. "
@@ -102,11 +102,6 @@ def int8_error(
     unit = torch.where(unit == 0, 1, unit)
     lost, whole = ((part / unit).square().sum(-1) for part in (change, size))
     return torch.where(whole == 0, 0, lost / whole).mean(-1).sqrt()
-
-
-def _check_ranges(ranges: str) -> None:
-    if not isinstance(ranges, str) or ranges not in RANGES:
-        raise SinkbookError(f"no ranges named {ranges!r}. Known: {', '.join(RANGES)}.")
 
 
 def largest_entries(
@@ -204,7 +199,7 @@ def quantized(
     text. Other matrices stay exact where they are less than a fiftieth of these.
     """
     if activations is not None:
-        _check_ranges(activations)
+        check_known("ranges", activations, RANGES)
     elif not weights:
         raise SinkbookError(
             "nothing is to be rounded. Give `activations`, or leave the weights in."

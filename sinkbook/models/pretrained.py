@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from sinkbook.arguments import check_kind, texts_of, whole_number
+from sinkbook.arguments import check_kind, check_not_one_text, texts_of, whole_number
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.files import reading
@@ -103,8 +103,7 @@ class LanguageModel:
 
     def tokenize(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The token ids of each text, those of `prefix` before them."""
-        if isinstance(texts, str):
-            raise SinkbookError(f"texts is one string, {texts[:30]!r}. Give a list: [text].")
+        check_not_one_text(texts)
         for text in texts:
             check_kind("text", text, str)
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)

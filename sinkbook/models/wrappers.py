@@ -73,12 +73,8 @@ def computing_device(model: AnyModel) -> torch.device:
     return held.device
 
 
-@contextmanager
-def taking(model: AnyModel, input_ids: Int[Tensor, "batch position"]) -> Iterator[None]:
-    """In the body a model reads tokens; `SinkbookError` is raised for those that it has not.
-
-    The ids are looked at before, since on a GPU wrong ones would end the whole process.
-    """
+def check_ids(model: AnyModel, input_ids: Int[Tensor, "batch position"]) -> None:
+    """Refuse ids that are no tokens of a model: on a GPU they would end the whole process."""
     found = unwrapped(model)
     embedding = found.get_input_embeddings() if hasattr(found, "get_input_embeddings") else None
     known = getattr(embedding, "num_embeddings", None)
@@ -87,6 +83,12 @@ def taking(model: AnyModel, input_ids: Int[Tensor, "batch position"]) -> Iterato
             f"token ids go from {int(input_ids.min())} to {int(input_ids.max())}; the model has "
             f"{known or 'none below 0'}. Give input_ids of its own tokenizer; labels are none."
         )
+
+
+@contextmanager
+def taking(model: AnyModel, input_ids: Int[Tensor, "batch position"]) -> Iterator[None]:
+    """In the body a model reads tokens; `SinkbookError` is raised for those that it has not."""
+    check_ids(model, input_ids)
     try:
         yield
     except IndexError as error:

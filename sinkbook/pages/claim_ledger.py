@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from sinkbook.pages.claim_cards import Card, card, inline
+from sinkbook.pages.tables import scrolling
 
 WHOSE = {"paper": "the paper’s", "ours": "our own", "rival": "somebody else’s"}
 
@@ -48,9 +49,9 @@ def _counts(cards: Sequence[Card], verdicts: Sequence[str]) -> str:
         for whose, words in WHOSE.items()
         if any(of.whose == whose for of in cards)
     )
-    return (
-        '<div class="sinkbook-scroll"><table class="sinkbook-counts"><thead><tr>'
-        f'<th scope="col">whose claim</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return scrolling(
+        '<table class="sinkbook-counts"><thead><tr>'
+        f'<th scope="col">whose claim</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
     )
 
 

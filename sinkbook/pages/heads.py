@@ -8,7 +8,6 @@ The page carries the maps in eight bits, compressed, and `heads.js` draws them. 
 no file beside the page and no other machine. Where scripts do not run, a still picture is left.
 """
 
-import json
 import zlib
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 from sinkbook.errors import SinkbookError
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.models.token_labels import token_label
+from sinkbook.pages.scripts import carried
 from sinkbook.probe.attention_maps import attention_maps
 from sinkbook.probe.measure import measure
 
@@ -194,11 +194,11 @@ class Viewer:
         }
         folder = Path(__file__).parent
         style, script = ((folder / f"heads.{kind}").read_text("utf-8") for kind in ("css", "js"))
-        carried = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
         return (
             '<div class="sinkbook-heads mathjax_ignore tex2jax_ignore">\n'
             f"<style>\n{style}</style>\n{_still(self.opened, layer, head)}\n"
-            f'<script type="application/json">{carried}</script>\n<script>\n{script}</script>\n'
+            f'<script type="application/json">{carried(data)}</script>\n'
+            f"<script>\n{script}</script>\n"
             "</div>"
         )
 

@@ -10,7 +10,6 @@ Each is a still picture with words. On a page of the book the scripts of `_stati
 alive in its place; everywhere else the picture stays.
 """
 
-import json
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from sinkbook import store
 from sinkbook.errors import SinkbookError
+from sinkbook.pages.scripts import carried
 from sinkbook.pages.still import Reading, still
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.probe.measure import measure
@@ -45,13 +45,11 @@ class Lab:
     says: str  # what the picture shows
 
     def _repr_html_(self) -> str:
-        # Inside of a script element, only "<" could end it.
-        about = json.dumps(self.about, ensure_ascii=False).replace("<", "\\u003c")
         return (
             f'<div class="sinkbook-lab" data-lab="{self.kind}">'
             f'<div class="lab-still">{still(self.reading, self.says)}'
             f'<p class="lab-says">{escape(self.says)}</p></div>'
-            f'<script type="application/json">{about}</script></div>'
+            f'<script type="application/json">{carried(self.about)}</script></div>'
         )
 
     def __repr__(self) -> str:

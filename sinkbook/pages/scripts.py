@@ -20,6 +20,16 @@ ENGINE_NAMES = (
 INTERFACE = ("draw", "typed", "train", "recorded", "page")
 
 
+def carried(data: object) -> str:
+    """Data as JSON inside of a `script` element, which only a "<" could end.
+
+    >>> carried(["</script>"])
+    '["\\\\u003c/script>"]'
+    """
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
 def lab_scripts(root: Path) -> dict[str, str]:
     """The scripts that a page with a lab loads, by name: the statistics of the language, the lab.
 

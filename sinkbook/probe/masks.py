@@ -22,6 +22,9 @@ TokenTable = Int[Tensor, "batch position"] | Sequence | np.ndarray
 HIDDEN = -3e4  # additive masks hold something lower, biases do not
 FAINT = -5e3  # and where they hold -1e4, as in half precision, there is a gap above it
 GAP = 2e3
+PADDED = (
+    "Give rows of one length, padded where they are shorter, with an attention_mask that says so."
+)
 
 ROWS = 512  # queries whose masks exist at one time
 
@@ -115,6 +118,16 @@ def shown(values: Tensor) -> Tensor:
     return visible
 
 
+def table(name: str, given: Tensor | Sequence | np.ndarray, instead: str) -> Tensor:
+    """A tensor of any nested sequence; `SinkbookError` says what to give `instead` of another."""
+    try:
+        return torch.as_tensor(given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise SinkbookError(
+            f"{name} cannot be read as a table (batch, position): {error}. {instead}"
+        ) from error
+
+
 def integers(
     name: str, given: Tensor | Sequence | np.ndarray, shape: torch.Size | None = None
 ) -> Int[Tensor, "batch position"] | Bool[Tensor, "batch position"]:
@@ -122,13 +135,7 @@ def integers(
 
     Raises `SinkbookError` for rows of different lengths, for other numbers, and for another shape.
     """
-    try:
-        values = torch.as_tensor(given)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise SinkbookError(
-            f"{name} cannot be read as a table (batch, position): {error}. Give rows of one length,"
-            " padded where they are shorter, with an attention_mask that says so."
-        ) from error
+    values = table(name, given, PADDED)
     if values.is_floating_point() or values.is_complex():
         raise SinkbookError(f"{name} holds numbers of {values.dtype}. Give integers.")
     if shape is None and values.dtype == torch.bool:

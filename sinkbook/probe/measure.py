@@ -30,7 +30,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.wrappers import AnyModel, computing_device, taking, unwrapped
 from sinkbook.probe.finite import check_losses, check_variable
-from sinkbook.probe.masks import Scope, TokenTable, integers, shown
+from sinkbook.probe.masks import Scope, TokenTable, integers, shown, table
 from sinkbook.probe.recorder import Recorder
 from sinkbook.progress import progress
 
@@ -183,13 +183,8 @@ def _checked(model: AnyModel) -> nn.Module:
 
 def _mask(attention_mask: Tensor | Sequence | np.ndarray) -> Tensor:
     """A mask as a tensor: 1 and 0 for each token, or for pairs truth values or what is added."""
-    try:
-        mask = torch.as_tensor(attention_mask)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise SinkbookError(
-            f"attention_mask cannot be read as a table (batch, position): {error}. Give one entry "
-            "per token, in rows of one length."
-        ) from error
+    instead = "Give one entry per token, in rows of one length."
+    mask = table("attention_mask", attention_mask, instead)
     if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
         raise SinkbookError(
             f"attention_mask over pairs holds {mask.dtype}. Give truth values, True where a query "

@@ -44,7 +44,7 @@ from sinkbook.arguments import check_whole_number, whole_number
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import alone_with
 from sinkbook.models.pretrained import prefix_of
-from sinkbook.models.wrappers import computing_device, in_own_precision, taking
+from sinkbook.models.wrappers import check_ids, computing_device, in_own_precision, taking
 from sinkbook.probe.measure import measure
 from sinkbook.probe.metrics import THRESHOLD, residual_peak_ratio, sink_rate, value_drain_ratio
 
@@ -129,8 +129,8 @@ class SinkCallback(TrainerCallback):
             self._batch = _batch(inputs, tokenizer, attention_mask, length)
         ids, mask = self._batch
         longest = slice(None, 1) if mask is None else mask.sum(1).argmax()[None]
-        with taking(model, ids):  # all of them, of which one is measured to see that it can be
-            _measured(model, ids[longest], None if mask is None else mask[longest])
+        check_ids(model, ids)  # of all texts, of which one is measured to see that it can be
+        _measured(model, ids[longest], None if mask is None else mask[longest])
 
     def on_step_end(
         self,

@@ -19,6 +19,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from sinkbook.arguments import check_known
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.quantization import RANGES, quantized
 from sinkbook.models.losses import token_losses
@@ -83,8 +84,8 @@ def compare(
     """
     if b is None and int8_b is None and revision_b is None:
         raise SinkbookError(f"{a!r} has nothing to be compared with. Give B, or `int8_b=tensor`.")
-    if int8_b is not None and int8_b not in RANGES:
-        raise SinkbookError(f"no ranges named {int8_b!r}. Known: {', '.join(RANGES)}.")
+    if int8_b is not None:
+        check_known("ranges", int8_b, RANGES)
     reading = Reading.of(text, domain, texts=texts, length=length)
     command = ["sinkbook", "compare", a, *([b] if b else []), *reading.option]
     chosen = {"--int8-b": int8_b, "--revision-a": revision_a, "--revision-b": revision_b}

@@ -5,7 +5,6 @@ and no condition can be held against it.
 """
 
 import math
-import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from sinkbook.arguments import check_known
+from sinkbook.criteria import COMPARISONS
 from sinkbook.errors import SinkbookError
 from sinkbook.report import summary
 from sinkbook.report.headroom import Headroom, advice, headroom
@@ -32,7 +33,6 @@ QUANTITIES = {
     "float16_factor_apart": "65,504 over that",
     "int8_steps_apart": "of 127, what that one leaves, in the tensor that holds it",
 }
-COMPARISONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _CONDITION = re.compile(r"\s*([\w-]+)\s*(<=|>=|<|>)\s*([-+.\w]+)\s*")
 
 
@@ -141,8 +141,7 @@ def condition(text: str) -> Condition:
             f"{text!r} is no condition. Write a name, one of {' '.join(COMPARISONS)} and a number, "
             "as in 'sink_rate<0.4'."
         )
-    if found[1] not in QUANTITIES:
-        raise SinkbookError(f"no quantity named {found[1]!r}. Known: {', '.join(QUANTITIES)}.")
+    check_known("quantity", found[1], QUANTITIES)
     return Condition(found[1], found[2], bound)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import xarray as xr
 from safetensors.torch import load_file
 
-from sinkbook.arguments import check_kind, check_number
+from sinkbook.arguments import check_kind, check_known, check_number
 from sinkbook.book.records import paper_scale
 from sinkbook.errors import SinkbookError
 from sinkbook.files import reading
@@ -61,8 +61,7 @@ def path_of(name: str) -> Path:
 
     Raises `SinkbookError` for an unknown name and outside of a copy of the repository.
     """
-    if name not in NAMES:
-        raise SinkbookError(f"no record named {name!r}. Known: {', '.join(NAMES)}.")
+    check_known("record", name, NAMES)
     root = repository()
     if root is None:
         raise SinkbookError(

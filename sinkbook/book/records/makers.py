@@ -186,7 +186,8 @@ def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
     holds those that are finished, and the next call, on this machine or another, makes the others.
     Raises `TimeIsUpError` then, and `SinkbookError` for an unknown record or device.
     """
-    path_of(name), device_of(device)
+    path_of(name)  # both refuse what they do not know, before anything is trained
+    device_of(device)
     if name not in paper_scale.GROUPS:
         return _write(name, MAKERS[name]())
     groups = paper_scale.GROUPS[name]()
