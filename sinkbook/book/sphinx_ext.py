@@ -8,6 +8,7 @@ with a lab get its scripts.
 import ast
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -32,7 +33,8 @@ NAME = re.compile(r"^\| `(\w+)`", re.MULTILINE)
 ARCHITECTURES = re.compile(r"<!-- architectures: (\w+) -->")
 # Where a page that is no notebook has a lab: the training of a toy, in its compact form.
 LAB = "<!-- lab: training -->"
-# What the theme and its extensions write that a screen reader stumbles over, and what mends it.
+# What the theme and its extensions write that a screen reader stumbles over, or a phone waits for,
+# and what mends it.
 FAULTS = (
     # A name that is not the text of the button, "Search Ctrl+K".
     (re.compile(r'(<button class="btn search-button-field [^>]*?) aria-label="Search"'), r"\1"),
@@ -40,6 +42,8 @@ FAULTS = (
     (re.compile(r'(<i class="theme-switch [^>]*?) title="[^"]*"'), r"\1"),
     # The same for what unfolds code, which says "Show the code".
     (re.compile(r'<summary aria-label="Toggle hidden content">'), "<summary>"),
+    # A span for each word of a signature, inside of one for its colour: a tenth of the reference.
+    (re.compile(r'(?<=<span class="[nop]">)<span class="pre">([^<]*)</span>(?=</span>)'), r"\1"),
     # A list whose children are no items.
     (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
 )
@@ -78,6 +82,7 @@ def setup(app) -> dict:
     return {"parallel_read_safe": True}
 
 
+@cache
 def chapter_numbers(toc: str) -> dict[str, int]:
     """The numbers that jupyter-book gives the chapters of a table of contents, by file name.
 

@@ -248,6 +248,7 @@ def test_where_a_page_may_have_no_worker_it_trains_all_the_same(opened):
     tab = opened("training", script=SHORT + "window.Worker = undefined;")
     tab.locator(".lab-main").click()
     finished(tab)
+    assert tab.evaluate("() => [window.Worker ?? null, sinkbookLab.labs[0].step]") == [None, 24]
 
 
 def test_where_a_browser_has_no_wasm_the_plain_kernel_takes_its_place(opened):

@@ -1,5 +1,6 @@
 """The repository keeps its own rules: one list of versions, clean notebooks, no traces."""
 
+import ast
 import json
 import re
 import subprocess
@@ -136,6 +137,25 @@ def test_ruff_has_nothing_to_say(command):
         [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
     )
     assert outcome.returncode == 0, outcome.stdout
+
+
+def test_every_name_is_defined():
+    """Ruff's own rule is off: it takes the shapes of jaxtyping, which are strings, for names."""
+    command = ["ruff", "check", "--isolated", "--select", "F821", "--output-format", "json"]
+    outcome = subprocess.run(
+        [sys.executable, "-m", *command, "sinkbook", "tests", "benchmarks"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    undefined = []
+    for found in json.loads(outcome.stdout):
+        path, at = Path(found["filename"]), found["location"]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {(n.lineno, n.col_offset + 1) for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        if (at["row"], at["column"]) in names:
+            undefined.append(f"{path.name}:{at['row']}: {found['message']}")
+    assert undefined == []
 
 
 def test_the_contents_list_every_page_once():
