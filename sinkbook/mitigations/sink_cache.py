@@ -335,7 +335,8 @@ def streaming_losses(
     """
     model, (window, _) = unwrapped(model), _checked(window, sinks)
     check_all("sinks", sinks, int)
-    random, sinks = whole_number("random", random), [whole_number("sinks", s) for s in sinks]
+    random, stride = whole_number("random", random), whole_number("stride", stride, 1)
+    sinks = [whole_number("sinks", count) for count in sinks]
     length, most = input_ids.shape[1], max(sinks, default=0)
     if window - most < random or length <= window + most:
         raise SinkbookError(
