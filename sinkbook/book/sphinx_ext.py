@@ -1,14 +1,15 @@
 """What pages have beyond Markdown: what is made from the package, chapters by number, guesses.
 
 This module is a Sphinx extension. It fills in what pages mark; a chapter is called by its number
-with the role `{chapter}`; what follows a `:::{guess}` stays folded until a reader opens it. Pages
-with a lab get its scripts.
+with the role `{chapter}`; what follows a `:::{guess}` stays folded until a reader opens it. A
+drawing in SVG stands in the page itself and takes its colours. Pages with a lab get its scripts.
 """
 
 import ast
 import json
 import re
 from functools import cache
+from html import escape
 from pathlib import Path
 
 import yaml
@@ -78,6 +79,7 @@ def setup(app) -> dict:
     app.add_directive("guess", _Guess)
     app.add_transform(_CapitalChapters)
     app.add_transform(_FoldAnswers)
+    app.add_transform(_EmbedDrawings)
     app.add_node(_Answer, html=(_open_answer, _close_answer))
     return {"parallel_read_safe": True}
 
@@ -135,6 +137,36 @@ class _CapitalChapters(SphinxTransform):
 
 def _is_chapter(node: nodes.Node) -> bool:
     return isinstance(node, nodes.inline) and "sinkbook-number" in node["classes"]
+
+
+class _EmbedDrawings(SphinxTransform):
+    """Put the drawings that figures name into the page: an image would know nothing of its colours.
+
+    A drawing names colours by role, as `var(--sink)`, and its figure says what it shows.
+    """
+
+    default_priority = 860
+
+    def apply(self) -> None:
+        for image in list(self.document.findall(_is_drawing)):
+            name, path = self.env.relfn2path(image["uri"])
+            self.env.note_dependency(name)
+            html = embedded_drawing(Path(path).read_text(encoding="utf-8"), image.get("alt", ""))
+            image.replace_self(nodes.raw("", html, format="html"))
+
+
+def _is_drawing(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.image) and node["uri"].endswith(".svg")
+
+
+def embedded_drawing(svg: str, described: str) -> str:
+    """A drawing as a page shows it, in the colours and letters of the book's other figures.
+
+    >>> embedded_drawing('<svg id="a"/>', "<s>")
+    '<div class="sinkbook-figure drawn"><svg role="img" aria-label="&lt;s&gt;" id="a"/></div>'
+    """
+    named = svg.strip().replace("<svg ", f'<svg role="img" aria-label="{escape(described)}" ', 1)
+    return f'<div class="sinkbook-figure drawn">{named}</div>'
 
 
 class _Guess(SphinxDirective):

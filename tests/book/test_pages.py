@@ -128,8 +128,10 @@ def rendered(tmp_path):
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace, patch_docutils
 
-    def render(*cells: dict) -> tuple[str, str]:
-        (tmp_path / "book").mkdir()
+    def render(*cells: dict, images: dict[str, str] | None = None) -> tuple[str, str]:
+        (tmp_path / "book" / "images").mkdir(parents=True)
+        for name, drawing in (images or {}).items():
+            (tmp_path / "book" / "images" / name).write_text(drawing)
         toc = "parts: [{numbered: true, chapters: [{file: book/01_a}]}]"
         (tmp_path / "_toc.yml").write_text(toc)
         (tmp_path / "book" / "01_a.ipynb").write_text(json.dumps(notebook(*cells)))
@@ -200,3 +202,20 @@ def test_a_guess_that_an_answer_leads_to_waits_within_it(rendered):
     assert "What chose it?" in first and "Who?" in first and "</details>" not in first
     assert second.index("the second") < second.index("It was you.") < second.index("</details>")
     assert "another matter" in second.rpartition("</details>")[2]
+
+
+def test_a_drawing_stands_in_the_page_with_what_it_shows_for_those_who_do_not_see_it(rendered):
+    drawing = '<svg viewBox="0 0 1 1"><text>a &amp; b</text></svg>'
+    figure = "```{figure} images/a.svg\n:name: drawn-a\n:alt: A line from <s>\nWhat it means.\n```"
+    html, warnings = rendered(text(f"# A\n\n{figure}"), images={"a.svg": drawing})
+    (drawn,) = re.findall(r"<figure.*?</figure>", html, re.S)
+    assert '<svg role="img" aria-label="A line from &lt;s&gt;" ' in drawn
+    assert "<text>a &amp; b</text>" in drawn and "What it means." in drawn and "<img" not in drawn
+    assert warnings == ""
+
+
+@chapters
+def test_every_drawing_of_a_chapter_is_there_and_is_named_and_described(path):
+    for name, options in re.findall(r"```\{figure\} images/(\S+)\.svg\n((?::.*\n)*)", prose(path)):
+        assert f":name: drawn-{name}\n" in options and ":alt: " in options
+        assert (ROOT / "book" / "images" / f"{name}.svg").is_file()
