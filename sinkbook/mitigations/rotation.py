@@ -21,6 +21,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.models.attention_interface import attending_by
 from sinkbook.models.layout import blocks
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, unwrapped
+from sinkbook.probe.listening import active
 
 States = Float[Tensor, "batch head position width"]
 KeyStates = Float[Tensor, "batch key_head position width"]
@@ -245,6 +246,33 @@ def check_text(read: int, mask: Tensor | None, positions: Tensor | None) -> None
             f"a sink cache that has read {read} tokens got position_ids from "
             f"{int(positions.min())} to {int(positions.max())}. Leave them out: the next token "
             f"of the text is at {read}, and the cache itself moves what it keeps."
+        )
+
+
+def check_unheard(module: nn.Module) -> None:
+    """Refuse to be read by the probe: it would not see the keys that streaming moves and hides."""
+    recorder = active.get()
+    if recorder is not None and recorder.layer is not None:
+        raise SinkbookError(
+            f"{type(module).__name__} is measured inside `streaming`, where its attention cannot "
+            "be read. Measure it before the body or after it; in the body, take its losses with "
+            "`token_losses`, or the states that it hands on."
+        )
+
+
+def check_streamed(known: bool, query: States, key: KeyStates, mask: Tensor | None) -> None:
+    """Refuse what cannot be streamed: another model, keys of a cache, keys that a mask hides."""
+    if not known:
+        raise SinkbookError(
+            "another model is run inside `streaming`, one that shares the configuration of the "
+            "model that streams, or is a copy of it. Run it, and copy it, outside of the body."
+        )
+    hides = mask is not None and bool((~visible(mask)).tril().any())
+    if key.shape[2] != query.shape[2] or hides:
+        raise SinkbookError(
+            "streaming takes whole texts: no padding, no cache, and no window of the model's own. "
+            "Give texts of one length, with use_cache=False; to generate, give `generate` a "
+            "`SinkCache` outside of the body."
         )
 
 

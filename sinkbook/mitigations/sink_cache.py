@@ -27,17 +27,20 @@ from sinkbook.arguments import check_all, check_whole_number, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.rotation import (
     Rotation,
+    check_streamed,
     check_text,
+    check_unheard,
     rotations,
     seen_tokens,
     streamable,
-    visible,
 )
 from sinkbook.models.attention_interface import attending_by, unknown
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import alone_with, run_on, state_of
-from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, uncompiled, unwrapped
+from sinkbook.models.trials.writers import on_trial
+from sinkbook.models.wrappers import AnyModel, computing_device, uncompiled, unwrapped
 from sinkbook.progress import progress
+from sinkbook.toy.attention import KERNELS
 from sinkbook.toy.transformer import Transformer
 
 Tokens = Int[Tensor, "text position"]
@@ -166,7 +169,9 @@ def streaming(model: AnyModel, *, window: int, kept: int | Sequence[int] = 4) ->
     `kept` is a number of first tokens or the positions of other ones. One forward pass then gives
     what `SinkCache` gives token by token; with toy transformers, whose positions are added to the
     embeddings, keys stay where they are. Whole texts without padding only, and no cache
-    (`use_cache=False`). The model is left as it was found, also after an exception.
+    (`use_cache=False`). Of bodies inside each other the innermost decides. The model is left as it
+    was found, also after an exception. Losses can be taken in the body (`losses.token_losses`),
+    measurements of attention cannot, but for toys under softmax.
     Takes the toys of `sinkbook.toy.transformer` and models of transformers. Raises `SinkbookError`
     for any other module, for models whose attention cannot be replaced or is no plain softmax, and
     for those whose keys cannot be moved, which is tried out: see `rotations`.
@@ -190,13 +195,13 @@ def tried(model: AnyModel) -> dict[nn.Module, Rotation]:
     def keep(module, *call) -> None:
         calls.setdefault(module, call)
 
-    with alone_with(model), torch.no_grad(), evaluating(model), ExitStack() as hooks:
+    with on_trial(model), torch.no_grad(), ExitStack() as hooks:  # as it is, without others' cuts
         turns = rotations(model)
         for module in turns:
             hooks.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
         text = torch.arange(1, SHORT + 1) * (model.get_input_embeddings().num_embeddings - 1)
         run_on(model, text[None].to(computing_device(model)) // SHORT)
-    with alone_with(model), torch.no_grad(), evaluating(model), _streaming(model, SHORT, [], turns):
+    with on_trial(model), torch.no_grad(), _streaming(model, SHORT, [], turns):
         for module, (arguments, keywords, output) in calls.items():
             uncached = {"past_key_values": None} if "past_key_values" in keywords else {}
             again = state_of(module(*arguments, **keywords | uncached))
@@ -222,7 +227,9 @@ def _streaming(
                 if hasattr(module, "attention_function"):
                     own = module.attention_function
                     undo.callback(setattr, module, "attention_function", own)
-                    module.attention_function = partial(_attend_masked, own, window, positions)
+                    outer = getattr(own, "func", None) is _attend_masked
+                    plain = own.args[0] if outer else own
+                    module.attention_function = partial(_attend_masked, plain, window, positions)
         else:
             how = {"window": window, "kept": positions, "turns": turns}
             undo.enter_context(attending_by(model, NAME, partial(_attend_streaming, **how)))
@@ -240,6 +247,8 @@ def _attend_masked(
     own, window, kept, module, query, key, value, attention_mask, scaling, **keywords
 ):
     """A toy's own kernel with the keys hidden that a cache would have dropped."""
+    if own is not KERNELS["softmax"]:  # whose fused kernel shows the probe which keys are hidden
+        check_unheard(module)
     visible = visible_keys(query.shape[2], window, kept).to(query.device)
     mask = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, float("-inf"))
     return own(module, query, key, value, mask[None, None], scaling=scaling, **keywords)
@@ -263,18 +272,14 @@ def _attend_streaming(
     A kept token that has left the window stands before it, at its rank among those that have. So
     a query meets it not from its own position `n` but from `window - 1` after the last of them.
     """
+    check_unheard(module)
     if others := unknown(keywords):
         raise SinkbookError(
             f"{type(module).__name__} has a {others[0]}, which streaming would leave out. "
             "Stream a model with plain softmax attention."
         )
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    hides = attention_mask is not None and bool((~visible(attention_mask)).tril().any())
-    if key.shape[2] != length or hides or module not in turns:
-        raise SinkbookError(
-            "streaming takes whole texts: no padding, no cache, and no window of the model's own. "
-            "Give texts of one length, with use_cache=False."
-        )
+    groups = query.shape[1] // key.shape[1]
+    check_streamed(module in turns, query, key, attention_mask)
     wide = torch.promote_types(query.dtype, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):

@@ -27,9 +27,16 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from sinkbook.errors import SinkbookError
+from sinkbook.llm import components
 from sinkbook.mitigations import sink_cache
+from sinkbook.mitigations.pruning import head_orders
 from sinkbook.mitigations.sink_cache import SinkCache, streaming, visible_keys
+from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
+from sinkbook.models.partial_forward import logits_of
+from sinkbook.probe.attention_maps import attention_logits, attention_weights
+from sinkbook.probe.measure import measure
+from sinkbook.toy.attention import KERNELS
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 from tiny import LOUD_TOKENS, assert_close, losses_of, loud_llama
 
@@ -207,6 +214,77 @@ def test_a_toy_sees_the_window_and_its_kept_tokens_only():
         changed[:, 3] = (TOKENS[:, 3] + 1) % 50
         assert not torch.allclose(toy(changed)[:, 25:], toy(TOKENS)[:, 25:])
     assert torch.equal(toy(TOKENS), whole)
+
+
+def toy_under(kernel: str) -> Transformer:
+    torch.manual_seed(0)
+    config = TransformerConfig(vocab_size=50, length=30, width=16, layers=2, attention=kernel)
+    return Transformer(config).eval().requires_grad_(False)
+
+
+READERS = {
+    "measure": lambda model: measure(model, TOKENS, ("loss",)),
+    "attention_weights": lambda model: attention_weights(model, TOKENS, layer=0),
+    "writes": lambda model: components.writes(model, TOKENS),
+    "head_orders": lambda model: head_orders(model, TOKENS),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kernel", [None, *(name for name in KERNELS if name != "softmax")])
+def test_what_reads_attention_is_refused_inside_streaming_by_its_name(llama, kernel, reader):
+    model = llama if kernel is None else toy_under(kernel)
+    refused = pytest.raises(SinkbookError, match="is measured inside `streaming`.*before the body")
+    with streaming(model, window=6), refused:
+        READERS[reader](model)
+    READERS[reader](model)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_toy_under_softmax_is_measured_as_it_streams(kept):
+    toy = toy_under("softmax")
+    seen = visible_keys(30, 6, torch.arange(kept))
+    logits = attention_logits(toy, TOKENS, layer=0).double()
+    expected = logits.masked_fill(~seen, float("-inf")).softmax(-1)
+    with streaming(toy, window=6, kept=kept):
+        assert_close(attention_weights(toy, TOKENS, layer=0), expected.float())
+        found = measure(toy, TOKENS, ("sink_attention", "sink_logit")).isel(layer=0, head=0)
+    asked = seen[1:, 0]
+    assert_close(torch.tensor(found.sink_attention.values), expected[:, 0, 1:, 0][:, asked].mean(1))
+    others = seen[1:, 1:].double()
+    contrasts = logits[:, 0, 1:, 0] - (logits[:, 0, 1:, 1:].nan_to_num(neginf=0) * others).sum(
+        -1
+    ) / others.sum(-1)
+    assert_close(torch.tensor(found.sink_logit.values), contrasts[:, asked].mean(1))
+
+
+def test_of_bodies_inside_each_other_the_innermost_decides(model):
+    for each in (model, toy_under("softmax"), toy_under("relu")):
+        with streaming(each, window=4, kept=1):
+            inner = logits_of(each, TOKENS)
+        with streaming(each, window=7, kept=2):
+            outer = logits_of(each, TOKENS)
+            with streaming(each, window=4, kept=1):
+                assert torch.equal(logits_of(each, TOKENS), inner)
+            assert torch.equal(logits_of(each, TOKENS), outer)
+
+
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_a_model_that_is_cut_can_be_streamed_whichever_comes_first(model, part):
+    with zero(model, part, layer=1), streaming(model, window=4, kept=1):
+        cut_first = logits_of(model, TOKENS)
+    with streaming(model, window=4, kept=1), zero(model, part, layer=1):
+        assert torch.equal(logits_of(model, TOKENS), cut_first)
+    with zero(model, part, layer=1):
+        assert not torch.allclose(logits_of(model, TOKENS), cut_first)
+
+
+def test_a_model_that_only_shares_the_configuration_is_no_streaming_one(llama):
+    other = type(llama)(llama.config).double()
+    expected = other(TOKENS, use_cache=False).logits
+    with streaming(llama, window=4), pytest.raises(SinkbookError, match="shares the configuration"):
+        other(TOKENS, use_cache=False)
+    assert torch.equal(other(TOKENS, use_cache=False).logits, expected)
 
 
 def test_the_twin_leaves_the_model_as_it_was_also_after_an_exception(model):
