@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -162,15 +162,26 @@ def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
     Raises `SinkbookError` if the disk is full or the folder cannot be written. It ends with
     `otherwise`: what the user can do but free space and give rights, such as "name another file".
     """
-    part = path.with_name(f".{path.name}.{_HERE}-{os.getpid()}-{uuid4().hex[:8]}.part")
+    part = _beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        save(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        readable_by_others(part)
-        part.replace(path)
+        with _refused(path, otherwise):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path)
+            save(part)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            readable_by_others(part)
+            part.replace(path)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refused(path: Path, otherwise: str) -> Iterator[None]:
+    """What the file system refuses in the body is one message, of a file that cannot be written."""
+    try:
+        yield
     except Exception as error:
         refused = refusal(error)
         if refused is None and not isinstance(error, OSError):
@@ -178,9 +189,54 @@ def write(path: Path, save: Callable[[Path], None], *, otherwise: str) -> None:
         advice = "Free some space" if no_room(error) else "Make it writable"
         reason = error if refused is None else refused.strerror
         raise SinkbookError(f"cannot write {path}: {reason}. {advice}, or {otherwise}.") from error
+
+
+def _beside(path: Path) -> Path:
+    """A new name for what is to take the place of a file or folder, by which a sweep knows it."""
+    return path.with_name(f".{path.name}.{_HERE}-{os.getpid()}-{uuid4().hex[:8]}.part")
+
+
+@contextmanager
+def replacing(folder: Path, names: Sequence[str], *, otherwise: str) -> Iterator[Path]:
+    """A fresh folder for the body to make files in, which then are in `folder`, all at once.
+
+    The folder itself is replaced, by `replace_folder`. Where it holds other files than `names`, or
+    cannot be moved, they go into it one by one: the last of them, for which all is made, is taken
+    away before and put there last. Raises `SinkbookError` as `write` does.
+    """
+    with _refused(folder, otherwise):
+        folder = folder.resolve()
+        recover_folder(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / names[-1]):
+            _sweep(place)
+        movable = _is_movable(folder, names)
+        made = _beside(folder if movable else folder / names[-1])
+        made.mkdir(parents=True)
+        if folder.exists():
+            shutil.copymode(folder, made)
+    try:
+        yield made
+        with _refused(folder, otherwise):
+            if movable:
+                replace_folder(made, folder)
+                return
+            (folder / names[-1]).unlink(missing_ok=True)
+            for name in names:
+                (made / name).replace(folder / name)
     finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _is_movable(folder: Path, names: Sequence[str]) -> bool:
+    """Whether a folder may be replaced as a whole: nothing of others is in it, and nobody there."""
+    if folder == folder.parent or not os.access(folder.parent, os.W_OK):
+        return False
+    if not folder.exists():
+        return True
+    if Path.cwd().is_relative_to(folder) or os.path.ismount(folder):
+        return False
+    return {path.name for path in folder.iterdir()} <= {*names}
 
 
 def replace_folder(new: Path, place: Path) -> None:
@@ -205,7 +261,7 @@ def recover_folder(place: Path) -> None:
 
 
 def _set_aside(place: Path) -> Path:
-    return place.with_name(f".{place.name}.old")
+    return place.with_name(f".{place.name}.sinkbook-old")
 
 
 def check_output(path: Path, what: str, *, force: bool, otherwise: str) -> None:
@@ -270,7 +326,7 @@ def _sweep(path: Path) -> None:
     for part in path.parent.glob(f".{glob.escape(path.name)}.{_HERE}-*.part"):
         number = part.name.rpartition(f".{_HERE}-")[2].partition("-")[0]
         if number.isdecimal() and not _is_running(int(number)):
-            part.unlink(missing_ok=True)
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:

@@ -192,43 +192,44 @@ def describe_texts(result: xr.Dataset) -> str:
 
 
 FILES = (
-    "report.html",
     "result.nc",
     "summary.csv",
     *(f"{name}.{kind}" for name in figures.FIGURES for kind in ("png", "svg")),
+    "report.html",  # shows all of it
 )
 
 
 def check_folder(folder: Path, *, force: bool) -> None:
     """Refuse a folder that cannot be written to or, unless `force`, already holds a report."""
     otherwise = "Name another folder"
-    files.check_output(folder / FILES[0], "a report", force=True, otherwise=otherwise)
+    files.check_output(folder / FILES[-1], "a report", force=True, otherwise=otherwise)
+    files.recover_folder(folder.absolute())
     present = [name for name in FILES if (folder / name).exists()]
     if present and not force:
         raise SinkbookError(
-            f"{str(folder)!r} already holds {present[0]}. Name another folder, or let the report "
+            f"{str(folder)!r} already holds {present[-1]}. Name another folder, or let the report "
             "in it be replaced with `force=True`."
         )
 
 
 @style.applied()
 def write(result: xr.Dataset, folder: Path, *, force: bool = False) -> None:
-    """Write `FILES` to a folder, which is made if need be.
+    """Write `FILES` to a folder, which is made if need be: in one step, so that all are of one run.
 
-    Each is whole or absent. Raises SinkbookError as `check_folder` does, and if the file system
-    refuses.
+    Raises SinkbookError as `check_folder` does, and if the file system refuses.
     """
     check_folder(folder, force=force)
     page, table = html_page(result), summary.head_table(result)
-    to_write = partial(files.write, otherwise="name another folder")
-    files.write_netcdf(folder / "result.nc", result, otherwise="name another folder")
-    to_write(
-        folder / "summary.csv",
-        lambda part: table.to_csv(part, index=False, float_format="%.6g"),
-    )
-    for name, draw in figures.FIGURES.items():
-        figure = draw(result)
-        for kind, how in {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}.items():
-            save = partial(figure.savefig, format=kind, **how)
-            to_write(folder / f"{name}.{kind}", save)
-    to_write(folder / "report.html", lambda part: part.write_text(page, encoding="utf-8"))
+    otherwise = "name another folder"
+    with files.replacing(folder, FILES, otherwise=otherwise) as made:
+        to_write = partial(files.write, otherwise=otherwise)
+        files.write_netcdf(made / "result.nc", result, otherwise=otherwise)
+        to_write(
+            made / "summary.csv",
+            lambda part: table.to_csv(part, index=False, float_format="%.6g"),
+        )
+        for name, draw in figures.FIGURES.items():
+            figure = draw(result)
+            for kind, how in {"png": {"dpi": 150}, "svg": {"metadata": {"Date": None}}}.items():
+                to_write(made / f"{name}.{kind}", partial(figure.savefig, format=kind, **how))
+        to_write(made / "report.html", lambda part: part.write_text(page, encoding="utf-8"))

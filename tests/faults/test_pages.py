@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,15 +29,20 @@ class Interrupted(BaseException):
 
 def kill_at_rename(monkeypatch, number: int) -> None:
     """The process ends instead of this rename, and cleans nothing up."""
-    rename, done = Path.rename, []
+    done = []
 
-    def rename_or_end(self, target):
-        done.append(target)
-        if len(done) == number:
-            raise Interrupted
-        return rename(self, target)
+    def or_end(move):
+        def move_or_end(self, target):
+            done.append(target)
+            if len(done) == number:
+                monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+                raise Interrupted
+            return move(self, target)
 
-    monkeypatch.setattr(Path, "rename", rename_or_end)
+        return move_or_end
+
+    monkeypatch.setattr(Path, "rename", or_end(Path.rename))
+    monkeypatch.setattr(Path, "replace", or_end(Path.replace))
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -55,13 +61,51 @@ def test_between_two_renames_nothing_is_lost(tmp_path, monkeypatch, number):
     assert [path.name for path in tmp_path.iterdir()] == ["pages"]
 
 
+NAMES = ("data.csv", "figure.svg", "report.html")
+
+
+def write_all(folder: Path, text: str) -> None:
+    with files.replacing(folder, NAMES, otherwise="name another") as made:
+        for name in NAMES:
+            files.write(made / name, lambda part: part.write_text(text), otherwise="name another")
+
+
+@pytest.mark.parametrize("others", [[], ["notes.txt", "of mine/more.txt"]], ids=["alone", "beside"])
+@pytest.mark.parametrize("number", range(1, 8))
+def test_files_of_two_runs_never_stand_together(tmp_path, monkeypatch, number, others):
+    """Whichever move a kill prevents; with files of others, no page stands over what is mixed."""
+    folder = tmp_path / "a report"
+    write_all(folder, "old")
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    ended = False
+    with monkeypatch.context() as patched:
+        kill_at_rename(patched, number)
+        try:
+            write_all(folder, "new")
+        except Interrupted:
+            ended = True
+    assert ended or number > len(NAMES) + 2
+    files.recover_folder(folder)
+    found = {name: (folder / name).read_text() for name in NAMES if (folder / name).exists()}
+    if not others or "report.html" in found:
+        assert found.keys() == {*NAMES} and len({*found.values()}) == 1
+    monkeypatch.setattr(files, "_is_running", lambda process: False)  # it was killed
+    write_all(folder, "new")
+    assert {(folder / name).read_text() for name in NAMES} == {"new"}
+    assert all((folder / name).read_text() == "mine" for name in others)
+    assert [path.name for path in tmp_path.iterdir()] == ["a report"]
+    assert len([*folder.iterdir()]) == len(NAMES) + len(others)
+
+
 def test_pages_that_an_interruption_has_set_aside_are_back_at_the_next_start(
     book, sinkbook, no_renderer
 ):
     assert sinkbook("build")[0] == 0
     pages = book.output / "html-quick"
     (pages / "index.html").write_text("old")
-    pages.rename(book.output / ".html-quick.old")
+    pages.rename(book.output / ".html-quick.sinkbook-old")
     book.chapter("01_good", "1 / 0")
     assert sinkbook("build")[0] == 1
     assert (pages / "index.html").read_text() == "old"
