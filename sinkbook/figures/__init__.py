@@ -21,7 +21,17 @@ from sinkbook.figures.basic import (
     token_strip,
     transition_map,
 )
-from sinkbook.figures.style import BACKCOPY, BIGRAM, DRAIN, LAYERS, OTHER, PEAK, SINK, TRIGGER
+from sinkbook.figures.style import (
+    BACKCOPY,
+    BIGRAM,
+    DRAIN,
+    LAYERS,
+    OTHER,
+    PEAK,
+    SINK,
+    TRIGGER,
+    layer_colours,
+)
 
 __all__ = [
     "BACKCOPY",
@@ -41,6 +51,7 @@ __all__ = [
     "head_map",
     "head_scatter",
     "key_bars",
+    "layer_colours",
     "layer_maps",
     "map_beside_keys",
     "paired",

@@ -168,6 +168,8 @@ def grouped_bars(
     """
     ax = axes_or_new(ax)
     width = 0.8 / len(colours)
+    largest = max(abs(np.mean(v)) for group in groups.values() for v in group.values()) or 1.0
+    decimals = int(np.clip(2 - np.floor(np.log10(largest)), 0, 4))  # three digits of the largest
     for i, (series, colour) in enumerate(colours.items()):
         places = np.arange(len(groups)) + (i - (len(colours) - 1) / 2) * width
         means = [np.mean(group[series]) for group in groups.values()]
@@ -175,9 +177,11 @@ def grouped_bars(
         for place, mean, group in zip(places, means, groups.values(), strict=True):
             seeds = group[series]
             ax.plot(np.full(len(seeds), place), seeds, ".", color="black", ms=4)
-            above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
-            above["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5}  # over the reference
-            ax.annotate(f"{mean:.2f}", (place, max(seeds)), fontsize=9, **above)
+            beyond = {"xytext": (0, 4), "va": "bottom"} if mean >= 0 else {"va": "top"}
+            beyond = {"xytext": (0, -4), "textcoords": "offset points", "ha": "center"} | beyond
+            beyond["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5}  # over the reference
+            end = max(seeds) if mean >= 0 else min(seeds)
+            ax.annotate(f"{mean:z,.{decimals}f}", (place, end), fontsize=9, **beyond)
     if reference is not None:
         height, label = reference
         ax.axhline(height, color=OTHER, ls="--", lw=1.2, label=label)

@@ -93,7 +93,7 @@ def pruning_panels(
 ) -> list[Axes]:
     """Rise of the loss against the share of heads cut: a panel for each domain, a line an order.
 
-    Mean and range over texts.
+    Mean and range over texts. The vertical axis is linear up to 0.1 and logarithmic above.
     """
     _, axes = plt.subplots(1, len(rises), figsize=(7.4, 3.2), sharey=True)
     for ax, (domain, rise) in zip(axes, rises.items(), strict=True):
@@ -102,6 +102,7 @@ def pruning_panels(
         ylabel = "rise of the loss (nats)" if ax is axes[0] else ""
         over_parameter(100 * rise.removed.values, series, ax, xlabel="heads cut (%)", ylabel=ylabel)
         ax.set_title(domain)
+        ax.set_yscale("symlog", linthresh=0.1)
         if ax is not axes[0]:
             ax.get_legend().remove()
     return list(axes)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped
 from matplotlib.axes import Axes
 
 from sinkbook.figures.basic import axes_or_new
-from sinkbook.figures.style import OTHER, SINK
+from sinkbook.figures.style import OTHER, SEEDS, SINK
 from sinkbook.fits import Fit
 
 # By the names of `experiments.optimizer_sweep`.
@@ -49,16 +49,19 @@ def over_training(
 def by_optimizer(table: xr.Dataset, labels: dict[str, str]) -> list[Axes]:
     """Variables of a `optimizer_dynamics.optimizer_table` over training steps, with their labels.
 
-    A panel for each variable, a colour for each optimizer: mean and range of the seeds.
+    A panel for each variable, a colour for each optimizer: AdamW and SGD seed by seed, thick, and
+    the means over seeds of the others.
     """
     _, axes = plt.subplots(1, len(labels), figsize=(7.4, 3.4))
     for ax, (name, label) in zip(axes, labels.items(), strict=True):
-        series = {
-            optimizer: (table[name].sel(optimizer=optimizer), OPTIMIZER_COLOURS[optimizer])
-            for optimizer in table.optimizer.values.tolist()
-        }
-        over_training(series, ax, ylabel=label, logx=False).get_legend().remove()
-        ax.set(xscale="log", xlim=(1, None))
+        for optimizer in table.optimizer.values.tolist():
+            values = table[name].sel(optimizer=optimizer).transpose("seed", "step")
+            alone = optimizer in ("AdamW", "SGD")
+            look = {"lw": 1.6, "zorder": 3} if alone else {"lw": 0.9, "alpha": 0.8}
+            for number, line in enumerate(values if alone else [values.mean("seed")]):
+                drawn = ax.plot(line.step, line, color=OPTIMIZER_COLOURS[optimizer], **look)
+                drawn[0].set_label(None if number else optimizer)
+        ax.set(xlabel="training step", ylabel=label, xscale="log", xlim=(1, None))
     handles, names = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(handles, names, ncols=4, fontsize=8, loc="outside upper center")
     return list(axes)
@@ -194,6 +197,7 @@ def trajectories(
 ) -> Axes:
     """Two quantities against each other along training, one line a seed."""
     ax = axes_or_new(ax, figsize=(5.4, 3.8))
+    ax.set_prop_cycle(color=SEEDS)
     for across, up in zip(x.transpose("seed", "step"), y.transpose("seed", "step"), strict=True):
         ax.plot(across, up, ".-", lw=0.8, ms=6, label=f"seed {int(across.seed)}")
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -213,8 +217,9 @@ def fitted(
     ax = axes_or_new(ax)
     for i, (seed, fit) in enumerate(zip(values.transpose("seed", "step"), fits, strict=True)):
         across = np.log(seed.step) if log else seed.step
-        ax.plot(seed.step, seed, ".", color=f"C{i}", ms=5, label=f"seed {int(seed.seed)}")
-        ax.plot(seed.step, fit.intercept + fit.slope * across, color=f"C{i}", lw=1.2)
+        colour = SEEDS[i % len(SEEDS)]
+        ax.plot(seed.step, seed, ".", color=colour, ms=5, label=f"seed {int(seed.seed)}")
+        ax.plot(seed.step, fit.intercept + fit.slope * across, color=colour, lw=1.2)
     ax.set(xlabel="training step", ylabel=ylabel, xscale="log" if log else "linear")
     ax.legend(fontsize=8)
     return ax

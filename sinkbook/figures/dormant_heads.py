@@ -157,7 +157,7 @@ def chance(
         for name, gap in heads.items():
             ax.axvline(gap, color=WORKS, lw=1.5)
             along = {"xycoords": ("data", "axes fraction"), "rotation": 90, "fontsize": 9}
-            ax.annotate(name, (gap - 0.01, 0.97), ha="right", va="top", **along)
+            ax.annotate(name, (gap + 0.01, 0.97), ha="left", va="top", **along)
         ax.set(xlim=(0, 1), title=title, xlabel="gap of sink attention")
     axes[0, 0].set_ylabel("shuffles")
     return list(axes.flat)
@@ -182,7 +182,7 @@ def wake_up(trace: xr.Dataset, parts: Sequence[str]) -> list[Axes]:
                 ax.axvline(start, color=OTHER, lw=0.8, ls="--")
         row[0].set_ylabel(label)
     for (above, below), name in zip(axes.T, trace.candidate.values, strict=True):
-        above.set_title(str(name), pad=16)
+        above.set_title(str(name), pad=22)
         for start, part in zip(starts, parts, strict=True):
             place = (start + 1, 1.02)
             above.annotate(part, place, xycoords=("data", "axes fraction"), fontsize=7.5)

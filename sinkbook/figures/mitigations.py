@@ -1,6 +1,6 @@
 """Figures that compare mitigations: by layer, along the loss, as points, as families."""
 
-from itertools import product
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
-from matplotlib.transforms import Bbox
 
 from sinkbook.figures.basic import attention_map, axes_or_new
+from sinkbook.figures.phone import FREE, set_apart
 from sinkbook.figures.style import OTHER, SINK
 
 FAMILY_COLOURS = {
@@ -48,10 +48,20 @@ def methods_by_layer(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if scale == "symlog":
         ax.set_yscale("symlog", linthresh=10)
+        widen(ax)
     ax.grid(axis="y", alpha=0.3)
     if legend:
         ax.legend(fontsize=8)
     return ax
+
+
+def widen(ax: Axes) -> None:
+    """Room above and below what is drawn on an axis that is linear up to 10 and logarithmic above.
+
+    What lies at its limits would be cut in half.
+    """
+    low, high = ax.dataLim.intervaly
+    ax.set_ylim(low - max(1, 0.7 * abs(low)), high + max(1, 0.7 * abs(high)))
 
 
 def mitigation_points(
@@ -68,7 +78,6 @@ def mitigation_points(
     `x` and `y` carry the coordinates `label` and `family`; the control "softmax" is a star.
     """
     ax = axes_or_new(ax, figsize=(7.6, 5.4))
-    points = {}
     for name in x.mitigation.values:
         across, up = x.sel(mitigation=name), y.sel(mitigation=name)
         colour = FAMILY_COLOURS[across.family.item()]
@@ -76,37 +85,16 @@ def mitigation_points(
         for seed in zip(across.values, up.values, strict=True):
             ax.plot(*zip(centre, seed, strict=True), color=colour, lw=0.6, alpha=0.6)
         ax.plot(*centre, "*" if name == "softmax" else "o", color=colour, ms=6)
-        points[across.label.item()] = (centre, colour)
+        line = {"arrowstyle": "-", "lw": 0.4, "color": colour}
+        words = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7}
+        ax.annotate(across.label.item(), centre, (0, 9), color=colour, arrowprops=line,
+                    gid=FREE, **words)  # fmt: skip
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
     ax.margins(x=0.12, y=0.08)
     family_legend(ax.figure)
-    _label_apart(ax, points)
+    set_apart(ax)
     return ax
-
-
-def _label_apart(ax: Axes, points: dict[str, tuple[tuple[float, float], str]]) -> None:
-    """Write a label near each point, in the nearest place where no other label or point is."""
-    ax.figure.canvas.draw()
-    pixels = ax.figure.dpi / 72
-    taken = [ax.transData.transform(place) for place, _ in points.values()]
-    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in taken]
-    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    for label, (place, colour) in points.items():
-        width, height = 4.3 * len(label) * pixels, 8 * pixels
-        x, y = ax.transData.transform(place)
-        for distance, angle in product((8, 18, 28, 40, 55, 75), angles):
-            dx, dy = (pixels * distance * f(angle) for f in (np.cos, np.sin))
-            left = x + dx - (width if dx < -1 else 0.0 if dx > 1 else width / 2)
-            box = Bbox.from_bounds(left, y + dy - height / 2, width, height)
-            inside = ax.bbox.contains(box.x0, box.y0) and ax.bbox.contains(box.x1, box.y1)
-            if inside and not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)
-        middle = ((box.x0 + box.x1) / 2 - x) / pixels, ((box.y0 + box.y1) / 2 - y) / pixels
-        text = {"xytext": middle, "textcoords": "offset points", "ha": "center", "va": "center"}
-        line = {"arrowstyle": "-", "lw": 0.4, "color": colour} if distance > 8 else None
-        ax.annotate(label, place, color=colour, fontsize=7, arrowprops=line, **text)
 
 
 def mitigation_rows(
@@ -222,9 +210,10 @@ def destination_bars(shares: xr.DataArray, ax: Axes | None = None) -> Axes:
             ticks.append(place)
             names.append(shares.label.sel(mitigation=mitigation).item())
         middle = group * (count + 1) + (count - 1) / 2
-        ax.text(middle, 1.03, control, ha="center", fontsize=9)
+        ax.text(middle, 1.03, textwrap.fill(control, 11), ha="center", fontsize=9)
     ax.set_xticks(ticks, names, rotation=40, ha="right", fontsize=8)
-    ax.set(ylabel="attention of tokens that are no triggers", ylim=(0, 1.12))
+    ax.set(ylabel="attention of tokens that are no triggers", ylim=(0, 1.2))
+    ax.set_yticks(np.linspace(0, 1, 6))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return ax
 
@@ -244,13 +233,15 @@ def marks_by_layer(ends: dict[str, xr.Dataset], *, colours: dict[str, str]) -> l
         "height of the peak": lambda end: end.residual_peak_height,
     }
     for panel, (label, of) in zip(panels, quantities.items(), strict=True):
+        values = {name: of(end) for name, end in ends.items()}
+        high = panel is panels[2] and max(abs(found).max() for found in values.values()) > 100
         methods_by_layer(
-            {name: of(end) for name, end in ends.items()},
+            values,
             panel,
             colours=colours,
-            ylabel=label,
+            ylabel=f"{label} (logarithmic above 10)" if high else label,
             xlabel="residual state" if panel is panels[2] else "layer",
-            scale="symlog" if panel is panels[2] else "linear",
+            scale="symlog" if high else "linear",
             legend=False,
         )
     handles, labels = panels[0].get_legend_handles_labels()

@@ -53,7 +53,7 @@ def written_by_self_logit(
         )
     ax.axvline(0, color=OTHER, lw=0.8)
     ax.set_yscale("symlog", linthresh=10)
-    ax.set_ylim(bottom=-1)
+    ax.set_ylim(-1, 2 * np.max(writes))
     ax.set(
         xlabel="logit of <s> on itself, at the end",
         ylabel="norm of what the attention adds at <s>",

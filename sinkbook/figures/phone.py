@@ -5,6 +5,7 @@ the size of letters, and how much is written along an axis.
 """
 
 import textwrap
+from itertools import product
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, LogFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 
 WIDTH = 4.7  # inches, 338 points: shown at a point a pixel on a phone of 390
 LEAST = 10.0  # points: the smallest letters on a phone
@@ -20,6 +22,8 @@ _ROW_HEIGHT = 2.3  # inches of a panel, at least
 _MAP_HEIGHT = 3.6  # of one that keeps its shape
 _LONGEST = 18  # letters of a name beside an axis, before it is broken
 _MANY = 40  # names of an axis that need not all be written
+FREE = "free"  # the gid of annotations that may stand anywhere near their points
+_CROWD = 10  # free annotations that need a panel of more height than others
 
 
 def legible(figure: Figure, least: float) -> None:
@@ -43,6 +47,83 @@ def legible(figure: Figure, least: float) -> None:
             names = _named(axis)
             if not names or len(axis.get_ticklabels()) > _MANY:
                 _thin(axis, horizontal=axis is axes.xaxis)
+    _free_legends(figure)
+    for axes in figure.axes:
+        set_apart(axes)
+
+
+def set_apart(axes: Axes) -> None:
+    """Put each `FREE` annotation near its point, where no other one is, and no point.
+
+    Where there is no such place it is put where it covers least. A line leads to those further off.
+    """
+    notes = [text for text in axes.texts if text.get_gid() == FREE]
+    if not notes:
+        return
+    axes.figure.canvas.draw()
+    pixels = axes.figure.dpi / 72
+    points = axes.transData.transform([note.xy for note in notes])
+    taken = [Bbox.from_bounds(x - 3 * pixels, y - 3 * pixels, *[6 * pixels] * 2) for x, y in points]
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    places = [d * np.array([np.cos(a), np.sin(a)]) for d, a in product((9, 18, 28, 40, 55), angles)]
+    for note, point in zip(notes, points, strict=True):
+        size = Text.get_window_extent(note).size
+        choices = []
+        for place in places:
+            # The nearer end of the words is at the place, their middle where it is above or below.
+            side = np.sign(place[0]) * (abs(place[0]) > 1)
+            middle = point + pixels * place + (side * size[0] / 2, 0)
+            box = Bbox.from_bounds(*(middle - size / 2), *size)
+            inside = axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1)
+            choices.append((sum(map(box.overlaps, taken)) + 5 * (not inside), box, place))
+            if choices[-1][0] == 0:
+                break
+        _, box, place = min(choices, key=lambda choice: choice[0])
+        taken.append(box)
+        note.set_position((box.min + box.max - 2 * point) / (2 * pixels))
+        note.arrow_patch.set_visible(bool(np.hypot(*place) > 10))
+
+
+def _free_legends(figure: Figure) -> None:
+    """Move legends off what they would cover: above the panel, or the figure if it is the one."""
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    for legend in legends:
+        if legend.get_bbox_to_anchor().width == 0 or not _covers(legend):
+            continue
+        handles, labels = legend.legend_handles, [text.get_text() for text in legend.get_texts()]
+        title, size = legend.get_title().get_text() or None, legend.get_texts()[0].get_fontsize()
+        again = {
+            "handles": handles,
+            "labels": labels,
+            "title": title,
+            "fontsize": size,
+            "ncols": len(labels),
+        }
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
+        alone = len(legends) == 1 and not figure.legends
+        parent = figure if alone else legend.axes
+        legend.remove()
+        parent.legend(**again, **({"loc": "outside upper center"} if alone else above))
+
+
+def _covers(legend: Legend) -> bool:
+    """Whether a legend lies over lines, bars, bands or dots of its panel."""
+    axes, box = legend.axes, legend.get_window_extent()
+    lines = (line.get_transform().transform_path(line.get_path()) for line in axes.lines)
+    if any(path.intersects_bbox(box, filled=False) for path in lines if len(path.vertices)):
+        return True
+    if any(patch.get_window_extent().overlaps(box) for patch in axes.patches):
+        return True
+    for drawn in axes.collections:
+        if len(offsets := drawn.get_offset_transform().transform(drawn.get_offsets())) > 1:
+            if any(box.contains(x, y) for x, y in offsets):
+                return True
+        elif any(
+            drawn.get_transform().transform_path(p).intersects_bbox(box, filled=True)
+            for p in drawn.get_paths()
+        ):
+            return True
+    return False
 
 
 def _plain_numbers(axis: Axis) -> None:
@@ -100,6 +181,11 @@ def rearrange(figure: Figure) -> None:
             _thin(axes.xaxis, horizontal=True)
             _thin(axes.yaxis, horizontal=False)
             _shorten(axes)
+    _free_legends(figure)
+    for legend in figure.legends:
+        _narrow_legend(legend)
+    for axes in figure.axes:
+        set_apart(axes)
 
 
 def _grid(figure: Figure) -> tuple[int, int]:
@@ -116,12 +202,14 @@ def _stack(figure: Figure) -> float:
     panels = [axes for axes in figure.axes if axes.get_subplotspec() is not None]
     panels.sort(key=lambda axes: axes.get_subplotspec().num1)
     small = all(_square(axes) for axes in panels)
-    across = min(columns, 3 if small else 1 + (len(panels) > 3))
+    across = min(columns, (2 if len(panels) == 4 else 3) if small else 1 + (len(panels) > 3))
     if across < columns:
         count = -(-len(panels) // across)
         usual = WIDTH / across + 0.4 if small else max(_ROW_HEIGHT, min(height / rows, 3.0))
         inches = [
-            _MAP_HEIGHT if not small and _square(panels[row * across]) else usual
+            _MAP_HEIGHT
+            if not small and (_square(panels[row * across]) or _crowded(panels[row * across]))
+            else usual
             for row in range(count)
         ]
         grid = figure.add_gridspec(count, across, height_ratios=inches)
@@ -147,6 +235,11 @@ def _label_alone(panels: list[Axes], number: int, columns: int, *, small: bool) 
     lowest = panels[(len(panels) - 1) // columns * columns :]
     if not axes.get_xlabel() and not small and number % columns < len(lowest):
         axes.set_xlabel(lowest[number % columns].get_xlabel())
+
+
+def _crowded(axes: Axes) -> bool:
+    """Whether a panel has so many names in it that it needs more height."""
+    return sum(text.get_gid() == FREE for text in axes.texts) > _CROWD
 
 
 def _square(axes: Axes) -> bool:
@@ -189,8 +282,9 @@ def _narrow_legend(legend: Legend) -> None:
     """A legend no wider than a phone; above its axes where it stood beside them."""
     labels = [text.get_text() for text in legend.get_texts()]
     column = 0.55 * LEAST * max(map(len, labels), default=1) + 3.2 * LEAST  # points
-    columns = int(np.clip(WIDTH * 72 // column, 1, len(labels)))
     parent = legend.axes or legend.get_figure()
+    room = WIDTH * 72 - (40 if legend.axes else 10)  # beside the axes stand its numbers
+    columns = int(np.clip(room // column, 1, len(labels)))
     again = {"handles": legend.legend_handles, "labels": labels, "ncols": columns}
     again |= {"fontsize": LEAST, "title": legend.get_title().get_text() or None}
     anchor = legend.get_bbox_to_anchor()
@@ -215,11 +309,12 @@ def _thin(axis: Axis, *, horizontal: bool) -> None:
         axis.set_ticks(places[:: _every(labels, horizontal=horizontal)])
         return
     names = [label.get_text() for label in axis.get_ticklabels()]
-    if horizontal and len(names) <= _MANY and max(map(len, names)) > 3:
+    few, upright = len(names) <= _MANY, labels[0].get_rotation() == 0
+    if horizontal and few and upright and max(map(len, names)) > 3:
         for label in axis.get_ticklabels():
             label.set(rotation=45, ha="right", va="top", rotation_mode="anchor")
         return
-    if not horizontal and len(names) <= _MANY:
+    if not horizontal and few and not _square(axis.axes):
         return  # the figure is as high as they need
     every = _every(labels, horizontal=horizontal)
     axis.set_ticklabels([name if i % every == 0 else "" for i, name in enumerate(names)])
@@ -227,7 +322,7 @@ def _thin(axis: Axis, *, horizontal: bool) -> None:
 
 def _shorten(axes: Axes) -> None:
     """In cells that are too narrow for a number and its range, the number alone."""
-    texts = [text for text in axes.texts if "\n" in text.get_text()]
+    texts = [text for text in axes.texts if "–" in text.get_text().partition("\n")[2]]
     boxes = [text.get_window_extent() for text in texts]
     if any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]):
         for text in texts:

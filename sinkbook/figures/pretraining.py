@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from sinkbook.figures.basic import axes_or_new
 from sinkbook.figures.curves import over_training
-from sinkbook.figures.style import DRAIN, OTHER, PEAK, SINK, TRIGGER
+from sinkbook.figures.style import DRAIN, OTHER, PEAK, SEEDS, SINK, TRIGGER, layer_colours
 from sinkbook.fits import Plateau
 from sinkbook.models.token_labels import token_label
 
@@ -29,8 +29,7 @@ def every_head(measured: xr.Dataset, *, kind: str = "plain") -> list[Axes]:
     count, layers = attention.sizes["seed"], attention.sizes["layer"]
     _, axes = plt.subplots(1, count, figsize=(2.5 * count, 2.7), sharey=True, squeeze=False)
     for ax, of_seed in zip(axes[0], attention, strict=True):
-        for layer in range(layers):
-            colour = plt.get_cmap("viridis_r")((layer + 1) / (layers + 0.5))
+        for layer, colour in enumerate(layer_colours(layers)):
             drawn = ax.plot(of_seed.step, of_seed.isel(layer=layer), color=colour, lw=1.3)
             drawn[0].set_label(f"layer {layer}")
         ax.set(title=f"seed {int(of_seed.seed)}", ylim=(0, 1), xlabel="training step")
@@ -107,7 +106,7 @@ def plateaus(
     """Sink logits as dots with their fits over a logarithmic axis; a band where growth may end."""
     ax = axes_or_new(ax)
     for number, (values, fit) in enumerate(zip(curves, fits, strict=True)):
-        colour = f"C{number}" if len(curves) > 1 else "black"
+        colour = SEEDS[number % len(SEEDS)]
         label = f"seed {int(values.seed)}" if "seed" in values.coords else None
         times = np.geomspace(values.step.min(), values.step.max(), 200)
         ax.axvspan(fit.end_low, fit.end_high, color=colour, alpha=0.1, lw=0)

@@ -7,16 +7,25 @@ inside `applied`. The colours are Okabe and Ito's, which the colour-blind can te
 from contextlib import AbstractContextManager
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import to_hex
 
 SINK, DRAIN, PEAK, OTHER = "#0072B2", "#D55E00", "#009E73", "#777777"
 TRIGGER, BACKCOPY, BIGRAM = "#CC79A7", "#CC79A7", "#E69F00"
 LAYERS = ("#005C43", PEAK, "#7DD3B8")  # of the peak after the first, second and third layer
 LARGEST = "#56B4E9"  # of the largest other token
+SEEDS = ("#000000", "#7A5BC7", "#7A8B00", "#B0305C", "#777777")  # one after the other: no roles
 
 MAP = "Blues"  # of attention and other shares: darker is more
 DIFFERENCES = "RdBu"  # of what is more, in blue, and less, in red
 
 _STYLE = "sinkbook.figures.sinkbook"
+
+
+def layer_colours(count: int) -> list[str]:
+    """Colours of layers from the first, which is the lightest, to the last; none is a role's."""
+    shades = plt.get_cmap("viridis_r")((np.arange(count) + 1) / (count + 0.5))
+    return [to_hex(shade) for shade in shades]
 
 
 def use() -> None:

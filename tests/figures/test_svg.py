@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.text import Text
 
 from sinkbook.figures import basic, curves, mitigations, phone, style, svg
 
@@ -195,3 +196,44 @@ def test_a_notebook_shows_a_figure_in_this_form_alone():
         assert shown["text/html"].startswith('<div class="sinkbook-figure">')
     finally:
         InteractiveShell.clear_instance()
+
+
+def test_a_legend_that_would_cover_what_is_drawn_stands_above_the_figure():
+    _, axes = plt.subplots()
+    steps = np.linspace(0, 1, 400)
+    for number in range(40):  # every corner
+        axes.plot(steps, (number + np.sin(50 * steps)) / 40, label="a long name" * (number < 2))
+    axes.legend()
+    phone.legible(axes.figure, phone.LEAST)
+    assert axes.get_legend() is None
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a long name"] * 2
+    axes.figure.canvas.draw()
+    assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
+
+
+def test_a_legend_that_covers_nothing_stays():
+    _, axes = plt.subplots()
+    axes.plot([0, 1], [0, 1], label="a")
+    axes.legend()
+    phone.legible(axes.figure, phone.LEAST)
+    assert axes.get_legend() is not None and not axes.figure.legends
+
+
+@pytest.mark.parametrize("arrange", [lambda figure: phone.legible(figure, 10.5), phone.rearrange])
+def test_the_names_of_points_that_lie_together_lie_apart(arrange):
+    values = xr.DataArray(
+        0.5 + 0.02 * np.random.default_rng(0).random((8, 2)),
+        dims=("mitigation", "seed"),
+        coords={
+            "mitigation": [f"m{i}" for i in range(8)],
+            "label": ("mitigation", [f"mitigation {i}" for i in range(8)]),
+            "family": ("mitigation", ["gate"] * 8),
+        },
+    )
+    axes = mitigations.mitigation_points(values, values, xlabel="mass", ylabel="loudness")
+    arrange(axes.figure)
+    axes.figure.canvas.draw()
+    boxes = [Text.get_window_extent(t) for t in axes.texts if t.get_gid() == phone.FREE]
+    assert len(boxes) == 8
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
