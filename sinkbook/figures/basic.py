@@ -169,7 +169,7 @@ def grouped_bars(
     ax = axes_or_new(ax)
     width = 0.8 / len(colours)
     largest = max(abs(np.mean(v)) for group in groups.values() for v in group.values()) or 1.0
-    decimals = int(np.clip(2 - np.floor(np.log10(largest)), 0, 4))  # three digits of the largest
+    decimals = int(np.clip((largest >= 1) + 1 - np.floor(np.log10(largest)), 0, 4))
     for i, (series, colour) in enumerate(colours.items()):
         places = np.arange(len(groups)) + (i - (len(colours) - 1) / 2) * width
         means = [np.mean(group[series]) for group in groups.values()]
