@@ -12,7 +12,7 @@ import xarray as xr
 from safetensors.torch import load_file
 
 from sinkbook.arguments import check_kind, check_known, check_number
-from sinkbook.book.records import paper_scale
+from sinkbook.book.records import changed_toys, paper_scale
 from sinkbook.errors import SinkbookError
 from sinkbook.files import reading
 from sinkbook.provenance import repository
@@ -28,6 +28,7 @@ EARLIER = (  # than those at the paper's scale, or of other models
     "reemergence",
     "optimizers",
     "shakespeare",
+    *changed_toys.GROUPS,
 )
 NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 

@@ -26,7 +26,7 @@ from sinkbook.book.experiments import (
     train_groups,
     train_sweep,
 )
-from sinkbook.book.records import paper_scale
+from sinkbook.book.records import changed_toys, paper_scale
 from sinkbook.book.records.kept import (
     NAMES,
     WITH_WEIGHTS,
@@ -176,6 +176,7 @@ MAKERS: dict[str, Callable[[], xr.Dataset]] = {
     "reemergence": _reemergence,
     "optimizers": _optimizers,
     "shakespeare": _shakespeare,
+    **{name: partial(changed_toys.record, name) for name in changed_toys.GROUPS},
 }
 
 

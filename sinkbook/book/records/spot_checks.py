@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from sinkbook.book.experiments import pretrainings
-from sinkbook.book.records import paper_scale
+from sinkbook.book.records import changed_toys, paper_scale
 from sinkbook.book.records.kept import whole_file
 from sinkbook.errors import SinkbookError
 from sinkbook.toy.runs import TrainingConfig
@@ -34,6 +34,14 @@ PRETRAINING_TOLERANCES = {
     "residual_norm": 5e-3,
     "value_norm": 5e-3,
     "other_value_norm": 5e-3,
+}
+
+# So are the changed toys, whose measurements have other names.
+CHANGED_TOY_TOLERANCES = {
+    "excess_risk": 1e-3,
+    "first_attention": 5e-3,
+    "own_attention": 5e-3,
+    "residual_norm": 5e-3,
 }
 
 
@@ -63,6 +71,8 @@ def spot_check(name: str, training: str, *, steps: int = 3) -> SpotCheck:
     """
     if name == "shakespeare":
         return _pretraining_begun_again(training, steps)
+    if name in changed_toys.GROUPS:
+        return _changed_toy_begun_again(name, training, steps)
     config = paper_scale.GROUPS[name]()[training][0]
     stored, _ = paper_scale.trainings(whole_file(name))[training, config.seed]
     again = first_steps(config, steps)
@@ -85,6 +95,13 @@ def _pretraining_begun_again(training: str, steps: int) -> SpotCheck:
         again.sel(step=both),
         tolerances=PRETRAINING_TOLERANCES,
     )
+
+
+def _changed_toy_begun_again(name: str, training: str, steps: int) -> SpotCheck:
+    seed, again = changed_toys.begun_again(name, training, steps)
+    visits = {dim: slice(again.sizes[dim]) for dim in ("visit", "residual_visit")}
+    stored = whole_file(name).sel(training=training, seed=seed, step=again.step).isel(visits)
+    return compared(name, training, seed, stored, again, tolerances=CHANGED_TOY_TOLERANCES)
 
 
 def first_steps(config: TrainingConfig, steps: int) -> xr.Dataset:
