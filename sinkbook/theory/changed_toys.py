@@ -1,4 +1,4 @@
-"""Toys with one thing changed that a claim of others is about, and what is watched while they learn.
+"""Toys with one thing changed that a claim of others is about, and what they do while they learn.
 
 A change is a function of a model before its first step; what it adds starts so that the other
 weights of a seed stay what they are. All changed toys compute attention outright and under one
