@@ -22,6 +22,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.files import cache_folder, write_netcdf
 from sinkbook.provenance import provenance
 from sinkbook.theory import changed_toys as toys
+from sinkbook.theory import two_sinks
 from sinkbook.toy.runs import TrainingConfig, seeds_of
 
 SEEDS = 3
@@ -90,6 +91,36 @@ def record(name: str, seeds: int = SEEDS) -> xr.Dataset:
         seconds=round(seconds),
         trainings=len(GROUPS[name]) * seeds,
     )
+
+
+TWO_SINKS = {"steps": 1_500, "batch_size": 32}  # of each of its heads
+
+
+def two_sinks_record(seeds: int = SEEDS) -> xr.Dataset:
+    """Heads that have to be silent, to repeat, or both: `two_sinks.facts` over (asks, kind, seed)."""
+    start = time.monotonic()
+    found = [
+        [[_facts_of(asks, kind, seed) for seed in range(seeds)] for kind in two_sinks.HEADS]
+        for asks in two_sinks.ANNOUNCING
+    ]
+    together = xr.concat(
+        [xr.concat([xr.concat(of, "seed") for of in of_kind], "kind") for of_kind in found], "asks"
+    )
+    facts = provenance()
+    return together.assign_coords(
+        asks=list(two_sinks.ANNOUNCING), kind=list(two_sinks.HEADS), seed=list(range(seeds))
+    ).assign_attrs(
+        config=json.dumps(TWO_SINKS),
+        versions=json.dumps(facts["versions"]),
+        device=facts["device"],
+        date=facts["date"],
+        seconds=round(time.monotonic() - start),
+        trainings=together.silent_error.size,
+    )
+
+
+def _facts_of(asks: str, kind: str, seed: int) -> xr.Dataset:
+    return xr.Dataset(two_sinks.trained(asks, kind, seed=seed, **TWO_SINKS))
 
 
 def begun_again(name: str, training: str, steps: int) -> tuple[int, xr.Dataset]:

@@ -29,6 +29,7 @@ EARLIER = (  # than those at the paper's scale, or of other models
     "optimizers",
     "shakespeare",
     *changed_toys.GROUPS,
+    "two-sinks",
 )
 NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 

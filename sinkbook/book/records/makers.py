@@ -177,6 +177,7 @@ MAKERS: dict[str, Callable[[], xr.Dataset]] = {
     "optimizers": _optimizers,
     "shakespeare": _shakespeare,
     **{name: partial(changed_toys.record, name) for name in changed_toys.GROUPS},
+    "two-sinks": changed_toys.two_sinks_record,
 }
 
 
