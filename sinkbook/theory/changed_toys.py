@@ -222,21 +222,18 @@ def at_equal_loss(found: xr.Dataset) -> xr.Dataset:
     """Trainings over (training, seed) when each first has the excess risk that all of them reach.
 
     That is the lowest of the one whose lowest is highest. Between measurements all is interpolated
-    by the logarithm of the risk; `step` becomes a variable, and `loss` is the risk, in nats.
+    by the logarithm of the risk. `steps` says when that was, and `loss` is the risk, in nats.
     """
-    lowest = found.excess_risk.min("step")
-    loss = lowest.max().item()
+    loss = found.excess_risk.min("step").max().item()
     rows = []
     for training in found.training.values:
-        of_seeds = []
-        for seed in found.seed.values:
-            one = found.sel(training=training, seed=seed).dropna("step", subset=["excess_risk"])
-            of_seeds.append(_at(one.reset_coords("step"), loss))
-        rows.append(xr.concat(of_seeds, "seed"))
+        whole = [found.sel(training=training, seed=seed) for seed in found.seed.values]
+        rows.append(xr.concat([_when(one, loss) for one in whole], "seed"))
     return xr.concat(rows, "training").assign(loss=loss)
 
 
-def _at(one: xr.Dataset, loss: float) -> xr.Dataset:
+def _when(one: xr.Dataset, loss: float) -> xr.Dataset:
+    one = one.assign(steps=("step", one.step.values.astype(float))).drop_vars("step")
     risks = one.excess_risk.values
     after = int(np.flatnonzero(risks <= loss)[0])
     if after == 0:

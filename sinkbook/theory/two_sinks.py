@@ -1,8 +1,8 @@
 """Two kinds of sinks on one small task: a head that has to be silent, and one that has to repeat.
 
-The task is the averaging of `alternatives.AveragingTask`, of which arXiv 2606.08105 would say that a
-no-op or a broadcast solves it. Here it asks for either or for both, and heads may have a gate, or
-a register in front of the text.
+The task is the averaging of `alternatives.AveragingTask`, which asks for a no-op or for a broadcast
+(arXiv 2606.08105). Here it asks for either or for both, and heads may have a gate, or a register in
+front of the text.
 """
 
 from functools import partial

@@ -97,7 +97,7 @@ TWO_SINKS = {"steps": 1_500, "batch_size": 32}  # of each of its heads
 
 
 def two_sinks_record(seeds: int = SEEDS) -> xr.Dataset:
-    """Heads that have to be silent, to repeat, or both: `two_sinks.facts` over (asks, kind, seed)."""
+    """Heads that have to be silent, to repeat, or both: their facts over (asks, kind, seed)."""
     start = time.monotonic()
     found = [
         [[_facts_of(asks, kind, seed) for seed in range(seeds)] for kind in two_sinks.HEADS]

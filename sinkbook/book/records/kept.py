@@ -30,6 +30,7 @@ EARLIER = (  # than those at the paper's scale, or of other models
     "shakespeare",
     *changed_toys.GROUPS,
     "two-sinks",
+    "stand-ins",
 )
 NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 

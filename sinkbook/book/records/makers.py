@@ -109,6 +109,13 @@ def _reemergence() -> xr.Dataset:
     return peak_recovery.record()
 
 
+def _stand_ins() -> xr.Dataset:
+    """What stands in for one token's state in SmolLM2, and what that costs."""
+    from sinkbook.book.records import stand_ins
+
+    return stand_ins.record()
+
+
 def _shakespeare() -> xr.Dataset:
     """Pretrainings on Shakespeare and their controls, all of the same length."""
     from sinkbook.llm import copying_head, shakespeare_pretraining
@@ -178,6 +185,7 @@ MAKERS: dict[str, Callable[[], xr.Dataset]] = {
     "shakespeare": _shakespeare,
     **{name: partial(changed_toys.record, name) for name in changed_toys.GROUPS},
     "two-sinks": changed_toys.two_sinks_record,
+    "stand-ins": _stand_ins,
 }
 
 
