@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinkbook.data.corpora import texts
 from sinkbook.models import load
-from sinkbook.models.interventions import reading, replace, stand_in
+from sinkbook.models.interventions import replace, stand_in
 from sinkbook.models.losses import token_losses
 from sinkbook.models.token_windows import of_texts
 from sinkbook.provenance import provenance
@@ -40,14 +40,14 @@ def record() -> xr.Dataset:
     whole = of_texts(reader, articles, count=SIZES["texts"], length=SIZES["length"] + 1)
     tokens = whole[:, 1:]
     before = token_losses(reader.model, tokens)
+    with torch.no_grad():
+        states = reader.model(tokens, output_hidden_states=True).hidden_states
     cost = np.full((len(PLACES), len(LAYERS), len(WAYS), len(tokens)), np.nan)
     moved = cost.copy()
     for i, position in enumerate(PLACES.values()):
         behind = slice(position, position + SIZES["after"])  # losses begin with token 1
         for j, layer in enumerate(LAYERS):
-            with reading(reader.model, "residual", layer=layer) as runs, torch.no_grad():
-                reader.model(tokens)
-            own = runs[0][:, [position]]
+            own = states[layer + 1][:, [position]]  # before the first layer is one more
             for k, way in enumerate(WAYS):
                 new = noise_like(own) if way == "noise" else stand_in(own, way, seed=SIZES["seed"])
                 with replace(reader.model, "residual", new, layer=layer, position=position):
