@@ -17,7 +17,7 @@ from torch import Tensor
 from sinkbook.data.corpora import texts
 from sinkbook.models import load
 from sinkbook.models.interventions import replace, stand_in
-from sinkbook.models.losses import token_losses
+from sinkbook.models.losses import next_token_losses
 from sinkbook.models.token_windows import of_texts
 from sinkbook.provenance import provenance
 
@@ -39,9 +39,9 @@ def record() -> xr.Dataset:
     articles = texts("prose-en", 4 * SIZES["texts"])
     whole = of_texts(reader, articles, count=SIZES["texts"], length=SIZES["length"] + 1)
     tokens = whole[:, 1:]
-    before = token_losses(reader.model, tokens)
     with torch.no_grad():
-        states = reader.model(tokens, output_hidden_states=True).hidden_states
+        found = reader.model(tokens, output_hidden_states=True)
+    states, before = found.hidden_states, next_token_losses(found.logits, tokens)
     cost = np.full((len(PLACES), len(LAYERS), len(WAYS), len(tokens)), np.nan)
     moved = cost.copy()
     for i, position in enumerate(PLACES.values()):
@@ -50,8 +50,9 @@ def record() -> xr.Dataset:
             own = states[layer + 1][:, [position]]  # before the first layer is one more
             for k, way in enumerate(WAYS):
                 new = noise_like(own) if way == "noise" else stand_in(own, way, seed=SIZES["seed"])
-                with replace(reader.model, "residual", new, layer=layer, position=position):
-                    after = token_losses(reader.model, tokens)
+                cut = replace(reader.model, "residual", new, layer=layer, position=position)
+                with cut, torch.no_grad():
+                    after = next_token_losses(reader.model(tokens).logits, tokens)
                 cost[i, j, k] = (after - before)[:, behind].mean(-1)
                 moved[i, j, k] = ((new - own).norm(dim=-1) / own.norm(dim=-1))[:, 0]
     facts = provenance()
