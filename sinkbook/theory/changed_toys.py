@@ -6,8 +6,10 @@ code path, `as_it_is` included, so that they differ in their change alone. Where
 twice each visit is watched on its own, which no measurement by layer could do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +29,15 @@ from sinkbook.toy.transformer import Block, SelfAttention, Transformer
 Scores = Float[Tensor, "batch head query key"]
 Queries = Float[Tensor, "batch head query width"]
 Change = Callable[[Transformer], Transformer]
+
+
+class _Visit(NamedTuple):
+    """What a visit of a layer shows: its head's weights, the norms of what it writes."""
+
+    weights: Float[Tensor, "text query key"]
+    values: Float[Tensor, "text position"]  # of each value, as W_O writes it
+    written: Float[Tensor, "text position"]
+    form: Float[Tensor, ""]  # of the scaled W_Q^T W_K
 
 
 def as_it_is(model: Transformer) -> Transformer:
@@ -141,44 +152,17 @@ def watched(model: Transformer, made: Task, tokens: Int[Tensor, "text position"]
       `residual_visit`, which begins before the first visit.
     - `excess_risk`, `backcopy_excess`, `bigram_excess`: nats; the first is the mean over positions.
     """
-    seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
-    states: list[Tensor] = []
-    hooks, functions = [], {}
-
-    def look(block: Block) -> None:
-        attention = block.attention
-        functions[attention] = original = attention.attention_function
-
-        def looked_at(module, query, key, value, *rest, **keywords):
-            output, weights = original(module, query, key, value, *rest, **keywords)
-            written = module.wo(output.flatten(-2)).norm(dim=-1)
-            form = module.scaling * module.wq.weight.T @ module.wk.weight
-            values = module.wo(value[:, 0]).norm(dim=-1)
-            seen.append((weights[:, 0], values, written, form.norm().item()))
-            return output, weights
-
-        attention.attention_function = looked_at
-        hooks.append(block.register_forward_pre_hook(lambda _, given: states.append(given[0])))
-
-    for block in dict.fromkeys(model.layers):
-        look(block)
-    hooks.append(model.final_norm.register_forward_pre_hook(lambda _, x: states.append(x[0])))
-    try:
+    with _watching(model) as (seen, states):
         risks = made.risks(model(tokens), tokens)
-    finally:
-        for attention, original in functions.items():
-            attention.attention_function = original
-        for hook in hooks:
-            hook.remove()
     triggers = made.at_triggers(tokens)
     rests = ~triggers
     rests[:, 0] = False
     found: dict[str, list[float]] = {
-        "first_attention": [w[..., 0][rests].mean() for w, *_ in seen],
-        "own_attention": [w.diagonal(dim1=-2, dim2=-1)[rests].mean() for w, *_ in seen],
-        "value_drain_ratio": [v[:, 0].mean() / v[rests].mean() for _, v, *_ in seen],
-        "silence": [w[rests].mean() / w[triggers].mean() for *_, w, _ in seen],
-        "query_key_norm": [norm for *_, norm in seen],
+        "first_attention": [v.weights[..., 0][rests].mean() for v in seen],
+        "own_attention": [v.weights.diagonal(dim1=-2, dim2=-1)[rests].mean() for v in seen],
+        "value_drain_ratio": [v.values[:, 0].mean() / v.values[rests].mean() for v in seen],
+        "silence": [v.written[rests].mean() / v.written[triggers].mean() for v in seen],
+        "query_key_norm": [v.form for v in seen],
     }
     norms = [state.norm(dim=-1) for state in states]
     share = triggers.float().mean()
@@ -195,6 +179,39 @@ def watched(model: Transformer, made: Task, tokens: Int[Tensor, "text position"]
             **{name: value.item() for name, value in excess.items()},
         }
     )
+
+
+@contextmanager
+def _watching(model: Transformer) -> Iterator[tuple[list[_Visit], list[Tensor]]]:
+    """Keep what every visit of a layer shows, and the residual states before it and at the end."""
+    seen: list[_Visit] = []
+    states: list[Tensor] = []
+    hooks, functions = [], {}
+
+    def look(block: Block) -> None:
+        attention = block.attention
+        functions[attention] = original = attention.attention_function
+
+        def looked_at(module, query, key, value, *rest, **keywords):
+            output, weights = original(module, query, key, value, *rest, **keywords)
+            form = module.scaling * module.wq.weight.T @ module.wk.weight
+            values, written = (module.wo(x).norm(dim=-1) for x in (value[:, 0], output.flatten(-2)))
+            seen.append(_Visit(weights[:, 0], values, written, form.norm()))
+            return output, weights
+
+        attention.attention_function = looked_at
+        hooks.append(block.register_forward_pre_hook(lambda _, given: states.append(given[0])))
+
+    for block in dict.fromkeys(model.layers):
+        look(block)
+    hooks.append(model.final_norm.register_forward_pre_hook(lambda _, x: states.append(x[0])))
+    try:
+        yield seen, states
+    finally:
+        for attention, original in functions.items():
+            attention.attention_function = original
+        for hook in hooks:
+            hook.remove()
 
 
 def train_watched(config: TrainingConfig, change: Change) -> xr.Dataset:

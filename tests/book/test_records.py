@@ -293,3 +293,15 @@ def test_the_record_of_shakespeare_has_the_trainings_of_today():
     configs = json.loads(kept.whole_file("shakespeare").attrs["config"])
     today = {name: asdict(group[0]) for name, group in experiments.pretrainings().items()}
     assert configs == today
+
+
+def test_a_changed_toy_begun_again_meets_its_record_and_an_altered_number_is_found(monkeypatch):
+    spot = spot_checks.spot_check("second-visit", "one layer, once", steps=2)
+    assert spot.furthest <= 1 and spot.again.sizes["visit"] == 1
+    altered = kept.whole_file("second-visit")
+    altered.excess_risk.loc[{"training": "one layer, once", "seed": 42, "step": 1}] *= 1.01
+    monkeypatch.setattr(spot_checks, "whole_file", lambda name: altered)
+    with pytest.raises(SinkbookError, match="excess_risk at step 1 differs"):
+        spot_checks.spot_check("second-visit", "one layer, once", steps=2)
+    with pytest.raises(SinkbookError, match="no training 'twice'. Known: 'one layer, twice'"):
+        spot_checks.spot_check("second-visit", "twice")
