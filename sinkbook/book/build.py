@@ -37,7 +37,7 @@ from sinkbook.dependencies import FOLDER, Closure, closure
 from sinkbook.errors import SinkbookError
 from sinkbook.files import recover_folder, replace_folder, write_json
 from sinkbook.pages import vendor
-from sinkbook.pages.scripts import SOURCES, lab_scripts
+from sinkbook.pages.scripts import FOLDERS, STATIC, lab_scripts, question_scripts
 
 # Pages that tabulate what the chapters left behind: they run last, and always.
 APPENDICES = ("claims", "status")
@@ -287,7 +287,7 @@ def stage(executions: Iterable[Execution], place: Workplace) -> None:
         shutil.copy(place.root / "pyproject.toml", place.staged)
     if (place.root / "_static").is_dir():
         static = place.root / "_static"
-        shutil.copytree(static, place.staged / "_static", ignore=_parts_of_the_lab)
+        shutil.copytree(static, place.staged / "_static", ignore=_parts_of_scripts)
     for execution in executions:
         (place.staged / "book" / execution.path.name).write_text(execution.page(), encoding="utf-8")
         for files in execution.outputs("sinkbook.files"):
@@ -296,14 +296,15 @@ def stage(executions: Iterable[Execution], place: Workplace) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(b64decode(encoded))
     vendor.copy(place.root, place.staged / "extra" / "vendor")
-    if (place.root / SOURCES).is_dir():
-        for name, script in lab_scripts(place.root).items():
-            (place.staged / "extra" / "vendor" / name).write_text(script, encoding="utf-8")
+    for folder, scripts in zip(FOLDERS, (lab_scripts, question_scripts), strict=True):
+        if (place.root / STATIC / folder).is_dir():
+            for name, script in scripts(place.root).items():
+                (place.staged / "extra" / "vendor" / name).write_text(script, encoding="utf-8")
 
 
-def _parts_of_the_lab(folder: str, names: list[str]) -> list[str]:
-    """The lab's sources: the renderer would load every script that is there on every page."""
-    return [name for name in names if Path(folder).name == "lab" and name.endswith(".js")]
+def _parts_of_scripts(folder: str, names: list[str]) -> list[str]:
+    """Sources of scripts: the renderer would load every script that is there on every page."""
+    return [name for name in names if Path(folder).name in FOLDERS and name.endswith(".js")]
 
 
 def render(place: Workplace) -> Path:

@@ -1,50 +1,214 @@
-"""Checks of a reader's formula: they try it on numbers, and say what it seems to have missed.
+"""The formulas that exercises ask for: what each is given, what it should give, likely mistakes.
+
+A page asks for one with the directive `{formula}` and a name in `FORMULAS`; in a notebook
 
     exercises.check_growth_rate(lambda p, W, weight: ...)
 
-prints what is right or wrong. Nothing is compared symbol by symbol: any formula that gives the
-numbers is right.
+prints what is right or wrong. The numbers are short, so that an answer can be followed by hand.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
+from sinkbook.pages.formulas import Formula
+
+
+def _row(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Probabilities with two decimals, none of them zero."""
+    return (1 + rng.multinomial(20 - count, np.full(count, 1 / count))) / 20
+
+
+def _sink_gradient(rng: np.random.Generator) -> tuple[tuple, float]:
+    """The truth is taken by differences of the loss."""
+    p, beta, mean_value = _row(rng, 3), rng.normal(size=3).round(1), rng.uniform(size=3).round(1)
+    attention = round(rng.uniform(0.1, 0.9), 2)
+    alpha = np.log(attention / (1 - attention))
+
+    def predicted(alpha):
+        a = 1 / (1 + np.exp(-alpha))
+        q = p * np.exp(a * beta + (1 - a) * mean_value)
+        return q / q.sum()
+
+    step = 1e-5
+    low, high = (-(p * np.log(predicted(alpha + s) / p)).sum() for s in (-step, step))
+    return (p, predicted(alpha), attention, beta, mean_value), (high - low) / (2 * step)
+
+
+def _growth_rate(rng: np.random.Generator) -> tuple[tuple, float]:
+    p, values, weight = _row(rng, 4), rng.uniform(0, 9, 4).round(1), round(rng.uniform(0.1, 1), 1)
+    return (p, values, weight), weight * p @ (values - p @ values) ** 2
+
+
+def _settled_value(rng: np.random.Generator) -> tuple[tuple, np.ndarray]:
+    start, values = rng.normal(size=3).round(1), rng.uniform(0, 9, 3).round(1)
+    alpha = round(rng.uniform(0, 3), 1)
+    return (start, values, alpha), start.mean() + np.exp(-alpha) * (values.mean() - values)
+
+
+def _peak_growth(rng: np.random.Generator) -> tuple[tuple, float]:
+    t, start = 10.0 ** rng.integers(0, 4), round(rng.uniform(0.5, 10), 1)
+    c = round(rng.uniform(-0.9, 0.9), 1)
+    return (t, start, c), (start**4 + 2 * (1 - c**2) * np.log(t) ** 2) ** 0.25
+
+
+def _relu_row(rng: np.random.Generator) -> tuple[tuple, float]:
+    logits = rng.normal(size=5).round(1)
+    return (logits,), np.maximum(logits, 0).sum() / 5
+
+
+def _null_slot(rng: np.random.Generator) -> tuple[tuple, float]:
+    logits, b = rng.normal(size=4).round(1), round(rng.normal(), 1)
+    return (logits, b), np.exp(b) / (np.exp(b) + np.exp(logits).sum())
+
+
+def _cache_distance(rng: np.random.Generator) -> tuple[tuple, int]:
+    sinks, window, n = rng.integers(1, 8), rng.integers(8, 30), rng.integers(8, 90)
+    i = rng.integers(sinks)
+    return (n, i, sinks, window), min(n, sinks + window - 1) - i
+
+
+FORMULAS = {
+    "sink-gradient": Formula(
+        "∂KL/∂α =",
+        {
+            "p": "the bigram row, a list of numbers",
+            "q": "what the model says, a list",
+            "attention": "a, what <s> gets",
+            "beta": "the value of <s>, a list",
+            "mean_value": "W/n, a list",
+        },
+        _sink_gradient,
+        {
+            "The sign is turned: is q - p positive where the model says a token too often?": (
+                lambda p, q, a, beta, mean: -a * (1 - a) * (q - p) @ (beta - mean)
+            ),
+            "Moving a by moving alpha is slower at both ends: a = sigmoid(alpha - log n).": (
+                lambda p, q, a, beta, mean: a * (q - p) @ (beta - mean)
+            ),
+            "Attention that <s> gains is taken from the others: their mean value goes down.": (
+                lambda p, q, a, beta, mean: a * (1 - a) * (q - p) @ beta
+            ),
+        },
+        "a push that dies out when a is near 0 or near 1.",
+    ),
+    "growth-rate": Formula(
+        "C =",
+        {
+            "p": "the bigram row, a list of numbers",
+            "W": "what leaks past <s>, a list",
+            "weight": "π of the row",
+        },
+        _growth_rate,
+        {
+            "Adding a constant to W changes no softmax, but it changes your C.": (
+                lambda p, W, weight: weight * p @ W**2
+            ),
+            "Frequent tokens learn faster: the weight of the row is missing.": (
+                lambda p, W, weight: p @ (W - p @ W) ** 2
+            ),
+            "Errors count as often as their tokens occur: take the variance under p.": (
+                lambda p, W, weight: weight * np.var(W)
+            ),
+        },
+        "only differences between the successors of a token can mislead it.",
+    ),
+    "settled-value": Formula(
+        "β* =",
+        {
+            "start": "β at the start, a list of numbers",
+            "W": "what leaks past <s>, a list",
+            "alpha": "the sink logit",
+        },
+        _settled_value,
+        {
+            "The sum of beta never changes; the sum of your beta* is another one.": (
+                lambda start, W, alpha: -np.exp(-alpha) * W
+            ),
+            "e^alpha beta + W has to be constant, and yours is not: which sign has alpha?": (
+                lambda start, W, alpha: start.mean() + np.exp(alpha) * (W.mean() - W)
+            ),
+        },
+        "<s> says exactly the opposite of what leaks past it.",
+    ),
+    "peak-growth": Formula(
+        "m(t) =",
+        {"t": "the step", "start": "m at t = 1", "c": "the cosine that the peak begins with"},
+        _peak_growth,
+        {
+            "At t = 1 your peak is not where it starts.": (
+                lambda t, start, c: (2 * np.log(t) ** 2) ** 0.25
+            ),
+            "A direction that is already half there has less to gain: where is c?": (
+                lambda t, start, c: (start**4 + 2 * np.log(t) ** 2) ** 0.25
+            ),
+            "The integral of log t / t is half of log² t.": (
+                lambda t, start, c: (start**4 + 4 * (1 - c**2) * np.log(t) ** 2) ** 0.25
+            ),
+        },
+        "ten times the time adds almost nothing. No step size can hurry a logarithm.",
+    ),
+    "relu-row": Formula(
+        "sum of the row =",
+        {"logits": "of all keys that the query sees, a list of numbers"},
+        _relu_row,
+        {
+            "Nothing makes the row add up to 1; that is the point of it.": lambda logits: 1.0,
+            "Divide by the number of keys that can be seen, also those that get nothing.": (
+                lambda logits: np.maximum(logits, 0).sum() / max((logits > 0).sum(), 1)
+            ),
+            "Negative logits count as zero.": lambda logits: logits.mean(),
+        },
+        "it can be anything from zero upwards.",
+    ),
+    "null-slot": Formula(
+        "share of the slot =",
+        {"logits": "of all keys, a list of numbers", "b": "the logit of the slot"},
+        _null_slot,
+        {
+            "The slot is one of those that share: it stands in the denominator as well.": (
+                lambda logits, b: np.exp(b) / np.exp(logits).sum()
+            ),
+            "That is what is left for the keys.": (
+                lambda logits, b: np.exp(logits).sum() / (np.exp(b) + np.exp(logits).sum())
+            ),
+        },
+        "with b = 0 it is softmax-1.",
+    ),
+    "cache-distance": Formula(
+        "distance =",
+        {
+            "n": "where the query stands in the text, from 0",
+            "i": "which first token, from 0",
+            "sinks": "first tokens that are kept",
+            "window": "tokens of the window, the query among them",
+        },
+        _cache_distance,
+        {
+            "That is the distance in the text; the cache closes the gap.": (
+                lambda n, i, sinks, window: n - i
+            ),
+            "Before the cache is full, nothing has been closed up yet.": (
+                lambda n, i, sinks, window: sinks + window - 1 - i
+            ),
+            "The query is one of the window's tokens: count from 0.": (
+                lambda n, i, sinks, window: min(n, sinks + window) - i
+            ),
+        },
+        "however long the text, the first tokens are never farther than the cache is long.",
+    ),
+}
+
 
 def check_sink_gradient(formula: Callable[..., float]) -> None:
     """Test `formula(p, q, attention, beta, mean_value)` for ∂KL(p ‖ q)/∂α of one row.
 
-    `attention` is a, what `<s>` gets; `mean_value` is W/n. The truth is taken by differences.
+    `attention` is a, what `<s>` gets; `mean_value` is W/n.
 
     >>> check_sink_gradient(lambda p, q, a, beta, mean: a * (q - p) @ (beta - mean))
-    Not yet. Moving a by moving alpha is slower at both ends: a = sigmoid(alpha - log n).
+    Not yet: for p = ... Moving a by moving alpha is slower at both ends: ...
     """
-
-    def case(rng):
-        p, beta, mean_value = rng.dirichlet(np.ones(4)), rng.normal(size=4), rng.uniform(size=4)
-        alpha = rng.normal()
-
-        def parts(alpha):
-            attention = 1 / (1 + np.exp(-alpha))
-            q = p * np.exp(attention * beta + (1 - attention) * mean_value)
-            return attention, q / q.sum()
-
-        step = 1e-5
-        low, high = (-(p * np.log(parts(alpha + s)[1] / p)).sum() for s in (-step, step))
-        attention, q = parts(alpha)
-        return (p, q, attention, beta, mean_value), (high - low) / (2 * step)
-
-    a_1_a = "Moving a by moving alpha is slower at both ends: a = sigmoid(alpha - log n)."
-    mistakes = {
-        "The sign is turned: is q - p positive where the model says a token too often?": (
-            lambda p, q, a, beta, mean: -a * (1 - a) * (q - p) @ (beta - mean)
-        ),
-        a_1_a: lambda p, q, a, beta, mean: a * (q - p) @ (beta - mean),
-        "Attention that <s> gains is taken from the others: their mean value goes down.": (
-            lambda p, q, a, beta, mean: a * (1 - a) * (q - p) @ beta
-        ),
-    }
-    _check(formula, case, mistakes, "Right: a push that dies out when a is near 0 or near 1.")
+    FORMULAS["sink-gradient"].check(formula)
 
 
 def check_growth_rate(formula: Callable[..., float]) -> None:
@@ -53,116 +217,43 @@ def check_growth_rate(formula: Callable[..., float]) -> None:
     >>> check_growth_rate(lambda p, W, weight: weight * (p @ W**2 - (p @ W) ** 2))
     Right: only differences between the successors of a token can mislead it.
     """
-
-    def case(rng):
-        p, values, weight = rng.dirichlet(np.ones(5)), rng.uniform(0, 9, 5), rng.uniform(0.1, 1)
-        return (p, values, weight), weight * p @ (values - p @ values) ** 2
-
-    mistakes = {
-        "Adding a constant to W changes no softmax, but it changes your C.": (
-            lambda p, W, weight: weight * p @ W**2
-        ),
-        "Frequent tokens learn faster: the weight of the row is missing.": (
-            lambda p, W, weight: p @ (W - p @ W) ** 2
-        ),
-        "Errors count as often as their tokens occur: take the variance under p.": (
-            lambda p, W, weight: weight * np.var(W)
-        ),
-    }
-    right = "Right: only differences between the successors of a token can mislead it."
-    _check(formula, case, mistakes, right)
+    FORMULAS["growth-rate"].check(formula)
 
 
 def check_settled_value(formula: Callable[..., np.ndarray]) -> None:
     """Test `formula(start, W, alpha)` for β*, where β ends while α is fixed (Theorem 2b).
 
     >>> check_settled_value(lambda start, W, alpha: -np.exp(-alpha) * W)
-    Not yet. The sum of beta never changes; the sum of your beta* is another one.
+    Not yet: for start = ... The sum of beta never changes; the sum of your beta* is another one.
     """
-
-    def case(rng):
-        start, values, alpha = rng.normal(size=5), rng.uniform(0, 9, 5), rng.uniform(0, 3)
-        return (start, values, alpha), start.mean() + np.exp(-alpha) * (values.mean() - values)
-
-    mistakes = {
-        "The sum of beta never changes; the sum of your beta* is another one.": (
-            lambda start, W, alpha: -np.exp(-alpha) * W
-        ),
-        "e^alpha beta + W has to be constant, and yours is not: which sign has alpha?": (
-            lambda start, W, alpha: start.mean() + np.exp(alpha) * (W.mean() - W)
-        ),
-    }
-    right = "Right: <s> says exactly the opposite of what leaks past it."
-    _check(formula, case, mistakes, right)
+    FORMULAS["settled-value"].check(formula)
 
 
 def check_peak_growth(formula: Callable[..., float]) -> None:
     """Test `formula(t, start, c)` for m(t), the solution of dm/dt = (1 - c²)·log t / (t·m³).
 
     >>> check_peak_growth(lambda t, start, c: (2 * np.log(t) ** 2) ** 0.25)
-    Not yet. At t = 1 your peak is not where it starts.
+    Not yet: for t = ... At t = 1 your peak is not where it starts.
     """
-
-    def case(rng):
-        t, start, c = np.exp(rng.uniform(0, 30)), rng.uniform(0.5, 10), rng.uniform(-0.9, 0.9)
-        return (t, start, c), (start**4 + 2 * (1 - c**2) * np.log(t) ** 2) ** 0.25
-
-    mistakes = {
-        "At t = 1 your peak is not where it starts.": (
-            lambda t, start, c: (2 * np.log(t) ** 2) ** 0.25
-        ),
-        "A direction that is already half there has less to gain: where is c?": (
-            lambda t, start, c: (start**4 + 2 * np.log(t) ** 2) ** 0.25
-        ),
-        "The integral of log t / t is half of log² t.": (
-            lambda t, start, c: (start**4 + 4 * (1 - c**2) * np.log(t) ** 2) ** 0.25
-        ),
-    }
-    right = "Right: ten times the time adds almost nothing. No step size can hurry a logarithm."
-    _check(formula, case, mistakes, right)
+    FORMULAS["peak-growth"].check(formula)
 
 
 def check_relu_row(formula: Callable[..., float]) -> None:
     """Test `formula(logits)` for the sum of a row of ReLU attention, from its visible logits.
 
     >>> check_relu_row(lambda logits: 1.0)
-    Not yet. Nothing makes the row add up to 1; that is the point of it.
+    Not yet: for logits = ... Nothing makes the row add up to 1; that is the point of it.
     """
-
-    def case(rng):
-        logits = rng.normal(size=6)
-        return (logits,), np.maximum(logits, 0).sum() / 6
-
-    mistakes = {
-        "Nothing makes the row add up to 1; that is the point of it.": lambda logits: 1.0,
-        "Divide by the number of keys that can be seen, also those that get nothing.": (
-            lambda logits: np.maximum(logits, 0).sum() / (logits > 0).sum()
-        ),
-        "Negative logits count as zero.": lambda logits: logits.mean(),
-    }
-    _check(formula, case, mistakes, "Right: it can be anything from zero upwards.")
+    FORMULAS["relu-row"].check(formula)
 
 
 def check_null_slot(formula: Callable[..., float]) -> None:
     """Test `formula(logits, b)` for what a row gives to a null slot with the logit b.
 
     >>> check_null_slot(lambda logits, b: np.exp(b) / np.exp(logits).sum())
-    Not yet. The slot is one of those that share: it stands in the denominator as well.
+    Not yet: for logits = ... The slot is one of those that share: ...
     """
-
-    def case(rng):
-        logits, b = rng.normal(size=5), rng.normal()
-        return (logits, b), np.exp(b) / (np.exp(b) + np.exp(logits).sum())
-
-    mistakes = {
-        "The slot is one of those that share: it stands in the denominator as well.": (
-            lambda logits, b: np.exp(b) / np.exp(logits).sum()
-        ),
-        "That is what is left for the keys.": (
-            lambda logits, b: np.exp(logits).sum() / (np.exp(b) + np.exp(logits).sum())
-        ),
-    }
-    _check(formula, case, mistakes, "Right: with b = 0 it is softmax-1.")
+    FORMULAS["null-slot"].check(formula)
 
 
 def check_cache_distance(formula: Callable[..., int]) -> None:
@@ -171,47 +262,6 @@ def check_cache_distance(formula: Callable[..., int]) -> None:
     `n` is the query's position in the text, `i < sinks`; the window includes the query.
 
     >>> check_cache_distance(lambda n, i, sinks, window: n - i)
-    Not yet. That is the distance in the text; the cache closes the gap.
+    Not yet: for n = ... That is the distance in the text; the cache closes the gap.
     """
-
-    def case(rng):
-        sinks, window, n = rng.integers(1, 8), rng.integers(8, 30), rng.integers(8, 90)
-        i = rng.integers(sinks)
-        return (n, i, sinks, window), min(n, sinks + window - 1) - i
-
-    mistakes = {
-        "That is the distance in the text; the cache closes the gap.": (
-            lambda n, i, sinks, window: n - i
-        ),
-        "Before the cache is full, nothing has been closed up yet.": (
-            lambda n, i, sinks, window: sinks + window - 1 - i
-        ),
-        "The query is one of the window's tokens: count from 0.": (
-            lambda n, i, sinks, window: min(n, sinks + window) - i
-        ),
-    }
-    right = (
-        "Right: however long the text, the first tokens are never farther than the cache is long."
-    )
-    _check(formula, case, mistakes, right)
-
-
-def _check(formula, case, mistakes: dict[str, Callable], right: str) -> None:
-    """Print `right`, or the mistake whose numbers the formula gives, or the first difference."""
-    cases = [case(np.random.default_rng(seed)) for seed in range(20)]
-
-    def agrees(candidate):
-        return all(np.allclose(candidate(*given), truth, rtol=1e-5) for given, truth in cases)
-
-    def same(mistake):
-        return all(np.allclose(formula(*given), mistake(*given), rtol=1e-5) for given, _ in cases)
-
-    if agrees(formula):
-        print(right)
-    elif hints := [hint for hint, mistake in mistakes.items() if same(mistake)]:
-        print(f"Not yet. {hints[0]}")
-    else:
-        given, truth = cases[0]
-        shown = np.array2string(np.asarray(truth), precision=4)
-        yours = np.array2string(np.asarray(formula(*given)), precision=4)
-        print(f"Not yet. For one set of numbers it should give {shown}; yours gives {yours}.")
+    FORMULAS["cache-distance"].check(formula)

@@ -1,8 +1,8 @@
-"""What pages have beyond Markdown: what is made from the package, chapters by number, guesses.
+"""What pages have beyond Markdown: what is made from the package, chapters by number, formulas.
 
 This module is a Sphinx extension. It fills in what pages mark; a chapter is called by its number
-with the role `{chapter}`; what follows a `:::{guess}` stays folded until a reader opens it. A
-drawing in SVG stands in the page itself and takes its colours. Pages with a lab get its scripts.
+with the role `{chapter}`; an exercise asks for a formula with `{formula}`. A drawing in SVG stands
+in the page itself and takes its colours. Pages get the scripts of what is on them.
 """
 
 import ast
@@ -18,7 +18,8 @@ from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from sinkbook.pages.scripts import NAMES as LAB_SCRIPTS
+from sinkbook.book.exercises import FORMULAS
+from sinkbook.pages.scripts import LAB_SCRIPTS, QUESTION_SCRIPTS
 
 PACKAGE = Path(__file__).parent.parent
 # Packages in the order of book/api.md: what the probe is made of, then what the book shows with it.
@@ -34,6 +35,8 @@ NAME = re.compile(r"^\| `(\w+)`", re.MULTILINE)
 ARCHITECTURES = re.compile(r"<!-- architectures: (\w+) -->")
 # Where a page that is no notebook has a lab: the training of a toy, in its compact form.
 LAB = "<!-- lab: training -->"
+# Scripts by the parts of a page that need them, which are classes of ours.
+SCRIPTS = {("lab",): LAB_SCRIPTS, ("formula", "choices"): QUESTION_SCRIPTS}
 # What the theme and its extensions write that a screen reader stumbles over, or a phone waits for,
 # and what mends it.
 FAULTS = (
@@ -47,6 +50,8 @@ FAULTS = (
     (re.compile(r'(?<=<span class="[nop]">)<span class="pre">([^<]*)</span>(?=</span>)'), r"\1"),
     # A list whose children are no items.
     (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
+    # The same name for every exercise and every solution of a page.
+    (re.compile(r'<section id="(?:exercise|solution)-content">'), "<section>"),
 )
 
 
@@ -72,15 +77,14 @@ def setup(app) -> dict:
     app.connect("source-read", _list_packages)
     app.connect("source-read", _list_architectures)
     app.connect("source-read", _place_lab)
-    app.connect("html-page-context", _load_lab)
+    app.connect("html-page-context", _load_scripts)
     app.connect("autodoc-process-docstring", _as_written)
     app.connect("build-finished", _mend_pages)
     app.add_role("chapter", _Chapter())
-    app.add_directive("guess", _Guess)
+    app.add_directive("formula", _Formula)
     app.add_transform(_CapitalChapters)
-    app.add_transform(_FoldAnswers)
     app.add_transform(_EmbedDrawings)
-    app.add_node(_Answer, html=(_open_answer, _close_answer))
+    app.setup_extension("sinkbook.pages.guesses")
     return {"parallel_read_safe": True}
 
 
@@ -169,76 +173,16 @@ def embedded_drawing(svg: str, described: str) -> str:
     return f'<div class="sinkbook-figure drawn">{named}</div>'
 
 
-class _Guess(SphinxDirective):
-    """A question to answer before looking. What it asks about is folded: see `_FoldAnswers`."""
+class _Formula(SphinxDirective):
+    """A line to type the formula into that an exercise asks for, by its name in `FORMULAS`."""
 
-    has_content = True
+    required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        guess = nodes.admonition(classes=["sinkbook-guess"])
-        guess += nodes.title("", "Your guess")
-        self.state.nested_parse(self.content, self.content_offset, guess)
-        return [guess]
-
-
-class _Answer(nodes.General, nodes.Element):
-    """What follows a guess, folded: the browser opens it, without a script."""
-
-
-class _FoldAnswers(SphinxTransform):
-    """Fold what follows a guess: cells with what they show, the text that reads them, its cards.
-
-    What is said before the first cell stays. It ends with the section, before a cell that shows
-    something else, and with the answer to the next guess, to which its text leads.
-    """
-
-    default_priority = 870  # every cell and figure is there, and nothing is numbered yet
-
-    def apply(self) -> None:
-        for guess in reversed(list(self.document.findall(_is_guess))):
-            if folded := _answer_to(guess):
-                answer = _Answer()
-                guess.parent.insert(guess.parent.index(folded[0]), answer)
-                for node in folded:
-                    guess.parent.remove(node)
-                    answer += node
-
-
-def _is_guess(node: nodes.Node) -> bool:
-    return isinstance(node, nodes.admonition) and "sinkbook-guess" in node["classes"]
-
-
-def _answer_to(guess: nodes.Node) -> list[nodes.Node]:
-    """The nodes behind a guess that would give the answer away, from the next cell on."""
-    folded: list[nodes.Node] = []
-    text = ends = False
-    for node in guess.parent[guess.parent.index(guess) + 1 :]:
-        is_cell = isinstance(node, nodes.container) and "cell" in node["classes"]
-        only_cards = is_cell and _shows_only_cards(node)
-        if isinstance(node, nodes.section) or (_is_guess(node) and not folded):
-            break
-        if text and is_cell and not only_cards or ends and not only_cards:
-            break
-        if folded or is_cell:
-            folded.append(node)
-            ends |= text and is_cell or isinstance(node, _Answer)
-            text |= isinstance(node, nodes.paragraph)
-    return folded
-
-
-def _shows_only_cards(cell: nodes.container) -> bool:
-    """Whether a cell shows verdicts on claims, or nothing."""
-    shown = [part for part in cell.findall(nodes.container) if "cell_output" in part["classes"]]
-    html = "".join(raw.astext() for part in shown for raw in part.findall(nodes.raw))
-    return not any(part.children for part in shown) or "sinkbook-claim" in html
-
-
-def _open_answer(writer, node: _Answer) -> None:
-    writer.body.append('<details class="sinkbook-answer"><summary>Look</summary>\n')
-
-
-def _close_answer(writer, node: _Answer) -> None:
-    writer.body.append("</details>\n")
+        name = self.arguments[0]
+        if name not in FORMULAS:
+            raise self.error(f"no formula {name!r}. There are {', '.join(FORMULAS)}.")
+        return [nodes.raw("", FORMULAS[name].html(name), format="html")]
 
 
 def _mend_pages(app, exception: Exception | None) -> None:
@@ -292,11 +236,12 @@ def _place_lab(app, page: str, source: list[str]) -> None:
         source[0] = source[0].replace(LAB, made._repr_html_())
 
 
-def _load_lab(app, page: str, template: str, context: dict, doctree) -> None:
-    """Give the lab's scripts to the pages that have one."""
-    if 'class="sinkbook-lab"' in context.get("body", ""):
-        for name in LAB_SCRIPTS:
-            app.add_js_file(f"../vendor/{name}", loading_method="defer")
+def _load_scripts(app, page: str, template: str, context: dict, doctree) -> None:
+    """Give pages the scripts of what they have: a lab, a line for a formula, choices."""
+    for part, names in SCRIPTS.items():
+        if any(f'class="sinkbook-{each}"' in context.get("body", "") for each in part):
+            for name in names:
+                app.add_js_file(f"../vendor/{name}", loading_method="defer")
 
 
 def architectures(found: str | list[str] | dict[str, str]) -> str:

@@ -1,7 +1,7 @@
-"""The scripts of the lab, joined from their sources into two classic ones.
+"""The scripts of pages, joined from their sources into classic ones: the lab's, and the questions'.
 
-Pages are opened as files, where neither modules nor `fetch` work. The sources in `_static/lab` are
-parts of one script each, put one behind the other; no tool but this one is involved.
+Pages are opened as files, where neither modules nor `fetch` work. The sources in `_static/lab` and
+`_static/questions` are parts of a script, put one behind the other; no other tool is involved.
 """
 
 import json
@@ -9,8 +9,10 @@ from pathlib import Path
 
 from sinkbook.data.shakespeare import characters
 
-SOURCES = Path("_static") / "lab"  # in the repository
-NAMES = ("lab-data.js", "lab.js")  # in the order in which a page loads them
+STATIC = Path("_static")  # in the repository
+FOLDERS = ("lab", "questions")  # of it, with the sources
+LAB_SCRIPTS = ("lab-data.js", "lab.js")  # in the order in which a page loads them
+QUESTION_SCRIPTS = ("questions.js",)
 # What computes: it runs in a worker, whose script is the text of this function.
 ENGINE = ("random", "kernels", "task", "model", "optimizers", "measures", "training")
 ENGINE_NAMES = (
@@ -18,6 +20,7 @@ ENGINE_NAMES = (
     "Training, serve"
 )
 INTERFACE = ("draw", "typed", "train", "recorded", "page")
+QUESTIONS = ("arithmetic", "formulas", "guesses")
 
 
 def carried(data: object) -> str:
@@ -36,10 +39,7 @@ def lab_scripts(root: Path) -> dict[str, str]:
     `root` is the repository. Raises `SinkbookError` if Shakespeare can be neither found nor
     downloaded.
     """
-    engine, interface = (
-        "\n".join((root / SOURCES / f"{name}.js").read_text(encoding="utf-8") for name in names)
-        for names in (ENGINE, INTERFACE)
-    )
+    engine, interface = (_joined(root, "lab", names) for names in (ENGINE, INTERFACE))
     lab = f"""(() => {{
 "use strict";
 function makeEngine() {{
@@ -59,4 +59,15 @@ const {{ {ENGINE_NAMES} }} = engine;
         "bigrams": statistics.bigrams.tolist(),
     }
     text = json.dumps(data, separators=(",", ":"))
-    return dict(zip(NAMES, (f"window.sinkbookStatistics = {text};\n", lab), strict=True))
+    return dict(zip(LAB_SCRIPTS, (f"window.sinkbookStatistics = {text};\n", lab), strict=True))
+
+
+def question_scripts(root: Path) -> dict[str, str]:
+    """The script of a page that asks something, by its name."""
+    (name,) = QUESTION_SCRIPTS
+    return {name: f'(() => {{\n"use strict";\n{_joined(root, "questions", QUESTIONS)}}})();\n'}
+
+
+def _joined(root: Path, folder: str, names: tuple[str, ...]) -> str:
+    paths = [root / STATIC / folder / f"{name}.js" for name in names]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)

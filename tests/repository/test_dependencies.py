@@ -28,6 +28,7 @@ NOT_IMPORTED = {
     "jupyter-book": "a command",
     "papermill": "a command",
     "sphinx": "it imports our extension",
+    "sphinx-exercise": "an extension that _config.yml names",
     "sphinx-book-theme": "bounded for jupyter-book, which asks for it",
     "beartype": "jaxtyping's plugin of pytest checks shapes with it",
     "import-linter": "a command",
