@@ -63,8 +63,8 @@ def _null_slot(rng: np.random.Generator) -> tuple[tuple, float]:
 
 
 def _cache_distance(rng: np.random.Generator) -> tuple[tuple, int]:
-    sinks, window, n = rng.integers(1, 8), rng.integers(8, 30), rng.integers(8, 90)
-    i = rng.integers(sinks)
+    sinks, window, n = (int(rng.integers(*ends)) for ends in ((1, 8), (8, 30), (8, 90)))
+    i = int(rng.integers(sinks))
     return (n, i, sinks, window), min(n, sinks + window - 1) - i
 
 

@@ -17,7 +17,7 @@ from sinkbook.pages.scripts import carried
 CASES = 8  # sets of numbers that a formula is tried on
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-8}  # those of the page's script as well
 
-Value = float | np.ndarray
+Value = float | int | np.ndarray
 
 
 @dataclass(frozen=True)
