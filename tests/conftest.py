@@ -160,6 +160,43 @@ def browser():
 
 
 @pytest.fixture
+def asking(browser, tmp_path):
+    """A function that opens a page with some HTML as a file, with the script of its questions.
+
+    Whatever the page complains of, and every request to another file, fails the test.
+    """
+    from sinkbook.pages.scripts import question_scripts
+
+    contexts, complaints = [], []
+    (name,) = scripts = question_scripts(ROOT)
+    (tmp_path / name).write_text(scripts[name], encoding="utf-8")
+    style = (ROOT / "_static" / "questions" / "questions.css").read_text(encoding="utf-8")
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>asking</title><style>{style}</style>"
+
+    def open_page(html: str, **view):
+        page = tmp_path / f"asking-{len(contexts)}.html"
+        page.write_text(
+            f'<!doctype html><html lang="en"><head>{head}</head>'
+            f'<body>{html}<script src="{name}"></script></body></html>',
+            encoding="utf-8",
+        )
+        contexts.append(browser.new_context(**view))
+        tab = contexts[-1].new_page()
+        tab.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        known = (page.as_uri(), (tmp_path / name).as_uri())
+        tab.on("request", lambda r: None if r.url in known else complaints.append(r.url))
+        tab.goto(page.as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture
 def repository(tmp_path, monkeypatch) -> Repository:
     """An empty repository, which is the working directory; with a cache of its own."""
     repository = Repository(tmp_path / "repository")

@@ -15,6 +15,8 @@ import numpy as np
 from sinkbook.pages.scripts import carried
 
 CASES = 8  # sets of numbers that a formula is tried on
+# What is read beside numbers and names, for those who wonder how to write it.
+SIGNS = "+ - * / **, @ to multiply two lists and add up, exp log sqrt sum mean max min len"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-8}  # those of the page's script as well
 
 Value = float | int | np.ndarray
@@ -80,7 +82,7 @@ class Formula:
             f'<div class="sinkbook-formula" data-formula="{name}" hidden><form>'
             f'<label for="formula-{name}">{escape(self.says)}</label>{field}'
             '<button type="submit">Check</button></form>'
-            f'<p class="formula-given" id="formula-{name}-given">{given}.</p>'
+            f'<p class="formula-given" id="formula-{name}-given">{given}. Write {SIGNS}.</p>'
             '<p class="formula-says" role="status"></p>'
             f'<script type="application/json">{carried(data)}</script></div>'
         )

@@ -23,6 +23,26 @@ SOLUTION = r"```\{{solution\}} exercise-{}\n(?:.*\n)*?[^`\n]*`((?!<s>)[^`]+)`"
 SOLUTIONS = {
     name: re.search(SOLUTION.format(name), "\n".join(PROSE.values()))[1] for name in FORMULAS
 }
+# What a notebook's cell begins with, for the reader to put right.
+STUB = re.compile(r"return (.*?)  # your formula here(?:.*\n)+exercises\.check_(\w+)")
+STUBS = {
+    name.replace("_", "-"): stub
+    for path in CHAPTERS
+    for cell in read_notebook(path)["cells"]
+    for stub, name in STUB.findall(cell["source"])
+}
+# Mistakes that the page recognises by their numbers, as a reader would write them.
+WRONG = {
+    "sink-gradient": {
+        "Moving a by moving alpha is slower at both ends: a = sigmoid(alpha - log n).": (
+            "attention * (q - p) @ (beta - mean_value)"
+        )
+    },
+    "null-slot": {"That is what is left for the keys.": "1 - exp(b) / (exp(b) + sum(exp(logits)))"},
+    "cache-distance": {
+        "The query is one of the window's tokens: count from 0.": "min(n, sinks + window) - i"
+    },
+}
 formulas = pytest.mark.parametrize("name", FORMULAS)
 
 
@@ -50,6 +70,28 @@ def test_every_mistake_is_wrong_and_recognised(name, capsys):
     for hint, mistake in FORMULAS[name].mistakes.items():
         FORMULAS[name].check(mistake)
         assert capsys.readouterr().out.rstrip().endswith(hint)
+
+
+@pytest.mark.site
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_accepts_the_books_solutions_and_refuses_the_notebooks_stubs(asking, width):
+    tab = asking(
+        "".join(formula.html(name) for name, formula in FORMULAS.items()),
+        viewport={"width": width, "height": 844},
+    )
+    for name, formula in FORMULAS.items():
+        host = tab.locator(f"[data-formula={name}]")
+        line, says = host.get_by_role("textbox"), host.get_by_role("status")
+        for text, begins in ((STUBS[name], "Not yet: for "), (SOLUTIONS[name], "Right: ")):
+            line.fill(text)
+            line.press("Enter")
+            assert says.inner_text().startswith(begins), (name, text)
+        for hint, text in WRONG.get(name, {}).items():
+            line.fill(text)
+            host.get_by_role("button").click()
+            assert says.inner_text().endswith(hint)
+            assert hint in formula.mistakes
+    assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
 def test_a_number_is_no_list_and_a_list_no_number(capsys):

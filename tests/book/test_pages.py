@@ -219,3 +219,67 @@ def test_every_drawing_of_a_chapter_is_there_and_is_named_and_described(path):
     for name, options in re.findall(r"```\{figure\} images/(\S+)\.svg\n((?::.*\n)*)", prose(path)):
         assert f":name: drawn-{name}\n" in options and ":alt: " in options
         assert (ROOT / "book" / "images" / f"{name}.svg").is_file()
+
+
+CHOICES = (
+    "# A\n\n:::{guess}\n:choices: To copy | Stare at `<s>`\n\nWhich first?\n:::",
+    "It was this.",
+)
+
+
+@pytest.fixture
+def guessed(rendered, asking):
+    """A function that opens the rendered guess in a view."""
+    html, warnings = rendered(text(CHOICES[0]), shows("the run"), text(CHOICES[1]))
+    assert warnings == ""
+    (body,) = re.findall(r'<div class="[^"]*sinkbook-guess.*?</details>', html, re.S)
+    return lambda **view: asking(f"<section>{body}</section>", **view)
+
+
+@pytest.mark.site
+@pytest.mark.parametrize("by", ["click", "tap", "Enter"])
+def test_a_choice_is_marked_and_said_and_opens_what_was_folded(guessed, by):
+    tab = guessed(viewport={"width": 390, "height": 844}, has_touch=True)
+    choices = tab.get_by_role("group", name="Your guess").get_by_role("button")
+    assert [choice.inner_text() for choice in choices.all()] == ["To copy", "Stare at <s>"]
+    assert not tab.get_by_text("the run").is_visible()
+    pressed = choices.first
+    pressed.press(by) if by == "Enter" else getattr(pressed, by)()
+    assert tab.get_by_text("the run").is_visible()
+    assert tab.get_by_role("status").inner_text() == "Your guess: To copy. Now look."
+    choices.last.click()  # who changes their mind
+    assert [choice.get_attribute("aria-pressed") for choice in choices.all()] == ["false", "true"]
+    assert "Stare at <s>" in tab.get_by_role("status").inner_text()
+    assert all(choice.bounding_box()["height"] >= 36 for choice in choices.all())
+
+
+@pytest.mark.site
+def test_without_a_script_a_guess_has_no_choices_and_opens_all_the_same(guessed):
+    tab = guessed(java_script_enabled=False)
+    assert tab.get_by_text("Which first?").is_visible()
+    assert tab.get_by_role("button").count() == 0
+    tab.get_by_text("Look", exact=True).click()
+    assert tab.get_by_text("the run").is_visible()
+
+
+@pytest.mark.parametrize("choices", ["one", "a | b | c | d | e", "a | | b"])
+def test_a_guess_offers_two_to_four_choices(rendered, choices):
+    _, warnings = rendered(text(f"# A\n\n:::{{guess}}\n:choices: {choices}\n\nWhich?\n:::"))
+    assert "a guess offers two to four choices" in warnings
+
+
+def test_pages_get_the_scripts_of_what_is_on_them(rendered):
+    html, _ = rendered(text(CHOICES[0]), shows("the run"))
+    assert "questions.js" in html and "lab.js" not in html
+
+
+def test_a_formula_that_is_none_is_a_warning(rendered):
+    _, warnings = rendered(text("# A\n\n```{formula} relu\n```"))
+    assert "no formula 'relu'. There are sink-gradient, " in warnings
+
+
+# Chapters whose guesses a reader can answer by a touch.
+@pytest.mark.parametrize("number", ["01", "03", "04", "09", "12", "13"])
+def test_guesses_of_the_chapters_that_live_can_be_answered_by_a_touch(number):
+    (path,) = [path for path in CHAPTERS if path.stem.startswith(number)]
+    assert prose(path).count(":::{guess}\n:choices: ") >= 2
