@@ -239,7 +239,7 @@ def marks_by_layer(ends: dict[str, xr.Dataset], *, colours: dict[str, str]) -> l
             values,
             panel,
             colours=colours,
-            ylabel=f"{label} (logarithmic above 10)" if high else label,
+            ylabel=f"{label}\n(logarithmic above 10)" if high else label,
             xlabel="residual state" if panel is panels[2] else "layer",
             scale="symlog" if high else "linear",
             legend=False,

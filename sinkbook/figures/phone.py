@@ -261,7 +261,9 @@ def _names(axes: Axes) -> None:
         axes.yaxis.set_ticklabels(broken)
     spec = axes.get_subplotspec()
     room = 46 // (spec.get_gridspec().ncols if spec else 1)
-    axes.set_title(textwrap.fill(axes.get_title(loc="left"), room), loc="left")
+    title = axes.get_title(loc="left")
+    if (broken := textwrap.fill(title, room)) != title:  # another one loses its distance
+        axes.set_title(broken, loc="left")
     axes.set_xlabel(textwrap.fill(axes.get_xlabel(), room))
     axes.set_ylabel(textwrap.fill(axes.get_ylabel(), 32))
 
