@@ -11,7 +11,7 @@ seconds that the chapter took, and keeps one file a chapter for the status page.
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from html import escape
@@ -26,6 +26,8 @@ from sinkbook.book.settings import Settings
 from sinkbook.files import cache_folder, reading
 from sinkbook.pages.tables import scrolling
 from sinkbook.provenance import device, repository, versions
+
+Measurement = xr.Dataset | xr.DataArray
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,35 @@ class Chapter(Settings):
         from sinkbook.book.records.spot_checks import spot_check
 
         return Line(str(spot_check(name, training)))
+
+    def kept(self, name: str, measure: Callable[..., Measurement]) -> Callable[..., Measurement]:
+        """`measure`, which reads what the very same call gave when it was kept under `name`.
+
+        It shows when and on what that was; another model, seed or size is measured now. See
+        `records.measured`.
+        """
+        from IPython.display import display
+
+        from sinkbook.book.records import measured
+
+        def show(facts: dict) -> None:
+            display(
+                Line(
+                    f"Kept measurement {name}: made on {facts['date'][:10]} in "
+                    f"{facts['seconds']} seconds on {facts['device']}, by: {facts['command']}"
+                )
+            )
+
+        return measured.kept(name, measure, show)
+
+    def meet(self, again: Measurement, stored: Measurement) -> "Line":
+        """Show that a part of a measurement, made again, is what was kept; both cut alike.
+
+        Raises `SinkbookError` if they part by more than rounding does.
+        """
+        from sinkbook.book.records import measured
+
+        return Line(measured.meet(again, stored))
 
     def table(self, rows: pd.DataFrame) -> "Table":
         """Rows as a table that fits the page."""
