@@ -83,7 +83,7 @@ def _keep(path, name: str, measure: Callable[[], Measurement]) -> None:
     whole = found.to_dataset(name=name) if isinstance(found, xr.DataArray) else found
     whole = whole.assign_attrs(facts | {"versions": json.dumps(facts["versions"])})
     packed = {n: {"zlib": True, "complevel": 9} for n in whole.data_vars if whole[n].ndim}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_netcdf(path, whole, encoding=packed, otherwise=FROM_A_CLONE)
 
 
@@ -150,7 +150,8 @@ def meet(again: Measurement, stored: Measurement) -> str:
             raise SinkbookError(
                 f"{new.name or 'what was measured again'} differs by "
                 f"{np.nanmax(both):.1e} from what was kept. Either the code of the measurement has "
-                "changed, and it has to be made again (sinkbook run CHAPTER --keep), or its file has."
+                "changed, and it is to be made again (sinkbook run CHAPTER --keep), or its "
+                "file has."
             )
         furthest = max(furthest, both.max(initial=0.0))
     if not count:
