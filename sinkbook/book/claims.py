@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -90,6 +91,12 @@ def claims_file() -> Path:
     )
 
 
+@lru_cache(maxsize=2)
+def _parsed(text: str) -> list:
+    """The entries of a ledger, parsed once a process, in C where PyYAML has it: they are many."""
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or []
+
+
 def known() -> dict[str, Claim]:
     """Every claim by its id, in the order of `book/claims.yml`.
 
@@ -98,7 +105,7 @@ def known() -> dict[str, Claim]:
     path = claims_file()
     found: dict[str, Claim] = {}
     with reading(path, IN_YAML, named=True):
-        entries = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+        entries = _parsed(path.read_text(encoding="utf-8"))
         check_kind("claims", entries, list)
     for entry in entries:
         try:

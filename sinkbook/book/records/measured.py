@@ -107,7 +107,7 @@ def _describe(value: object, digest) -> None:
             digest.update(memoryview(whole.reshape(-1).view(torch.uint8).numpy()))
         case np.ndarray():
             _describe(
-                torch.as_tensor(value) if value.dtype.kind in "iufb" else value.tolist(), digest
+                torch.tensor(value) if value.dtype.kind in "iufb" else value.tolist(), digest
             )
         case xr.DataArray():
             _describe([list(value.dims), value.values], digest)
