@@ -106,9 +106,7 @@ def _describe(value: object, digest) -> None:
             digest.update(f"{whole.dtype} {tuple(whole.shape)}\0".encode())
             digest.update(memoryview(whole.reshape(-1).view(torch.uint8).numpy()))
         case np.ndarray():
-            _describe(
-                torch.tensor(value) if value.dtype.kind in "iufb" else value.tolist(), digest
-            )
+            _describe(torch.tensor(value) if value.dtype.kind in "iufb" else value.tolist(), digest)
         case xr.DataArray():
             _describe([list(value.dims), value.values], digest)
             _describe({str(n): each.values for n, each in sorted(value.coords.items())}, digest)
