@@ -96,18 +96,15 @@ def run(
         str | None,
         typer.Option(metavar="ADDRESS", help="Train on the Dask cluster of this scheduler."),
     ] = None,
-    keep: Annotated[
-        bool,
-        typer.Option("--keep", help="Make the kept measurements of pretrained models again."),
-    ] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Make kept measurements again.")] = False,
 ) -> None:
     """Run chapters and keep the executed copies, without rendering; prints their paths."""
     from sinkbook import parallel
     from sinkbook.book.build import run_chapters, workplace
-    from sinkbook.book.records import measured
+    from sinkbook.book.records.measured import KEEP
 
     if keep:
-        os.environ[measured.KEEP] = f"sinkbook run {' '.join(chapters)} --keep"
+        os.environ[KEEP] = f"sinkbook run {' '.join(chapters)} --keep"
 
     if dask is not None:
         with parallel.cluster(dask):  # nobody there? Say so before the chapters start
