@@ -103,14 +103,12 @@ def run(
     from sinkbook.book.build import run_chapters, workplace
     from sinkbook.book.records.measured import KEEP
 
-    if keep:
-        os.environ[KEEP] = f"sinkbook run {' '.join(chapters)} --keep"
+    os.environ |= {KEEP: f"sinkbook run {' '.join(chapters)} --keep"} if keep else {}
 
     if dask is not None:
         with parallel.cluster(dask):  # nobody there? Say so before the chapters start
             os.environ[parallel.ADDRESS] = dask
-    place = workplace(profile, output)
-    for execution in run_chapters(chapters, place=place, seed=seed, jobs=jobs):
+    for execution in run_chapters(chapters, place=workplace(profile, output), seed=seed, jobs=jobs):
         print(execution.path)
 
 
