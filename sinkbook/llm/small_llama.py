@@ -35,6 +35,7 @@ from transformers import (
 
 from sinkbook import store
 from sinkbook.arguments import check_numbers, check_seed, check_whole_numbers
+from sinkbook.children import lifeline
 from sinkbook.data import corpora
 from sinkbook.dependencies import code_hash
 from sinkbook.files import write_json
@@ -272,7 +273,8 @@ def measure(config: SmallLlama) -> xr.Dataset:
         command = [sys.executable, "-m", "sinkbook.cli", "checkpoints", MODEL_ID]
         command += ["--domain", domain, "--texts", str(MEASURED_TEXTS)]
         command += ["--length", str(MEASURED_LENGTH), "--out", str(file), "--force"]
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        with lifeline(config.folder) as tied:
+            subprocess.run(tied(command), env=environment, check=True, stdout=subprocess.DEVNULL)
         found.append(xr.load_dataset(file, engine="h5netcdf"))
     names = xr.Variable("domain", list(DOMAINS))
     return xr.concat(found, dim=names).drop_vars(["commit", "tokens", "token"])

@@ -1,4 +1,4 @@
-"""What became of every malformed input: a table is tried as a whole, in one process, once."""
+"""What became of every malformed input: all are tried in one process, once."""
 
 import json
 import os
@@ -13,12 +13,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
-def outcomes(tmp_path_factory) -> Callable[[str], dict[str, dict[str, str]]]:
-    """By a table's module, what each of its inputs ended with; see `trying.py`."""
-    known: dict[str, dict[str, dict[str, str]]] = {}
+def outcomes(tmp_path_factory) -> Callable[[dict[str, list[str]]], dict[str, dict[str, dict]]]:
+    """What each input of each table ended with, given all tables: `trying.py` imports once."""
+    known: dict[str, dict[str, dict]] = {}
 
-    def tried(table: str, inputs: list[str]) -> dict[str, dict[str, str]]:
-        if table not in known:
+    def tried(tables: dict[str, list[str]]) -> dict[str, dict[str, dict]]:
+        if not known:
             folder = tmp_path_factory.mktemp("faults")
             environment = os.environ | {
                 "HF_HUB_OFFLINE": "1",
@@ -27,8 +27,8 @@ def outcomes(tmp_path_factory) -> Callable[[str], dict[str, dict[str, str]]]:
                 "SINKBOOK_RUNS": str(folder / "runs"),
             }
             done = subprocess.run(
-                [sys.executable, HERE / "trying.py", table, folder / "outcomes.json"],
-                input=json.dumps(inputs),
+                [sys.executable, HERE / "trying.py", folder / "outcomes.json"],
+                input=json.dumps(tables),
                 capture_output=True,
                 text=True,
                 env=environment,
@@ -36,7 +36,8 @@ def outcomes(tmp_path_factory) -> Callable[[str], dict[str, dict[str, str]]]:
             )
             assert done.returncode == 0, done.stderr
             found = json.loads((folder / "outcomes.json").read_text())
-            known[table] = dict(zip(inputs, found, strict=True))
-        return known[table]
+            for table, inputs in tables.items():
+                known[table] = dict(zip(inputs, found[table], strict=True))
+        return known
 
     return tried

@@ -1,8 +1,9 @@
 """Trying malformed inputs, each in one process without type checks, as a user's program has none.
 
-    python tests/faults/trying.py TABLE OUTCOMES < inputs.json
+    python tests/faults/trying.py OUTCOMES < inputs.json
 
-The names that an input may use are what `names()` in the table's module gives.
+The inputs are in tables, one after the other; the names that they may use are what `names()` in a
+table's module gives.
 """
 
 import importlib
@@ -45,14 +46,17 @@ def end(*_) -> None:
     raise EndlessError("has not ended")
 
 
-def main(table: str, outcomes: str) -> None:
-    """Read inputs, and write what became of them."""
-    inputs = json.load(sys.stdin)
+def main(outcomes: str) -> None:
+    """Read inputs by their table, and write what became of them."""
+    tables = json.load(sys.stdin)
     sys.path.append(str(Path(__file__).parents[1]))  # for tests/tiny.py
     signal.signal(signal.SIGPROF, end)
     warnings.simplefilter("ignore")
-    names = importlib.import_module(table).names()
-    Path(outcomes).write_text(json.dumps([outcome(given, names) for given in inputs]))
+    place, found = Path(outcomes).absolute(), {}
+    for table, inputs in tables.items():
+        names = importlib.import_module(table).names()
+        found[table] = [outcome(given, names) for given in inputs]
+    place.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
