@@ -35,7 +35,8 @@ _ID = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # it names a file in the ledger
 IN_YAML = "Mend it: it is a list in YAML, with an entry for each claim."
 DECIDED_BY = ("live", "record")
 WHOSE = {"paper": "the paper's", "rival": "somebody else's", "ours": "our own"}
-VERDICTS = ("holds", "mixed", "contradicts", "undecided", "not measured")
+ELSEWHERE = "not so in this model"  # no contradiction: it was said of another one
+VERDICTS = ("holds", "mixed", "contradicts", ELSEWHERE, "undecided", "not measured")
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,14 @@ class Claim:
     decided_by: str = "live"  # by what the chapter trains or reads, or by a "record"
     whose: str = "paper"  # claim it is: a refutation of "ours" or of a "rival" is a result
     undecided: str = ""  # what would decide it, where our size cannot: a debt as well
+    said_of: str = ""  # the pretrained model that it was measured on, where ours is another
 
     def __post_init__(self) -> None:
         check_id(self.id)
         for name in ("chapter", "source", "statement", "quantity", "unit", "fails", "over"):
             check_kind(name, getattr(self, name), str)
-        check_kind("undecided", self.undecided, str)
+        for name in ("undecided", "said_of"):
+            check_kind(name, getattr(self, name), str)
         check_kind("sensitive", self.sensitive, bool)
         check_kind("paper", self.paper, int | float | str | None)
         check_kind("criterion", self.criterion, dict)
@@ -152,14 +155,16 @@ class Verdict:
 
     @property
     def verdict(self) -> str:
-        """In a word: it holds in all numbers, in some, in none; or none of them can decide it."""
+        """In a word: it holds in all numbers, in some, in none; or none can decide it."""
         if not self.measured:
             return "not measured"
         if self.holds:
             return "holds"
         if self.claim.undecided:
             return "undecided"
-        return "mixed" if self.met else "contradicts"
+        if self.met:
+            return "mixed"
+        return ELSEWHERE if self.claim.said_of else "contradicts"
 
     @property
     def in_words(self) -> str:
@@ -229,7 +234,8 @@ class Verdict:
         claim = self.claim
         decided = "decided by a record" if claim.decided_by == "record" else "shown live"
         would = f"What would decide it: {claim.undecided}" if claim.undecided else ""
-        notes = (claim.fails, would, SENSITIVE if claim.sensitive else "")
+        said_of = f"The claim is about {claim.said_of}." if claim.said_of else ""
+        notes = (claim.fails, said_of, would, SENSITIVE if claim.sensitive else "")
         low, high = limits(self.criterion)
         return claim_cards.Card(
             id=claim.id,

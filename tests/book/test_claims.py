@@ -85,6 +85,8 @@ def test_a_failing_check_is_shown_as_failing_and_raises_nothing(ledger, capsys):
         ("", [1, 0], "contradicts", "contradicts the paper"),
         ("whose: ours", [1, 0], "contradicts", "contradicts our guess"),
         ("whose: rival", [1, 0], "contradicts", "contradicts the claim"),
+        ("said_of: Llama-2-7B", [1, 0], claims.ELSEWHERE, "not so in this model"),
+        ("said_of: Llama-2-7B", [1, 3], "mixed", "mixed (1 of 2)"),
         ("undecided: a longer run", [1, 2], "undecided", "undecided at this size"),
         ("undecided: a longer run", [2, 2], "holds", "holds"),
     ],
