@@ -61,9 +61,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         check_id(self.id)
-        for name in ("chapter", "source", "statement", "quantity", "unit", "fails", "over"):
-            check_kind(name, getattr(self, name), str)
-        for name in ("undecided", "said_of"):
+        for name in "chapter source statement quantity unit fails over undecided said_of".split():
             check_kind(name, getattr(self, name), str)
         check_kind("sensitive", self.sensitive, bool)
         check_kind("paper", self.paper, int | float | str | None)
@@ -89,9 +87,8 @@ def check_id(claim_id: object) -> None:
 def claims_file() -> Path:
     """`book/claims.yml` of the repository, or the copy that an installed package carries."""
     root = repository()
-    return (
-        root / "book" / "claims.yml" if root else Path(str(files("sinkbook.book") / "claims.yml"))
-    )
+    folder = root / "book" if root else Path(str(files("sinkbook.book")))
+    return folder / "claims.yml"
 
 
 @lru_cache(maxsize=2)
@@ -144,9 +141,8 @@ class Verdict:
     @property
     def holds(self) -> bool | None:
         """Whether every seed meets the criterion; None while nothing is measured."""
-        if not self.measured:
-            return None
-        return all(satisfies(self.criterion, value) for value in self.measured)
+        met = all(satisfies(self.criterion, value) for value in self.measured)
+        return met if self.measured else None
 
     @property
     def met(self) -> int:
@@ -162,9 +158,8 @@ class Verdict:
             return "holds"
         if self.claim.undecided:
             return "undecided"
-        if self.met:
-            return "mixed"
-        return ELSEWHERE if self.claim.said_of else "contradicts"
+        missed = ELSEWHERE if self.claim.said_of else "contradicts"
+        return "mixed" if self.met else missed
 
     @property
     def in_words(self) -> str:
@@ -301,8 +296,7 @@ def judge(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
         ) from error
     if not measured:
         raise SinkbookError(f"claim {claim_id!r} got no values. Hand in one number a seed.")
-    today = date.today().isoformat()
-    return Verdict(claims[claim_id], check_profile(profile), measured, today)
+    return Verdict(claims[claim_id], check_profile(profile), measured, date.today().isoformat())
 
 
 def check(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
