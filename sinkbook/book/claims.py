@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from functools import lru_cache
 from importlib.resources import files
@@ -61,7 +61,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         check_id(self.id)
-        for name in "chapter source statement quantity unit fails over undecided said_of".split():
+        for name in (field.name for field in fields(self) if field.type is str):
             check_kind(name, getattr(self, name), str)
         check_kind("sensitive", self.sensitive, bool)
         check_kind("paper", self.paper, int | float | str | None)
