@@ -81,6 +81,8 @@ def _keep(path, name: str, measure: Callable[[], Measurement]) -> None:
     facts = provenance() | {"seconds": round(time.perf_counter() - begin)}
     facts |= {"command": os.environ[KEEP]}
     whole = found.to_dataset(name=name) if isinstance(found, xr.DataArray) else found
+    # Not kept: its own attributes, among them the folder that the model came from.
+    whole = whole.drop_attrs(deep=False)
     whole = whole.assign_attrs(facts | {"versions": json.dumps(facts["versions"])})
     packed = {n: {"zlib": True, "complevel": 9} for n in whole.data_vars if whole[n].ndim}
     path.parent.mkdir(parents=True, exist_ok=True)
