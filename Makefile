@@ -13,6 +13,10 @@ JOBS    ?= 2
 PYTHON  ?= python3
 
 bin := .venv/bin
+# Under LC_ALL=C Python cannot start from an environment whose path has an accent in it.
+ifneq ($(filter C POSIX,$(LC_ALL)),)
+export LC_ALL := C.UTF-8
+endif
 # Several processes share the cores, so each computes on one.
 export OMP_NUM_THREADS ?= 1
 # glibc keeps the memory that tensors free, rather than ask for it anew at every step.
