@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
+from sinkbook.arguments import check_known
 from sinkbook.book.experiments import pretrainings
 from sinkbook.book.records import changed_toys, paper_scale
 from sinkbook.book.records.kept import whole_file
@@ -67,40 +68,55 @@ class SpotCheck:
 def spot_check(name: str, training: str, *, steps: int = 3) -> SpotCheck:
     """Begin the first seed of a record's training again, and lay it over the stored trajectory.
 
-    Raises `SinkbookError` if they part by more than rounding does, and where.
+    Raises `SinkbookError` if they part by more than rounding does, and where; and for a training
+    that the record has not, or not yet.
     """
+    known = (*paper_scale.GROUPS, "shakespeare", *changed_toys.GROUPS)
+    check_known("record whose trainings are begun again", name, known)
     if name == "shakespeare":
         return _pretraining_begun_again(training, steps)
     if name in changed_toys.GROUPS:
         return _changed_toy_begun_again(name, training, steps)
-    config = paper_scale.GROUPS[name]()[training][0]
-    stored, _ = paper_scale.trainings(whole_file(name))[training, config.seed]
-    again = first_steps(config, steps)
-    return compared(name, training, config.seed, stored.sel(step=again.step), again)
+    groups = paper_scale.GROUPS[name]()
+    check_known(f"training of the record {name!r}", training, groups)
+    config = groups[training][0]
+    finished = paper_scale.trainings(whole_file(name))
+    if (training, config.seed) not in finished:
+        raise SinkbookError(
+            f"the training {training!r} of the record {name!r}, seed {config.seed}, is not "
+            f"finished. Go on with: sinkbook record {name}"
+        )
+    stored, _ = finished[training, config.seed]
+    stored, again = _at_common_steps(stored, first_steps(config, steps))
+    return compared(name, training, config.seed, stored, again)
+
+
+def _at_common_steps(stored: xr.Dataset, again: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
+    """Both at the steps where both were measured: a record need not have every one of the first."""
+    both = np.intersect1d(stored.step, again.step)
+    return stored.sel(step=both), again.sel(step=both)
 
 
 def _pretraining_begun_again(training: str, steps: int) -> SpotCheck:
     from sinkbook.llm import copying_head, shakespeare_pretraining
 
-    config = pretrainings()[training][0]
+    groups = pretrainings()
+    check_known("training of the record 'shakespeare'", training, groups)
+    config = groups[training][0]
     stored = copying_head.of_training(whole_file("shakespeare"), training).sel(seed=config.seed)
     beginning = replace(config, steps=steps, measurements=steps, measure_every=steps)
     again = shakespeare_pretraining.pretrain(beginning).measurements
-    both = np.intersect1d(stored.step, again.step)  # the record has no measurement of every step
+    stored, again = _at_common_steps(stored, again)
     return compared(
-        "shakespeare",
-        training,
-        config.seed,
-        stored.sel(step=both),
-        again.sel(step=both),
-        tolerances=PRETRAINING_TOLERANCES,
+        "shakespeare", training, config.seed, stored, again, tolerances=PRETRAINING_TOLERANCES
     )
 
 
 def _changed_toy_begun_again(name: str, training: str, steps: int) -> SpotCheck:
     seed, again = changed_toys.begun_again(name, training, steps)
     visits = {dim: slice(again.sizes[dim]) for dim in ("visit", "residual_visit")}
-    stored = whole_file(name).sel(training=training, seed=seed, step=again.step).isel(visits)
+    stored = whole_file(name).sel(training=training, seed=seed).isel(visits)
+    stored, again = _at_common_steps(stored, again)
     return compared(name, training, seed, stored, again, tolerances=CHANGED_TOY_TOLERANCES)
 
 
