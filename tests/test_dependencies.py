@@ -304,7 +304,7 @@ def test_an_edit_of_a_figure_runs_the_chapters_again_that_draw_with_it_and_no_ot
     place = build.workplace("quick")
     notebooks = build.chapters(place.root)
     before = {name: build.content_hash(path, place, 0) for name, path in notebooks.items()}
-    for module, figure in [("basic", "head_map"), ("curves", "quantile_band")]:
+    for module, figure in [("basic", "head_scatter"), ("curves", "quantile_band")]:
         edit(f"figures/{module}", figure)
         now = {name: build.content_hash(path, place, 0) for name, path in notebooks.items()}
         again = {name for name in notebooks if now[name] != before[name]}
