@@ -86,31 +86,27 @@ class Chapter(Settings):
     def kept(self, name: str, measure: Callable[..., Measurement]) -> Callable[..., Measurement]:
         """`measure`, which reads what the very same call gave when it was kept under `name`.
 
-        It shows when and on what that was; another model, seed or size is measured now. See
-        `records.measured`.
-        """
-        from IPython.display import display
-
-        from sinkbook.book.records import measured
-
-        def show(facts: dict) -> None:
-            display(
-                Line(
-                    f"Kept measurement {name}: made on {facts['date'][:10]} in "
-                    f"{facts['seconds']} seconds on {facts['device']}, by: {facts['command']}"
-                )
-            )
-
-        return measured.kept(name, measure, show)
-
-    def meet(self, again: Measurement, stored: Measurement) -> "Line":
-        """Show that a part of a measurement, made again, is what was kept; both cut alike.
-
-        Raises `SinkbookError` if they part by more than rounding does.
+        Another model, seed or size is measured now. See `records.measured`.
         """
         from sinkbook.book.records import measured
 
-        return Line(measured.meet(again, stored))
+        return measured.kept(name, measure)
+
+    def meet(
+        self, measure: Callable[..., Measurement], again: Measurement, stored: Measurement
+    ) -> "Line":
+        """Show that a part of what `measure`, made by `kept`, gave is the same when made again.
+
+        Both are cut alike. The line says when and on what it was kept. Raises `SinkbookError` if
+        they part by more than rounding does.
+        """
+        from sinkbook.book.records import measured
+
+        text = measured.meet(again, stored)
+        if facts := measure.facts:
+            made = f"made on {facts['date'][:10]} in {facts['seconds']} seconds"
+            text = f"Kept: {made} on {facts['device']}, by: {facts['command']}. {text}"
+        return Line(text)
 
     def table(self, rows: pd.DataFrame) -> "Table":
         """Rows as a table that fits the page."""

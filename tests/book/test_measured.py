@@ -46,13 +46,15 @@ def test_the_same_call_is_read_with_its_provenance_and_measures_nothing(
     measure, made = sums
     first = measured.kept("sums", measure)(*arguments())
     monkeypatch.delenv(measured.KEEP)
-    facts = {}
     model, texts = arguments()
-    again = measured.kept("sums", measure, facts.update)(texts=texts, model=model)
+    reader = measured.kept("sums", measure)
+    again = reader(texts=texts, model=model)
     assert len(made) == 1
     xr.testing.assert_identical(first, again)
-    assert facts["command"] == "sinkbook run 13 --keep"
-    assert {"date", "device", "seconds", "versions"} < set(facts)
+    assert reader.facts["command"] == "sinkbook run 13 --keep"
+    assert {"date", "device", "seconds", "versions"} < set(reader.facts)
+    reader(model, texts + 1)
+    assert reader.facts is None
 
 
 def other_weights(model, texts):

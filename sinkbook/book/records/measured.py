@@ -46,12 +46,14 @@ def kept(
 ) -> Callable[..., Measurement]:
     """`measure`, which reads what the same call gave when it was kept under `name`.
 
-    `read` gets the provenance of what was read. Outside of a copy of the repository, and where a
+    Its attribute `facts` is the provenance of what was last read, None where it was measured.
+    Outside of a copy of the repository, and where a
     model is changed by hooks or in place, which its weights do not tell, all is measured.
     """
 
     @functools.wraps(measure)
     def call(*arguments, **keywords) -> Measurement:
+        call.facts = None
         given = inspect.signature(measure).bind(*arguments, **keywords)
         given.apply_defaults()
         root = repository()
@@ -69,9 +71,10 @@ def kept(
             return measure(*arguments, **keywords)
         with reading(path, f"{FROM_A_CLONE}.", named=True):
             found = xr.load_dataset(path, engine="h5netcdf")
-            read({fact: found.attrs.pop(fact) for fact in FACTS})
+            call.facts = {fact: found.attrs.pop(fact) for fact in FACTS}
         return found[name].rename(None) if set(found.data_vars) == {name} else found
 
+    call.facts = None
     return call
 
 
