@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -113,7 +114,8 @@ def test_output_that_cannot_be_written_is_told(command):
 
 
 def test_who_reads_no_further_ends_the_command_quietly():
-    command = f"{sys.executable} -m sinkbook.cli claims --json | head -c 1 > {os.devnull}"
+    python = shlex.quote(sys.executable)
+    command = f"{python} -m sinkbook.cli claims --json | head -c 1 > {os.devnull}"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
     assert done.stderr == ""
 

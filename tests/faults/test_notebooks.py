@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from shlex import quote
 
 import pytest
 
@@ -254,12 +255,12 @@ def test_a_full_disk_below_stdout_is_one_message(arguments):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_stream_that_is_closed_is_no_file_of_ours(repository, closed):
     repository.chapter("01_good", "print(seed)")
-    command = f"'{sys.executable}' -m sinkbook.cli run 01 {closed}"
+    command = f"{quote(sys.executable)} -m sinkbook.cli run 01 {closed}"
     assert subprocess.run(["sh", "-c", command], stdout=subprocess.DEVNULL).returncode == 0
     assert Execution(repository.executed("01_good"), 0.0).page()
 
 
 def test_whoever_reads_the_first_line_only_hears_no_complaint():
-    command = f"'{sys.executable}' -m sinkbook.cli claims | head -1"
+    command = f"{quote(sys.executable)} -m sinkbook.cli claims | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.stderr == "" and "claims: " in done.stdout
