@@ -159,7 +159,5 @@ def meet(again: Measurement, stored: Measurement) -> str:
         furthest = max(furthest, both.max(initial=0.0))
     if not count:
         raise SinkbookError("nothing was measured again. Give a part with numbers.")
-    return (
-        f"Measured again on this machine, {count:,} of these numbers are as they were kept: "
-        f"they differ by {furthest:.0e} at most."
-    )
+    how = f"as they were kept, but for {furthest:.0e} at most" if furthest else "the same"
+    return f"Measured again on this machine, {count:,} of these numbers are {how}."
