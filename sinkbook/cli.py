@@ -101,10 +101,10 @@ def run(
     """Run chapters and keep the executed copies, without rendering; prints their paths."""
     from sinkbook import parallel
     from sinkbook.book.build import run_chapters, workplace
-    from sinkbook.book.records.measured import KEEP
+    from sinkbook.book.settings import KEEP
 
-    os.environ |= {KEEP: f"sinkbook run {' '.join(chapters)} --keep"} if keep else {}
-
+    if keep:
+        os.environ[KEEP] = f"sinkbook run {' '.join(chapters)} --keep"
     if dask is not None:
         with parallel.cluster(dask):  # nobody there? Say so before the chapters start
             os.environ[parallel.ADDRESS] = dask

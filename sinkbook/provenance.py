@@ -1,5 +1,6 @@
 """On what, with what and when something was computed, and where the book's sources are."""
 
+import json
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -45,3 +46,14 @@ def provenance() -> dict:
     """On what, with what and when something was computed here, for the file that keeps it."""
     date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return {"device": device(), "versions": versions(), "date": date}
+
+
+def of_record(config: dict, facts: dict, seconds: float) -> dict:
+    """How a record was made, as the attributes of its file; `facts` are those of `provenance`."""
+    return {
+        "config": json.dumps(config),
+        "versions": json.dumps(facts["versions"]),
+        "device": facts["device"],
+        "date": facts["date"],
+        "seconds": round(seconds),
+    }

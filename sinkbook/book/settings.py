@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from sinkbook.arguments import check_seed
 from sinkbook.errors import SinkbookError
 
+# An environment variable that holds a command. Where it is set, measurements of pretrained models
+# are kept and none is read; the command makes them again.
+KEEP = "SINKBOOK_KEEP"
 PROFILES = ("quick", "paper")
 
 

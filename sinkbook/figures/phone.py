@@ -90,20 +90,20 @@ def _free_legends(figure: Figure) -> None:
     for legend in legends:
         if legend.get_bbox_to_anchor().width == 0 or not _covers(legend):
             continue
-        handles, labels = legend.legend_handles, [text.get_text() for text in legend.get_texts()]
-        title, size = legend.get_title().get_text() or None, legend.get_texts()[0].get_fontsize()
-        again = {
-            "handles": handles,
-            "labels": labels,
-            "title": title,
-            "fontsize": size,
-            "ncols": len(labels),
-        }
+        again = _said_by(legend)
+        again |= {"fontsize": legend.get_texts()[0].get_fontsize(), "ncols": len(again["labels"])}
         above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
         alone = len(legends) == 1 and not figure.legends
         parent = figure if alone else legend.axes
         legend.remove()
         parent.legend(**again, **({"loc": "outside upper center"} if alone else above))
+
+
+def _said_by(legend: Legend) -> dict:
+    """What a legend shows, for another one in its place."""
+    labels = [text.get_text() for text in legend.get_texts()]
+    title = legend.get_title().get_text() or None
+    return {"handles": legend.legend_handles, "labels": labels, "title": title}
 
 
 def _covers(legend: Legend) -> bool:
@@ -282,13 +282,13 @@ def _needed(figure: Figure) -> float:
 
 def _narrow_legend(legend: Legend) -> None:
     """A legend no wider than a phone; above its axes where it stood beside them."""
-    labels = [text.get_text() for text in legend.get_texts()]
+    again = _said_by(legend)
+    labels = again["labels"]
     column = 0.55 * LEAST * max(map(len, labels), default=1) + 3.2 * LEAST  # points
     parent = legend.axes or legend.get_figure()
     room = WIDTH * 72 - (40 if legend.axes else 10)  # beside the axes stand its numbers
     columns = int(np.clip(room // column, 1, len(labels)))
-    again = {"handles": legend.legend_handles, "labels": labels, "ncols": columns}
-    again |= {"fontsize": LEAST, "title": legend.get_title().get_text() or None}
+    again |= {"fontsize": LEAST, "ncols": columns}
     anchor = legend.get_bbox_to_anchor()
     if legend.axes is None:
         legend.remove()

@@ -4,7 +4,7 @@ Each function changes one thing that an account says matters. We know these acco
 their authors say of them in their abstracts; the tests are ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -146,12 +146,15 @@ class AveragingTask:
 
 
 def train_averaging(
-    task: AveragingTask, attention: str, *, steps: int, batch_size: int, seed: int
+    task: AveragingTask, attention: str, *, steps: int, batch_size: int, seed: int, **changes
 ) -> SelfAttention:
-    """One attention head on the averaging task, trained by Adam."""
+    """One attention head on the averaging task, trained by Adam.
+
+    `changes` are other fields of its `TransformerConfig`.
+    """
     torch.manual_seed(seed)
-    config = TransformerConfig(width=task.vocab_size, length=task.length, attention=attention)
-    head = SelfAttention(config, layer_idx=0)
+    sizes = {"width": task.vocab_size, "length": task.length} | changes
+    head = SelfAttention(TransformerConfig(attention=attention, **sizes), layer_idx=0)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01, betas=(0.9, 0.99))
     batches = (task.batch_at(batch_size, seed, step) for step in range(steps))
     train_steps(descend(optimizer, partial(task.loss, head)), batches, steps=steps)
@@ -212,6 +215,18 @@ def train_changed(
     Initial weights, batches and optimizer are those of `training.train`; it runs in memory, on the
     CPU, and is not kept.
     """
+    model, step, batches = changed_training(config, change)
+    train_steps(step, batches, steps=config.steps)
+    return model.eval().requires_grad_(False)
+
+
+def changed_training(
+    config: TrainingConfig, change: Callable[[Transformer], Transformer]
+) -> tuple[Transformer, Callable[[Tensor], float | Tensor], Iterator[Tensor]]:
+    """The model of `train_changed` before step 0, what its training does with a batch, its batches.
+
+    The batches are texts, (text, position).
+    """
     torch.manual_seed(config.seed)
     model = change(Transformer(config.model))
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config)
@@ -220,8 +235,7 @@ def train_changed(
     def loss(texts: Int[Tensor, "text position"]) -> Tensor:
         return next_token_loss(model(texts[:, :-1]), texts)
 
-    train_steps(descend(optimizer, loss), batches, steps=config.steps)
-    return model.eval().requires_grad_(False)
+    return model, descend(optimizer, loss), batches
 
 
 def attention_on(

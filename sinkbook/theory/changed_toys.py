@@ -18,12 +18,11 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.models.losses import next_token_loss
+from sinkbook.theory.alternatives import changed_training
 from sinkbook.toy.attention import scores_and_mask
-from sinkbook.toy.optimizers import OPTIMIZERS
 from sinkbook.toy.runs import TrainingConfig
 from sinkbook.toy.tasks import Task, task
-from sinkbook.toy.training_loop import descend, schedule, train_measured
+from sinkbook.toy.training_loop import schedule, train_measured
 from sinkbook.toy.transformer import Block, SelfAttention, Transformer
 
 Scores = Float[Tensor, "batch head query key"]
@@ -220,17 +219,11 @@ def train_watched(config: TrainingConfig, change: Change) -> xr.Dataset:
     Initial weights, batches and optimizer are those of `training.train`; it runs in memory, on the
     CPU.
     """
-    torch.manual_seed(config.seed)
-    model, made = change(Transformer(config.model)), task(config.task)
-    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config)
-
-    def loss(texts: Int[Tensor, "text position"]) -> Tensor:
-        return next_token_loss(model(texts[:, :-1]), texts)
-
+    model, step, batches = changed_training(config, change)
     return train_measured(
-        descend(optimizer, loss),
-        made.batches(config.batch_size, config.seed, range(config.steps)),
-        partial(watched, model, made, config.evaluation_tokens),
+        step,
+        batches,
+        partial(watched, model, task(config.task), config.evaluation_tokens),
         measured=schedule(config.steps, config.measurements),
     )
 

@@ -5,18 +5,14 @@ The task is the averaging of `alternatives.AveragingTask`, which asks for a no-o
 front of the text.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sinkbook.theory.alternatives import AveragingTask
+from sinkbook.theory.alternatives import AveragingTask, train_averaging
 from sinkbook.toy.attention import scores_and_mask
 from sinkbook.toy.runs import EVALUATION_SEED
-from sinkbook.toy.training_loop import descend, train_steps
-from sinkbook.toy.transformer import SelfAttention, TransformerConfig
 
 LENGTH = 32
 SYMBOLS = 8
@@ -64,19 +60,6 @@ class SinkTask(AveragingTask):
         return (texts >= self.announcing) & (texts < self.symbols)
 
 
-def train_head(
-    made: SinkTask, gate: str, *, steps: int, batch_size: int, seed: int
-) -> SelfAttention:
-    """One head of softmax attention, trained by Adam as `alternatives.train_averaging` does."""
-    torch.manual_seed(seed)
-    config = TransformerConfig(width=made.vocab_size, length=LENGTH + made.first, gate=gate)
-    head = SelfAttention(config, layer_idx=0)
-    optimizer = torch.optim.Adam(head.parameters(), lr=0.01, betas=(0.9, 0.99))
-    batches = (made.batch_at(batch_size, seed, step) for step in range(steps))
-    train_steps(descend(optimizer, partial(made.loss, head)), batches, steps=steps)
-    return head.requires_grad_(False)
-
-
 def facts(made: SinkTask, head: nn.Module) -> dict[str, float]:
     """What a head does on 64 fresh texts where it has to repeat and where it has to be silent.
 
@@ -106,5 +89,6 @@ def facts(made: SinkTask, head: nn.Module) -> dict[str, float]:
 def trained(asks: str, kind: str, *, steps: int, batch_size: int, seed: int) -> dict[str, float]:
     """The `facts` of a head: what is asked of it by a name in `ANNOUNCING`, its kind in `HEADS`."""
     made = SinkTask(ANNOUNCING[asks], register=HEADS[kind].get("register", False))
-    gate = HEADS[kind].get("gate", "none")
-    return facts(made, train_head(made, gate, steps=steps, batch_size=batch_size, seed=seed))
+    changes = {"gate": HEADS[kind].get("gate", "none"), "length": LENGTH + made.first}
+    sizes = {"steps": steps, "batch_size": batch_size, "seed": seed}
+    return facts(made, train_averaging(made, "softmax", **sizes, **changes))

@@ -20,7 +20,7 @@ from sinkbook.book.settings import Settings
 from sinkbook.dependencies import code_hash
 from sinkbook.errors import SinkbookError
 from sinkbook.files import cache_folder, write_netcdf
-from sinkbook.provenance import provenance
+from sinkbook.provenance import of_record, provenance
 from sinkbook.theory import changed_toys as toys
 from sinkbook.theory import two_sinks
 from sinkbook.toy.runs import TrainingConfig, seeds_of
@@ -83,13 +83,9 @@ def record(name: str, seeds: int = SEEDS) -> xr.Dataset:
     first = next(iter(GROUPS[name].values())).config
     numbers = range(first.seed, first.seed + seeds)
     together = _along(found, "training")
+    config = {label: _described(made) for label, made in GROUPS[name].items()}
     return together.assign_coords(training=list(GROUPS[name]), seed=list(numbers)).assign_attrs(
-        config=json.dumps({label: _described(made) for label, made in GROUPS[name].items()}),
-        versions=json.dumps(facts["versions"]),
-        device=facts["device"],
-        date=facts["date"],
-        seconds=round(seconds),
-        trainings=len(GROUPS[name]) * seeds,
+        of_record(config, facts, seconds), trainings=len(GROUPS[name]) * seeds
     )
 
 
@@ -106,15 +102,10 @@ def two_sinks_record(seeds: int = SEEDS) -> xr.Dataset:
     together = xr.concat(
         [xr.concat([xr.concat(of, "seed") for of in of_kind], "kind") for of_kind in found], "asks"
     )
-    facts = provenance()
     return together.assign_coords(
         asks=list(two_sinks.ANNOUNCING), kind=list(two_sinks.HEADS), seed=list(range(seeds))
     ).assign_attrs(
-        config=json.dumps(TWO_SINKS),
-        versions=json.dumps(facts["versions"]),
-        device=facts["device"],
-        date=facts["date"],
-        seconds=round(time.monotonic() - start),
+        of_record(TWO_SINKS, provenance(), time.monotonic() - start),
         trainings=together.silent_error.size,
     )
 
@@ -145,7 +136,6 @@ def _trained(changed: ChangedToy, config: TrainingConfig) -> xr.Dataset:
     made = toys.train_watched(config, changed.change).assign_attrs(
         seconds=time.monotonic() - start, facts=json.dumps(provenance())
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_netcdf(path, made, otherwise="choose another cache: SINKBOOK_CACHE")
     return made
 

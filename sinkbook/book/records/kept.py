@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sinkbook.arguments import check_kind, check_known, check_number
 from sinkbook.book.records import changed_toys, paper_scale
 from sinkbook.errors import SinkbookError
-from sinkbook.files import reading
+from sinkbook.files import reading, write_netcdf
 from sinkbook.provenance import repository
 from sinkbook.toy.runs import Run
 from sinkbook.toy.transformer import Transformer
@@ -38,6 +38,8 @@ NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 WITH_WEIGHTS = ("one-layer", "three-layers")
 
 FROM_A_CLONE = "Take it from a clone of the repository"
+# What a user can do where a record cannot be written.
+IN_ANOTHER_COPY = "run it in a copy of the repository that you can write to"
 
 # Records are never edited: a variable that has another name today is renamed when it is read.
 RENAMED = {
@@ -94,6 +96,13 @@ def whole_file(name: str) -> xr.Dataset:
         if name in paper_scale.GROUPS:
             paper_scale.finished(found)
     return found.rename({old: new for old, new in RENAMED.items() if old in found})
+
+
+def write_packed(path: Path, record: xr.Dataset) -> None:
+    """Write what a record holds to its file, its numbers packed."""
+    numbers = [n for n, values in record.data_vars.items() if values.dtype.kind in "fiub"]
+    packed = {n: {"zlib": True, "complevel": 9} for n in numbers if record[n].ndim}
+    write_netcdf(path, record, encoding=packed, otherwise=IN_ANOTHER_COPY)
 
 
 def load(name: str) -> xr.Dataset:

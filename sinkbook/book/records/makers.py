@@ -4,7 +4,6 @@ The trainings of the records at the paper's scale are in `paper_scale.GROUPS`, t
 here.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from sinkbook.book.experiments import (
 )
 from sinkbook.book.records import changed_toys, paper_scale
 from sinkbook.book.records.kept import (
+    IN_ANOTHER_COPY,
     NAMES,
     WITH_WEIGHTS,
     is_finished,
@@ -35,17 +35,16 @@ from sinkbook.book.records.kept import (
     path_of,
     weights_path,
     whole_file,
+    write_packed,
 )
 from sinkbook.book.settings import Settings
 from sinkbook.devices import device_of
-from sinkbook.files import write, write_netcdf
+from sinkbook.files import write
 from sinkbook.mitigations.registry import MITIGATIONS, under_mitigations, under_slot_controls
+from sinkbook.provenance import of_record
 from sinkbook.toy.measurements import measure_toy
 from sinkbook.toy.runs import stored
 from sinkbook.toy.training import TimeIsUpError, seeds_of, train, train_all
-
-# What a user can do where a record cannot be written.
-IN_ANOTHER_COPY = "run it in a copy of the repository that you can write to"
 
 # What only makes records is imported there: chapters read them, and transformers takes seconds.
 
@@ -55,7 +54,7 @@ def _one_layer(batch_size: int, steps: int) -> xr.Dataset:
     (config, *_) = one_layer(Settings("paper"))
     run = train(replace(config, batch_size=batch_size, steps=steps, evaluation_size=64))
     return run.measurements.assign_attrs(
-        _provenance(asdict(run.config), run.facts, run.seconds), seed=run.config.seed
+        of_record(asdict(run.config), run.facts, run.seconds), seed=run.config.seed
     )
 
 
@@ -77,7 +76,7 @@ def _league(seeds: int = 5) -> xr.Dataset:
     facts = runs[1]["softmax"][0].facts
     config = {"base": asdict(bases[3]), "layers": list(bases), "mitigations": list(MITIGATIONS)}
     return found.assign(destinations=where.assign_coords(seed=found.seed)).assign_attrs(
-        _provenance(config, facts, sum(run.seconds for run in trained.values()))
+        of_record(config, facts, sum(run.seconds for run in trained.values()))
     )
 
 
@@ -88,7 +87,7 @@ def _levers() -> xr.Dataset:
     found, base = small_llama.sweep(), small_llama.SmallLlama()
     config = {"base": asdict(base), "levers": small_llama.LEVERS}
     facts = small_llama.pretrain(base)  # trained in the sweep
-    return found.assign_attrs(_provenance(config, facts, found.seconds.sum().item()))
+    return found.assign_attrs(of_record(config, facts, found.seconds.sum().item()))
 
 
 def _small_llama() -> xr.Dataset:
@@ -98,7 +97,7 @@ def _small_llama() -> xr.Dataset:
     config = small_llama.long_run(load("small-llama-levers"))
     facts = small_llama.pretrain(config)
     return small_llama.measure(config).assign_attrs(
-        _provenance(asdict(config), facts, facts["seconds"]), seed=config.seed
+        of_record(asdict(config), facts, facts["seconds"]), seed=config.seed
     )
 
 
@@ -125,7 +124,7 @@ def _shakespeare() -> xr.Dataset:
     config = {name: asdict(of_group[0]) for name, of_group in configs.items()}
     every = [run for group in runs.values() for run in group]
     return copying_head.compared(runs).assign_attrs(
-        _provenance(config, every[0].facts, sum(run.seconds for run in every)),
+        of_record(config, every[0].facts, sum(run.seconds for run in every)),
         trainings=len(every),
     )
 
@@ -159,17 +158,7 @@ def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
     )
     config = {name: asdict(configs[0]) for name, configs in sweep.items()}
     seconds = sum(run.seconds for group in runs.values() for run in group)
-    return found.assign_attrs(_provenance(config, runs["AdamW"][0].facts, seconds))
-
-
-def _provenance(config: dict, facts: dict, seconds: float) -> dict:
-    return {
-        "config": json.dumps(config),
-        "versions": json.dumps(facts["versions"]),
-        "device": facts["device"],
-        "date": facts["date"],
-        "seconds": round(seconds),
-    }
+    return found.assign_attrs(of_record(config, runs["AdamW"][0].facts, seconds))
 
 
 MAKERS: dict[str, Callable[[], xr.Dataset]] = {
@@ -242,9 +231,7 @@ def _write(name: str, record: xr.Dataset) -> Path:
     record = record.assign_attrs(record=name, command=f"sinkbook record {name}")
     numbers = [n for n, values in record.data_vars.items() if values.dtype.kind in "fiu"]
     record = record.assign({n: record[n].astype(np.float32) for n in numbers})
-    packed = {n: {"zlib": True, "complevel": 9} for n in numbers if record[n].ndim}
-    path.parent.mkdir(exist_ok=True)
-    write_netcdf(path, record, encoding=packed, otherwise=IN_ANOTHER_COPY)
+    write_packed(path, record)
     return path
 
 

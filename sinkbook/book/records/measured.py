@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,14 +24,12 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from sinkbook.book.records.kept import FROM_A_CLONE
+from sinkbook.book.records.kept import FROM_A_CLONE, write_packed
+from sinkbook.book.settings import KEEP
 from sinkbook.errors import SinkbookError
-from sinkbook.files import reading, write_netcdf
+from sinkbook.files import reading
 from sinkbook.provenance import provenance, repository
 
-# An environment variable that holds a command: nothing is read, what is measured is kept, and this
-# command makes it again.
-KEEP = "SINKBOOK_KEEP"
 FACTS = ("date", "device", "seconds", "versions", "command")
 # How far what is measured again may lie from what was kept: shares of attention and nats, where
 # two instruction sets differ by a hundred-thousandth.
@@ -42,13 +41,12 @@ Measurement = xr.Dataset | xr.DataArray
 def kept(
     name: str,
     measure: Callable[..., Measurement],
-    read: Callable[[dict], None] = lambda facts: None,
 ) -> Callable[..., Measurement]:
     """`measure`, which reads what the same call gave when it was kept under `name`.
 
     Its attribute `facts` is the provenance of what was last read, None where it was measured.
-    Outside of a copy of the repository, and where a
-    model is changed by hooks or in place, which its weights do not tell, all is measured.
+    Outside of a copy of the repository, and where a model is changed by hooks or in place, which
+    its weights do not tell, all is measured.
     """
 
     @functools.wraps(measure)
@@ -78,7 +76,7 @@ def kept(
     return call
 
 
-def _keep(path, name: str, measure: Callable[[], Measurement]) -> None:
+def _keep(path: Path, name: str, measure: Callable[[], Measurement]) -> None:
     begin = time.perf_counter()
     found = measure()
     facts = provenance() | {"seconds": round(time.perf_counter() - begin)}
@@ -87,9 +85,7 @@ def _keep(path, name: str, measure: Callable[[], Measurement]) -> None:
     # Not kept: its own attributes, among them the folder that the model came from.
     whole = whole.drop_attrs(deep=False)
     whole = whole.assign_attrs(facts | {"versions": json.dumps(facts["versions"])})
-    packed = {n: {"zlib": True, "complevel": 9} for n in whole.data_vars if whole[n].ndim}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_netcdf(path, whole, encoding=packed, otherwise=FROM_A_CLONE)
+    write_packed(path, whole)
 
 
 def _is_changed(value: object) -> bool:

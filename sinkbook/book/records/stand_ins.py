@@ -5,7 +5,6 @@ four of arXiv 2604.14433, which compares them at the registers of vision transfo
 the first token of a language model, and an ordinary one as the control.
 """
 
-import json
 import time
 
 import numpy as np
@@ -19,7 +18,7 @@ from sinkbook.models import load
 from sinkbook.models.interventions import replace, stand_in
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.token_windows import of_texts
-from sinkbook.provenance import provenance
+from sinkbook.provenance import of_record, provenance
 
 WAYS = ("zero", "mean", "noise", "shuffled")
 PLACES = {"first token": 0, "ordinary token": 24}
@@ -55,18 +54,11 @@ def record() -> xr.Dataset:
                     after = next_token_losses(reader.model(tokens).logits, tokens)
                 cost[i, j, k] = (after - before)[:, behind].mean(-1)
                 moved[i, j, k] = ((new - own).norm(dim=-1) / own.norm(dim=-1))[:, 0]
-    facts = provenance()
     names = ("place", "layer", "way", "text")
     return xr.Dataset(
         {"cost": (names, cost), "moved": (names, moved)},
         coords={"place": list(PLACES), "layer": list(LAYERS), "way": list(WAYS)},
-        attrs={
-            "config": json.dumps(SIZES),
-            "versions": json.dumps(facts["versions"]),
-            "device": facts["device"],
-            "date": facts["date"],
-            "seconds": max(1, round(time.monotonic() - start)),
-        },
+        attrs=of_record(SIZES, provenance(), time.monotonic() - start),
     )
 
 
