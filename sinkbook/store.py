@@ -6,8 +6,9 @@ from the code that makes the run, which `dependencies.py` follows.
 A finished run is `weights.safetensors`, `measurements.nc` and `run.json`, which is written last
 and holds the checksums of the others. `along.safetensors` has the weights at the measured steps,
 where they are few enough: with them a run is measured again, by a mended probe, without being
-trained again. An unfinished run is `checkpoint.safetensors`. Files are written under another name
-and moved into place, so that a kill leaves the old one or the new one.
+trained again. An unfinished run is `checkpoint.safetensors`, in which the state of an optimizer is
+tensors and JSON: no file of the store is a pickle, which can be a program. Files are written under
+another name and moved into place, so that a kill leaves the old one or the new one.
 """
 
 import errno
@@ -108,7 +109,12 @@ def set_aside(folder: Path, why: str) -> None:
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
-    """Keep the state of an unfinished run: named tensors and the number of steps done."""
+    """Keep the state of an unfinished run: named tensors and the number of steps done.
+
+    `optimizer/whole` is what `torch.save` made of an optimizer's state, as bytes: that is a pickle,
+    and stays in memory. The file has the tensors in it and, as JSON, what holds them.
+    """
+    tensors = _without_pickle(tensors)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"step": str(step), "run": folder.name}
     metadata["sha256"] = _digest(tensors, metadata)
@@ -134,20 +140,66 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], int]:
     ours = metadata.get("run") == folder.name and step.isascii() and step.isdigit()
     if not ours or checksum != _digest(tensors, metadata):
         raise DamagedError(f"{path.name}: not this run's checkpoint, or its checksum differs")
-    _check_optimizer(tensors)
-    return tensors, int(step)
+    return _with_pickle(tensors), int(step)
 
 
-def _check_optimizer(tensors: dict[str, Tensor]) -> None:
-    """Refuse the state of an optimizer, where it is kept as a whole, that holds more than numbers.
+WHOLE = "optimizer/whole"  # an optimizer's state as one, which has lists and numbers in it
 
-    It is a pickle, which can be a program.
+
+def _without_pickle(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in which `WHOLE` is JSON, and the tensors of that state stand beside it."""
+    if WHOLE not in tensors:
+        return tensors
+    made = io.BytesIO(tensors[WHOLE].cpu().numpy().tobytes())
+    apart: dict[str, Tensor] = {}
+    text = json.dumps(_as_json(torch.load(made, map_location="cpu", weights_only=True), apart))
+    return tensors | apart | {WHOLE: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+
+
+def _with_pickle(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `_without_pickle` was given; `DamagedError` for what it did not make."""
+    if WHOLE not in tensors:
+        return tensors
+    others = {n: t for n, t in tensors.items() if not n.startswith(f"{WHOLE}/")}
+    made = io.BytesIO()
+    try:
+        torch.save(_from_json(json.loads(others[WHOLE].numpy().tobytes()), tensors), made)
+    except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise DamagedError(
+            "the optimizer's state is no JSON with tensors, as in earlier versions"
+        ) from error
+    return others | {WHOLE: torch.frombuffer(bytearray(made.getvalue()), dtype=torch.uint8)}
+
+
+def _as_json(state: object, apart: dict[str, Tensor]) -> object:
+    """A state as JSON; its tensors go to `apart`, with the order in which their axes lie.
+
+    Products of matrices that lie otherwise in memory are rounded otherwise.
     """
-    if (whole := tensors.get("optimizer/whole")) is not None:
-        try:
-            torch.load(io.BytesIO(whole.numpy().tobytes()), weights_only=True)
-        except Exception as error:
-            raise DamagedError("the optimizer's state holds more than numbers") from error
+    if isinstance(state, dict):
+        pairs = [[_as_json(key, apart), _as_json(value, apart)] for key, value in state.items()]
+        return {"dict": pairs}
+    if isinstance(state, list | tuple):
+        return {type(state).__name__: [_as_json(value, apart) for value in state]}
+    if isinstance(state, Tensor):
+        axes = sorted(range(state.ndim), key=lambda axis: -state.stride(axis))
+        name = f"{WHOLE}/{len(apart)}"
+        apart[name] = state.permute(axes).contiguous()
+        return {"tensor": [name, axes]}
+    return state
+
+
+def _from_json(kept: object, tensors: dict[str, Tensor]) -> object:
+    if not isinstance(kept, dict):
+        return kept
+    ((kind, inner),) = kept.items()
+    if kind == "tensor":
+        name, axes = inner
+        return tensors[name].permute([axes.index(axis) for axis in range(len(axes))])
+    held = [_from_json(value, tensors) for value in inner] if kind != "dict" else inner
+    if kind == "dict":
+        return {_from_json(key, tensors): _from_json(value, tensors) for key, value in held}
+    return {"list": list, "tuple": tuple}[kind](held)
 
 
 def few_enough(weights: Iterable[Tensor], times: int) -> bool:
