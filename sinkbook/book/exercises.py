@@ -68,6 +68,18 @@ def _cache_distance(rng: np.random.Generator) -> tuple[tuple, int]:
     return (n, i, sinks, window), min(n, sinks + window - 1) - i
 
 
+def _copying_target(rng: np.random.Generator) -> tuple[tuple, int]:
+    d = int(rng.integers(8, 40))
+    n = d + int(rng.integers(1, d))
+    return (n, d), n - d + 1
+
+
+def _share_back(rng: np.random.Generator) -> tuple[tuple, float]:
+    cut, back, lost = (round(rng.uniform(*ends), 1) for ends in ((1.5, 3), (2, 9), (2, 9)))
+    now, whole = cut * back, cut * back * lost
+    return (whole, cut, now), np.log(back) / np.log(back * lost)
+
+
 FORMULAS = {
     "sink-gradient": Formula(
         "∂KL/∂α =",
@@ -197,6 +209,41 @@ FORMULAS = {
         },
         "however long the text, the first tokens are never farther than the cache is long.",
     ),
+    "copying-target": Formula(
+        "position =",
+        {"n": "where the query stands, from 0", "d": "after how many characters the text repeats"},
+        _copying_target,
+        {
+            "There stood the present character; what is wanted is what came next.": (
+                lambda n, d: n - d
+            ),
+            "That is one before the present character's place, and not one behind it.": (
+                lambda n, d: n - d - 1
+            ),
+        },
+        "it looks back by the same distance from everywhere, so a head can do it by place.",
+    ),
+    "share-back": Formula(
+        "share =",
+        {
+            "whole": "the peak's ratio before the cut",
+            "cut": "right after the cut",
+            "now": "after training on",
+        },
+        _share_back,
+        {
+            "Right after the cut nothing is back, and your share is not zero there.": (
+                lambda whole, cut, now: now / whole
+            ),
+            "That counts differences; by factors the way up is counted in logarithms.": (
+                lambda whole, cut, now: (now - cut) / (whole - cut)
+            ),
+            "What the cut has left has not come back: it has to be divided out.": (
+                lambda whole, cut, now: np.log(now) / np.log(whole)
+            ),
+        },
+        "a tenth of the height can be half of the way.",
+    ),
 }
 
 
@@ -265,3 +312,23 @@ def check_cache_distance(formula: Callable[..., int]) -> None:
     Not yet: for n = ... That is the distance in the text; the cache closes the gap.
     """
     FORMULAS["cache-distance"].check(formula)
+
+
+def check_copying_target(formula: Callable[..., int]) -> None:
+    """Test `formula(n, d)` for where a copying head looks from `n`, if a text repeats after `d`.
+
+    `<s>` stands at position 0, and the query in the second half: `n > d`.
+
+    >>> check_copying_target(lambda n, d: n - d)
+    Not yet: for n = ... There stood the present character; what is wanted is what came next.
+    """
+    FORMULAS["copying-target"].check(formula)
+
+
+def check_share_back(formula: Callable[..., float]) -> None:
+    """Test `formula(whole, cut, now)` for the share of a peak's factor that is back after a cut.
+
+    >>> check_share_back(lambda whole, cut, now: now / whole)
+    Not yet: for whole = ... Right after the cut nothing is back, and your share is not zero there.
+    """
+    FORMULAS["share-back"].check(formula)

@@ -1,4 +1,4 @@
-"""The records of chapter 15: toys with one thing changed that a claim of others is about.
+"""The records of chapter 16: toys with one thing changed that a claim of others is about.
 
 They are of the league's length and batch, and learn in seconds. Each training is kept in the cache
 once it has ended, so that an interrupted record goes on with the next one.
