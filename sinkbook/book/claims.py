@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sinkbook.arguments import check_kind
+from sinkbook.arguments import check_kind, check_known
+from sinkbook.book.notebooks import titles
 from sinkbook.book.settings import check_profile
 from sinkbook.criteria import in_words, limits, satisfies
 from sinkbook.errors import SinkbookError
@@ -378,8 +379,9 @@ class Ledger:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
+        facts = {"summary": self.summary(), "verdicts": VERDICTS}
         cards = [verdict.card() for verdict in self.verdicts]
-        return claim_ledger.page(cards, summary=self.summary(), verdicts=VERDICTS)
+        return claim_ledger.page(cards, **facts, titles=titles(claims_file().parent))
 
 
 def ledger(*, chapter: str | None = None, verdict: str | None = None) -> Ledger:
@@ -391,10 +393,10 @@ def ledger(*, chapter: str | None = None, verdict: str | None = None) -> Ledger:
     found = verdicts()
     known_chapters = sorted({each.claim.chapter for each in found})
     chapters = [name for name in known_chapters if chapter in (None, name, name.split("_")[0])]
-    words = [word for word in VERDICTS if verdict in (None, word)]
     if chapter is not None and not chapters:
-        known_ones = ", ".join(known_chapters)
-        raise SinkbookError(f"no chapter {chapter!r} has claims. Known: {known_ones}.")
-    if not words:
-        raise SinkbookError(f"no verdict is called {verdict!r}. Known: {', '.join(VERDICTS)}.")
-    return Ledger([v for v in found if v.claim.chapter in chapters and v.verdict in words])
+        check_known("chapter with claims", chapter, known_chapters)
+    if verdict is not None:
+        check_known("verdict", verdict, VERDICTS)
+    return Ledger(
+        [v for v in found if v.claim.chapter in chapters and verdict in (None, v.verdict)]
+    )

@@ -5,6 +5,7 @@ of 131,072 tokens and a pass through 7 billion parameters take no time and no me
 Attention counts as if no key were masked.
 """
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from sinkbook.book import experiments
 from sinkbook.book.chapters import Table
 from sinkbook.book.records import paper_scale
-from sinkbook.book.records.kept import path_of, whole_file
+from sinkbook.book.records.kept import NAMES, path_of, whole_file
 from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.models.losses import next_token_loss
@@ -157,6 +158,29 @@ def measured_table() -> Table:
                 "steps": _range([config.steps for config in configs]),
                 "minutes": _short(statistics.median(f["seconds"] for f in facts) / 60),
                 "device": ", ".join(dict.fromkeys(f["device"] for f in facts)),
+            }
+        )
+    return Table(pd.DataFrame(rows).set_index("record"))
+
+
+def records_table() -> Table:
+    """A row for each record that is there: what it was made on, with what, when, how long it took.
+
+    Seconds are added up over its trainings, as if one had run after the other.
+    """
+    rows = []
+    for name in NAMES:
+        if not path_of(name).exists():
+            continue
+        facts = whole_file(name).attrs
+        rows.append(
+            {
+                "record": name,
+                "trainings": str(facts.get("trainings", "–")),
+                "minutes": _short(float(facts["seconds"]) / 60),
+                "device": facts["device"],
+                "torch": json.loads(facts["versions"])["torch"],
+                "made": facts["date"][:10],
             }
         )
     return Table(pd.DataFrame(rows).set_index("record"))

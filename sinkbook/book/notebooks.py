@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -157,6 +159,20 @@ def sources(notebook: dict) -> list[dict]:
         for cell in notebook["cells"]
         if is_code(cell) and "injected-parameters" not in tags(cell)
     ]
+
+
+def titles(folder: Path) -> dict[str, str]:
+    """The heading of each notebook of a folder by its name, without marks of emphasis or code.
+
+    One that cannot be read, or has no heading, is left out: running it tells what is wrong.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.ipynb")):
+        with suppress(SinkbookError):
+            texts = ["".join(c["source"]) for c in read_notebook(path)["cells"] if not is_code(c)]
+            if heading := re.search(r"^# +(.+)$", "\n".join(texts), re.MULTILINE):
+                found[path.stem] = re.sub(r"[`*]", "", heading[1]).strip()
+    return found
 
 
 def place_of(number: int, cell: dict) -> str:

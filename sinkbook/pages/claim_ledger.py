@@ -5,7 +5,7 @@ is not asked for.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from sinkbook.pages.claim_cards import Card, card, inline
@@ -14,28 +14,34 @@ from sinkbook.pages.tables import scrolling
 WHOSE = {"paper": "the paper’s", "ours": "our own", "rival": "somebody else’s"}
 
 
-def page(cards: Sequence[Card], *, summary: str, verdicts: Sequence[str]) -> str:
-    """The ledger as HTML: cards in their order, verdicts in the order in which they are listed."""
+def page(
+    cards: Sequence[Card], *, summary: str, verdicts: Sequence[str], titles: Mapping[str, str]
+) -> str:
+    """The ledger as HTML: cards in their order, verdicts in the order in which they are listed.
+
+    `titles` has the heading of a chapter by its name; one without is called by its number.
+    """
     groups: dict[str, list[Card]] = {}
     for of in cards:
         groups.setdefault(of.chapter, []).append(of)
     groups = dict(sorted(groups.items()))
     found = [verdict for verdict in verdicts if any(of.verdict == verdict for of in cards)]
-    chapters = "".join(_chapter(name, group, found) for name, group in groups.items())
+    called = {name: title(name, titles.get(name)) for name in groups}
+    chapters = "".join(_chapter(name, called[name], group, found) for name, group in groups.items())
     return (
         f'<div class="sinkbook-ledger"><p><strong>{escape(summary)}</strong></p>'
-        f"{_counts(cards, found)}{_debts(cards)}{_filters(groups, found)}{chapters}</div>"
+        f"{_counts(cards, found)}{_debts(cards)}{_filters(called, found)}{chapters}</div>"
     )
 
 
-def title(chapter: str) -> str:
-    """A chapter's name as the ledger has it.
+def title(chapter: str, heading: str | None) -> str:
+    """A chapter's number and heading as the ledger has them.
 
-    >>> title("03_active_dormant")
-    'Chapter 3: active dormant'
+    >>> title("03_active_dormant", "A head that sleeps")
+    'Chapter 3: A head that sleeps'
     """
-    number, _, name = chapter.partition("_")
-    return f"Chapter {int(number)}: {name.replace('_', ' ')}"
+    number = f"Chapter {int(chapter.partition('_')[0])}"
+    return f"{number}: {heading}" if heading else number
 
 
 def _counts(cards: Sequence[Card], verdicts: Sequence[str]) -> str:
@@ -71,10 +77,10 @@ def _debts(cards: Sequence[Card]) -> str:
     )
 
 
-def _filters(chapters: Iterable[str], verdicts: Sequence[str]) -> str:
+def _filters(chapters: Mapping[str, str], verdicts: Sequence[str]) -> str:
     """Three choices, hidden until the script is there to obey them."""
     choices = {
-        "chapter": {chapter: title(chapter) for chapter in chapters},
+        "chapter": chapters,
         "verdict": {verdict: verdict for verdict in verdicts},
         "whose": WHOSE,
     }
@@ -85,15 +91,18 @@ def _filters(chapters: Iterable[str], verdicts: Sequence[str]) -> str:
         + "</select></label>"
         for name, options in choices.items()
     )
-    return f'<form class="filters" hidden>{fields}<output aria-live="polite"></output></form>'
+    return (
+        f'<form class="filters" hidden>{fields}<output aria-live="polite"></output>'
+        '<button type="reset" hidden>show all</button></form>'
+    )
 
 
-def _chapter(name: str, cards: Sequence[Card], verdicts: Sequence[str]) -> str:
+def _chapter(name: str, called: str, cards: Sequence[Card], verdicts: Sequence[str]) -> str:
     """A chapter's cards under its name; each leads to its place in the chapter."""
     counts = Counter(of.verdict for of in cards)
     words = ", ".join(f"{verdict} {counts[verdict]}" for verdict in verdicts if counts[verdict])
     drawn = "".join(card(of, link=f"{of.chapter}.html#{of.anchor}") for of in cards)
     return (
         f'<section><p class="sinkbook-chapter"><a href="{escape(name)}.html">'
-        f"{escape(title(name))}</a> <span>{words}</span></p>{drawn}</section>"
+        f"{escape(called)}</a> <span>{words}</span></p>{drawn}</section>"
     )

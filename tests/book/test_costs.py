@@ -5,7 +5,7 @@ import torch
 
 from sinkbook.book import costs, experiments
 from sinkbook.book.records import paper_scale
-from sinkbook.book.records.kept import path_of
+from sinkbook.book.records.kept import NAMES, path_of
 from sinkbook.book.settings import Settings
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.toy.transformer import Transformer
@@ -64,3 +64,11 @@ def test_the_table_of_times_has_a_row_for_every_record_that_is_there():
         "3",
         "10,000",
     ]
+
+
+def test_every_record_has_a_row_that_says_what_made_it():
+    table = costs.records_table().rows
+    assert list(table.index) == [name for name in NAMES if path_of(name).exists()]
+    assert (table.device.str.startswith("CPU") | (table.device == "NVIDIA H200")).all()
+    assert (table.minutes.str.replace(",", "").astype(float) > 0).all()
+    assert table.made.str.fullmatch(r"2\d{3}-\d\d-\d\d").all()

@@ -15,6 +15,7 @@ from sinkbook.pages import claim_ledger
 from sinkbook.pages.claim_cards import card, described, number_line
 
 ROOT = Path(__file__).resolve().parents[2]
+TITLES = {"01_sums": "Sums & more"}
 
 
 def of(criterion: str, values: list[float], **fields):
@@ -129,7 +130,7 @@ def some() -> list:
 
 
 def test_the_ledger_counts_by_owner_and_leads_to_the_card_in_its_chapter(some):
-    html = claim_ledger.page(some, summary="", verdicts=claims.VERDICTS)
+    html = claim_ledger.page(some, summary="", verdicts=claims.VERDICTS, titles=TITLES)
     table = ElementTree.fromstring(re.search("<table.*?</table>", html)[0])
     rows = [[cell.text for cell in row] for row in table.iter("tr")]
     assert rows == [
@@ -144,18 +145,20 @@ def test_the_ledger_counts_by_owner_and_leads_to_the_card_in_its_chapter(some):
 
 
 def test_debts_stand_together_with_what_would_decide_them(some):
-    html = claim_ledger.page(some, summary="", verdicts=claims.VERDICTS)
+    html = claim_ledger.page(some, summary="", verdicts=claims.VERDICTS, titles=TITLES)
     debts = re.search('<details class="debts">.*?</details>', html)[0]
     assert "Debts (1)" in debts and "a longer run" in debts and "#claim-d" in debts
     paid = [replace(each, debt="") for each in some]
-    assert "Debts" not in claim_ledger.page(paid, summary="", verdicts=claims.VERDICTS)
+    assert "Debts" not in claim_ledger.page(
+        paid, summary="", verdicts=claims.VERDICTS, titles=TITLES
+    )
 
 
 @pytest.fixture
 def ledger(some, browser, tmp_path):
     """Opens the ledger as a file, with or without scripts, on a phone."""
     shutil.copy(ROOT / "_static" / "claims.js", tmp_path)
-    html = claim_ledger.page(some, summary="", verdicts=claims.VERDICTS)
+    html = claim_ledger.page(some, summary="", verdicts=claims.VERDICTS, titles=TITLES)
     style = (ROOT / "_static" / "sinkbook.css").read_text("utf-8")
     (tmp_path / "claims.html").write_text(
         '<!DOCTYPE html><meta charset="utf-8"><script src="claims.js"></script>'
@@ -164,10 +167,10 @@ def ledger(some, browser, tmp_path):
     )
     contexts = []
 
-    def open_it(**options):
+    def open_it(query="", **options):
         contexts.append(browser.new_context(viewport={"width": 390, "height": 844}, **options))
         tab = contexts[-1].new_page()
-        tab.goto((tmp_path / "claims.html").as_uri())
+        tab.goto((tmp_path / "claims.html").as_uri() + query)
         return tab
 
     yield open_it
@@ -201,6 +204,27 @@ def test_the_ledger_is_filtered_by_chapter_verdict_and_owner(ledger):
         assert visible(tab) == ids
         assert tab.locator("output").text_content() == f"{len(ids)} of 4 claims"
         assert tab.locator("section:visible").count() == len({i == "b" for i in ids})
+
+
+def test_what_is_chosen_stands_in_the_address_and_an_address_chooses(ledger):
+    tab = ledger()
+    tab.select_option("select[name=verdict]", "mixed")
+    tab.select_option("select[name=whose]", "ours")
+    assert tab.evaluate("location.search") == "?verdict=mixed&whose=ours"
+    tab.reload()
+    assert visible(tab) == ["b"]
+    tab.click("text=show all")
+    tab.wait_for_function("location.search === ''")
+    assert visible(tab) == ["a", "c", "d", "b"]
+    assert visible(ledger("?verdict=undecided")) == ["d"]
+    assert visible(ledger("?verdict=nonsense&other=1")) == ["a", "c", "d", "b"]
+
+
+def test_a_chapter_is_called_by_its_heading_and_one_without_by_its_number(ledger):
+    tab = ledger()
+    names = tab.locator("select[name=chapter] option").all_text_contents()
+    assert names == ["all chapters", "Chapter 1: Sums & more", "Chapter 2"]
+    assert tab.locator(".sinkbook-chapter a").all_text_contents() == names[1:]
 
 
 def test_a_link_to_a_debt_finds_its_card_whatever_is_filtered(ledger):
