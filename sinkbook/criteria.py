@@ -49,9 +49,10 @@ def satisfies(criterion: str, value: float) -> bool:
 def in_words(criterion: str) -> str:
     """A criterion for readers.
 
-    >>> in_words("in [0.3, 3]"), in_words(">= 0.7")
-    ('between 0.3 and 3', '≥ 0.7')
+    >>> in_words("in [0.3, 3]"), in_words(">= 0.7"), in_words("in [0, 0]")
+    ('between 0.3 and 3', '≥ 0.7', 'exactly 0')
     """
     if both := _RANGE.fullmatch(criterion.strip()):
-        return f"between {both[1]} and {both[2]}"
+        low, high = limits(criterion)
+        return f"exactly {both[1]}" if low == high else f"between {both[1]} and {both[2]}"
     return criterion.replace(">=", "≥").replace("<=", "≤")

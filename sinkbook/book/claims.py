@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from sinkbook.arguments import check_kind, check_known
+from sinkbook.arguments import check_kind, check_known, names_of
 from sinkbook.book.notebooks import titles
 from sinkbook.book.settings import check_profile
 from sinkbook.criteria import in_words, limits, satisfies
@@ -380,8 +380,8 @@ class Ledger:
 
     def _repr_html_(self) -> str:
         facts = {"summary": self.summary(), "verdicts": VERDICTS}
-        cards = [verdict.card() for verdict in self.verdicts]
-        return claim_ledger.page(cards, **facts, titles=titles(claims_file().parent))
+        facts["titles"] = titles(claims_file().parent)
+        return claim_ledger.page([verdict.card() for verdict in self.verdicts], **facts)
 
 
 def ledger(*, chapter: str | None = None, verdict: str | None = None) -> Ledger:
@@ -395,8 +395,5 @@ def ledger(*, chapter: str | None = None, verdict: str | None = None) -> Ledger:
     chapters = [name for name in known_chapters if chapter in (None, name, name.split("_")[0])]
     if chapter is not None and not chapters:
         check_known("chapter with claims", chapter, known_chapters)
-    if verdict is not None:
-        check_known("verdict", verdict, VERDICTS)
-    return Ledger(
-        [v for v in found if v.claim.chapter in chapters and verdict in (None, v.verdict)]
-    )
+    wanted = VERDICTS if verdict is None else names_of("verdict", [verdict], VERDICTS)
+    return Ledger([v for v in found if v.claim.chapter in chapters and v.verdict in wanted])

@@ -78,7 +78,7 @@ def number_line(of: Card) -> str:
     dots = [(v, m) for v, m in zip(of.values, of.met, strict=True) if math.isfinite(v)]
     if not dots:
         return ""
-    bounds = [bound for bound in (of.low, of.high) if math.isfinite(bound)]
+    bounds = sorted({bound for bound in (of.low, of.high) if math.isfinite(bound)})
     of_paper = [] if of.paper is None else [of.paper]
     place, logarithmic = _places([*(value for value, _ in dots), *bounds, *of_paper])
     start, end = (_within(place, of.low, 0.0), _within(place, of.high, 100.0))
@@ -87,10 +87,9 @@ def number_line(of: Card) -> str:
         'height="22"/>',
         f'<line class="axis" x1="0" x2="100%" y1="{MIDDLE}" y2="{MIDDLE}"/>',
     ]
-    two = len(bounds) == 2
-    for bound, side in ((of.low, "end"), (of.high, "start")):
-        if math.isfinite(bound):
-            parts.append(_bound(place(bound), number(bound), side if two else ""))
+    sides = ("end", "start") if len(bounds) == 2 else ("",)
+    for bound, side in zip(bounds, sides, strict=False):
+        parts.append(_bound(place(bound), number(bound), side))
     levels = _apart([place(value) for value, _ in dots])
     for (value, met), level in zip(dots, levels, strict=True):
         parts.append(

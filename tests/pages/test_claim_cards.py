@@ -118,6 +118,14 @@ def test_what_a_claim_spells_is_only_shown():
     )
 
 
+def test_a_rule_of_one_value_has_one_mark_and_is_called_exact():
+    exact = of("in [0, 0]", [0, 1, 2])
+    root = ElementTree.fromstring(number_line(exact))
+    assert len(root.findall("line[@class='bound']")) == 1
+    assert [text.text for text in root.findall("text")] == ["0"]
+    assert "exactly 0" in card(exact)
+
+
 @pytest.fixture
 def some() -> list:
     """Claims of two chapters, of all verdicts and owners."""
