@@ -80,6 +80,17 @@ def _share_back(rng: np.random.Generator) -> tuple[tuple, float]:
     return (whole, cut, now), np.log(back) / np.log(back * lost)
 
 
+def _massive_share(rng: np.random.Generator) -> tuple[tuple, float]:
+    state = rng.normal(size=4).round(1)
+    state[rng.integers(4)] = rng.choice([-1, 1]) * rng.integers(3, 9)
+    return (state,), (state**2).max() / (state**2).sum()
+
+
+def _standard_errors(rng: np.random.Generator) -> tuple[tuple, float]:
+    rises = rng.normal(0.2, 0.1, size=5).round(2)
+    return (rises,), rises.mean() / (rises.std(ddof=1) / np.sqrt(5))
+
+
 FORMULAS = {
     "sink-gradient": Formula(
         "∂KL/∂α =",
@@ -244,6 +255,38 @@ FORMULAS = {
         },
         "a tenth of the height can be half of the way.",
     ),
+    "massive-share": Formula(
+        "share =",
+        {"state": "its dimensions, a list of numbers"},
+        _massive_share,
+        {
+            "Lengths add up by their squares.": lambda state: abs(state).max() / abs(state).sum(),
+            "The longest may be negative: square before you look for it.": (
+                lambda state: state.max() ** 2 / (state**2).sum()
+            ),
+            "That is the share of the length; the squares are what adds up to one.": (
+                lambda state: abs(state).max() / np.sqrt((state**2).sum())
+            ),
+        },
+        "one dimension ten times as large as each of a hundred others holds half of it.",
+    ),
+    "standard-errors": Formula(
+        "standard errors =",
+        {"rises": "of the loss, one a text, a list of numbers"},
+        _standard_errors,
+        {
+            "That is in units of how far single texts lie apart; a mean of many is surer.": (
+                lambda rises: rises.mean() / rises.std(ddof=1)
+            ),
+            "A mean of n texts is surer than one text; and their squares are divided by n - 1.": (
+                lambda rises: rises.mean() / rises.std()
+            ),
+            "The mean comes from the same texts: divide their squares by n - 1.": (
+                lambda rises: rises.mean() / rises.std() * np.sqrt(len(rises))
+            ),
+        },
+        "it counts texts as much as it counts the effect.",
+    ),
 }
 
 
@@ -332,3 +375,21 @@ def check_share_back(formula: Callable[..., float]) -> None:
     Not yet: for whole = ... Right after the cut nothing is back, and your share is not zero there.
     """
     FORMULAS["share-back"].check(formula)
+
+
+def check_massive_share(formula: Callable[..., float]) -> None:
+    """Test `formula(state)` for the share of its largest dimension in a state's squared length.
+
+    >>> check_massive_share(lambda state: abs(state).max() / abs(state).sum())
+    Not yet: for state = ... Lengths add up by their squares.
+    """
+    FORMULAS["massive-share"].check(formula)
+
+
+def check_standard_errors(formula: Callable[..., float]) -> None:
+    """Test `formula(rises)` for how many standard errors their mean lies above zero.
+
+    >>> check_standard_errors(lambda rises: rises.mean() / rises.std(ddof=1))
+    Not yet: for rises = ... That is in units of how far single texts lie apart; ...
+    """
+    FORMULAS["standard-errors"].check(formula)

@@ -55,7 +55,7 @@ def written_by_self_logit(
     ax.set_yscale("symlog", linthresh=10)
     ax.set_ylim(-1, 2 * np.max(writes))
     ax.set(
-        xlabel="logit of <s> on itself, at the end",
+        xlabel="logit of <s> on itself",
         ylabel="norm of what the attention adds at <s>",
     )
     ax.legend()

@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import WAYS, reading, replace, stand_in, zero
 from sinkbook.models.layout import Layer, layers
@@ -175,37 +176,46 @@ def reads_peak(whole: xr.Dataset) -> xr.DataArray:
 
 
 def cut_each(
-    model: nn.Module, input_ids: Tokens, *, position: int | None = 0, parts: Sequence[str] = PARTS
+    model: nn.Module,
+    input_ids: Tokens,
+    *,
+    position: int | None = 0,
+    parts: Sequence[str] = PARTS,
+    cuts: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """Silence each attention and each MLP in turn and measure the `symptoms`.
 
     The part writes zeros at `position`, or at every one if that is None. The result has the
-    variables of `symptoms`, over (part, cut) besides; `cut` is the layer of the silenced part. NaN
-    for parts that a layer does not have. Shows progress on a terminal.
+    variables of `symptoms`, over (part, cut) besides; `cut` is the layer of the silenced part, one
+    of `cuts` if they are given. NaN for parts that a layer does not have. Shows progress on a
+    terminal.
 
     Layers below a cut are not run again. Where layers hand on more than the residual state, such
     as keys that several of them share, everything is.
     """
     found = layers(model)
+    if cuts is None:
+        cuts = range(len(found))
+    cuts = [whole_number("cuts", cut, 0, len(found) - 1) for cut in cuts]
     with kept(model) as outputs:
         whole = symptoms(model, input_ids)
     resumes = can_resume(model, input_ids)
     missing = xr.full_like(whole, float("nan"))
     results = {part: [] for part in parts}
-    with progress("cutting", len(parts) * len(found)) as show:
-        for number, layer in enumerate(found):
+    with progress("cutting", len(parts) * len(cuts)) as show:
+        for done, number in enumerate(cuts, 1):
             for part in parts:
-                if getattr(layer, part) is None:
+                if getattr(found[number], part) is None:
                     results[part].append(missing)
                     continue
                 below = number if resumes else 0
                 cut = zero(model, part, layer=number, position=position)
                 with cut, given(model, outputs, below=below):
                     results[part].append(symptoms(model, input_ids).fillna(whole))
-            show((number + 1) * len(parts))
-    cuts = [xr.concat(results[part], dim="cut") for part in parts]
-    together = xr.concat(cuts, dim=xr.Variable("part", list(parts)))
-    return together.assign_coords(cut=np.arange(len(found)))
+            show(done * len(parts))
+    of_parts = [xr.concat(results[part], dim="cut") for part in parts]
+    together = xr.concat(of_parts, dim=xr.Variable("part", list(parts)))
+    return together.assign_coords(cut=cuts)
 
 
 def effects(cuts: xr.Dataset, whole: xr.Dataset) -> xr.Dataset:
@@ -237,15 +247,17 @@ def effects_of_each(
     *groups: Int[Tensor, "_batch _position"],
     position: int | None = 0,
     parts: Sequence[str] = PARTS,
+    cuts: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """`effects` of silencing each part in turn, on groups of texts put together along `batch`.
 
-    The texts of a group have one length; groups may differ.
+    The texts of a group have one length; groups may differ. `parts` and `cuts` as in `cut_each`.
     """
+    which = {"position": position, "parts": parts, "cuts": cuts}
     found = [
-        effects(
-            cut_each(model, tokens, position=position, parts=parts), symptoms(model, tokens)
-        ).drop_vars("batch", errors="ignore")
+        effects(cut_each(model, tokens, **which), symptoms(model, tokens)).drop_vars(
+            "batch", errors="ignore"
+        )
         for tokens in groups
     ]
     return xr.concat(found, dim="batch")

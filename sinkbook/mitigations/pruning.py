@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sinkbook.arguments import check_all, check_number, check_whole_number
+from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
 from sinkbook.models.trials.heads import heads as heads_of
@@ -112,19 +113,23 @@ def pruning_across_domains(
     orders: dict[str, dict[str, Int[np.ndarray, " head"]]],
     shares: Sequence[float],
     *,
+    draws: int = 3,
     seed: int = 0,
-) -> dict[str, xr.DataArray]:
-    """`pruning_losses` of the texts of two domains, by domain.
+) -> xr.Dataset:
+    """`pruning_losses` of the texts of two domains, of which there are equally many, by domain.
 
     `orders` are those of `head_orders` on other texts of each domain. One order more is
     "same, other domain": the first one of the domain that the texts are not from.
     """
+    if len({len(tokens) for tokens in texts.values()}) > 1:
+        counts = ", ".join(f"{len(tokens)} in {domain!r}" for domain, tokens in texts.items())
+        raise SinkbookError(f"{counts}. Give equally many texts of both domains.")
     losses = {}
     for (domain, tokens), stranger in zip(texts.items(), reversed(texts), strict=True):
         first = next(iter(orders[stranger].values()))
         chosen = orders[domain] | {"same, other domain": first}
-        losses[domain] = pruning_losses(model, tokens, chosen, shares, seed=seed)
-    return losses
+        losses[domain] = pruning_losses(model, tokens, chosen, shares, draws=draws, seed=seed)
+    return xr.Dataset(losses)
 
 
 def without_early_or_late(

@@ -123,6 +123,14 @@ def test_a_part_that_is_absent_is_not_cut():
     assert not missing.sel(part="attention").any()
 
 
+def test_some_of_the_cuts_are_those_of_all(peaked):
+    every = components.effects_of_each(peaked, TOKENS)
+    some = components.effects_of_each(peaked, TOKENS, parts=["mlp"], cuts=[3, WRITER])
+    xr.testing.assert_allclose(some, every.sel(part=["mlp"], cut=[3, WRITER]))
+    with pytest.raises(SinkbookError, match="`cuts=4`"):
+        components.cut_each(peaked, TOKENS, cuts=[4])
+
+
 def test_the_model_is_as_before_after_all_cuts(peaked, whole):
     components.cut_each(peaked, TOKENS)
     cut_units(peaked, TOKENS, layer=WRITER, counts=[1])

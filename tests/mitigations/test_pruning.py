@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sinkbook.errors import SinkbookError
 from sinkbook.mitigations import pruning
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
@@ -51,7 +52,7 @@ def test_pruned_losses_are_those_without_the_first_heads_of_each_order(model):
 
 
 def test_each_domain_is_read_without_the_heads_that_the_other_one_chose(model):
-    texts = {"a": LOUD_TOKENS[:1], "b": LOUD_TOKENS[1:]}
+    texts = {"a": LOUD_TOKENS[:1], "b": LOUD_TOKENS[1:2]}
     orders = {"a": {"up": np.arange(8)}, "b": {"up": np.arange(8)[::-1]}}
     found = pruning.pruning_across_domains(model, texts, orders, (0.25,), seed=3)
     for domain, stranger in (("a", "b"), ("b", "a")):
@@ -59,6 +60,8 @@ def test_each_domain_is_read_without_the_heads_that_the_other_one_chose(model):
         losses = pruning.pruning_losses(model, texts[domain], expected, (0.25,), seed=3)
         assert found[domain].order.values.tolist() == ["up", "same, other domain", "random"]
         assert_close(found[domain], losses)
+    with pytest.raises(SinkbookError, match="1 in 'a', .* in 'b'. Give equally many texts"):
+        pruning.pruning_across_domains(model, texts | {"b": LOUD_TOKENS}, orders, (0.25,))
 
 
 def test_a_hybrid_is_pruned_of_the_heads_of_its_attention_alone():
