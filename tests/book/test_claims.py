@@ -213,7 +213,7 @@ def test_the_ledger_is_told_apart_by_chapter_and_by_verdict(ledger, sinkbook):
     "option, value, complaint",
     [
         ("--chapter", "98", "no chapter with claims named '98'. Known: "),
-        ("--verdict", "fails", "no verdict named 'fails'. Known: holds, mixed, contradicts"),
+        ("--verdict", "fails", "no verdict 'fails'. Known: holds, mixed, contradicts"),
     ],
 )
 def test_a_chapter_or_a_verdict_that_is_not_there_is_answered_with_those_that_are(
