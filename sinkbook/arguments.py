@@ -188,6 +188,24 @@ def check_kind(name: str, given: object, kind: type | UnionType) -> None:
         raise SinkbookError(f"`{name}={_shown(given)}` is no {wanted}. Give one.")
 
 
+def check_token_ids(name: str, given: object) -> None:
+    """Refuse what is no tensor of whole numbers over (text, position), as models read them.
+
+    >>> check_token_ids("input_ids", [[1, 2], [3, 4]])
+    Traceback (most recent call last):
+    ...
+    sinkbook.errors.SinkbookError: `input_ids=[[1, 2], [3, 4]]` is no tensor of token ids over \
+    (text, position). Give one: torch.tensor([[1, 2], [3, 4]]).
+    """
+    dtype, shape = str(getattr(given, "dtype", "")), getattr(given, "shape", ())
+    if dtype not in ("torch.int64", "torch.int32") or len(shape) != 2 or not all(shape):
+        shown = f"{dtype} of shape {tuple(shape)}" if dtype.startswith("torch.") else _shown(given)
+        raise SinkbookError(
+            f"`{name}={shown}` is no tensor of token ids over (text, position). Give one: "
+            "torch.tensor([[1, 2], [3, 4]])."
+        )
+
+
 def check_layers(name: str, given: object, count: int) -> None:
     """Refuse what is no tuple of layers, of which there are `count`."""
     if not isinstance(given, tuple):

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.errors import SinkbookError
 from sinkbook.files import printable
 from sinkbook.probe.attention_maps import attention_maps
@@ -123,6 +124,7 @@ def random_query_logits(
     softmax and after a soft cap, to each token before it. NaN in layers without softmax attention.
     Source: arXiv 2410.13835, Figure 10.
     """
+    check_token_ids("tokens", tokens)
     if tokens.shape[1] < prefix:
         raise SinkbookError(
             f"texts of {tokens.shape[1]} tokens have no first {prefix}. Give longer texts."
@@ -168,6 +170,7 @@ def last_query_logits(
 
     NaN for keys that it cannot see, and in layers without softmax attention.
     """
+    check_token_ids("tokens", tokens)
     last = torch.tensor([tokens.shape[1] - 1])
     maps = attention_maps(model, tokens, queries=last)
     if not any(maps):

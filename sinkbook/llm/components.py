@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import whole_number
+from sinkbook.arguments import check_token_ids, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import WAYS, reading, replace, stand_in, zero
 from sinkbook.models.layout import Layer, layers
@@ -193,6 +193,7 @@ def cut_each(
     Layers below a cut are not run again. Where layers hand on more than the residual state, such
     as keys that several of them share, everything is.
     """
+    check_token_ids("input_ids", input_ids)
     found = layers(model)
     if cuts is None:
         cuts = range(len(found))

@@ -20,6 +20,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_kind
 from sinkbook.data import corpora
 from sinkbook.models import token_windows
 from sinkbook.models.interventions import check_ways, reading, replace, stand_in
@@ -110,6 +111,7 @@ def scan(model: nn.Module, tokens: Int[xr.DataArray, "domain text position"]) ->
     - `output_share`: the head's output norm over the mean of its layer's heads on the same text,
       the detector of arXiv 2504.03889.
     """
+    check_kind("tokens", tokens, xr.DataArray)
     variables = ("sink_attention", "head_output_norm")
     results = []
     with progress("scanning", tokens.sizes["domain"]) as show:
@@ -211,6 +213,7 @@ def loss_changes(
     has none. The layers below a head are not run again, where the model allows that.
     Raises `SinkbookError` for an unknown way, and for one text where others are needed.
     """
+    check_kind("tokens", tokens, xr.DataArray)
     check_ways([way])
     resumes = can_resume(model, _batches(model, tokens)[0])
     return _loss_changes(model, tokens, [(*head, way) for head in heads], resumes, seed)
@@ -285,6 +288,8 @@ def ablate(
     the first are tried on the rows `other_ways` alone (all rows if that is None), in their own two
     domains. Means and other texts are those of the same domain. Shows progress on a terminal.
     """
+    check_kind("tokens", tokens, xr.DataArray)
+    check_kind("candidates", candidates, pd.DataFrame)
     ways = [way] if isinstance(way, str) else list(way)
     check_ways(ways)
     coords = {"way": ways, "candidate": candidates.index}
@@ -358,6 +363,8 @@ def trace(
 
     The first position, where all attention goes to the sink, and the last are left out.
     """
+    check_kind("tokens", tokens, xr.DataArray)
+    check_kind("candidates", candidates, pd.DataFrame)
     heads = list(candidates[["layer", "head"]].itertuples(index=False, name=None))
     variable = "sink_attention_by_query"
     batches = [measure(model, ids, (variable,))[variable] for ids in _batches(model, tokens)]

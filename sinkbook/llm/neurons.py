@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.errors import SinkbookError
 from sinkbook.llm.components import Tokens, symptoms
 from sinkbook.models.layout import layers
@@ -37,6 +38,7 @@ def unit_writes(
     `weight` (batch, unit) is the component of the unit's weights along that write. Raises
     `SinkbookError` if the layer has no MLP that ends in a linear map, as mixtures of experts.
     """
+    check_token_ids("input_ids", input_ids)
     projection = down_projection(model, input_ids, layer)
     runs: list[tuple[Tensor, Tensor]] = []
     with _heard(projection, lambda _, inputs, output: runs.append((inputs[0], output))):
@@ -117,6 +119,7 @@ def _without_units(units: Tensor, _projection, inputs: tuple) -> tuple:
 
 def down_projection(model: nn.Module, input_ids: Tokens, layer: int) -> nn.Module:
     """The linear map that an MLP runs last, if it is as wide as what the MLP writes."""
+    check_token_ids("input_ids", input_ids)
     found = layers(model)
     mlp = found[layer].mlp if 0 <= layer < len(found) else None
     modules = [] if mlp is None else list(mlp.modules())

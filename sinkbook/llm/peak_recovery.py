@@ -26,6 +26,7 @@ from sinkbook.arguments import (
     check_multiple,
     check_numbers,
     check_seed,
+    check_token_ids,
     check_whole_numbers,
 )
 from sinkbook.data import corpora
@@ -202,6 +203,7 @@ def measure_reemergence(
     - `attraction`, `rival_attraction` (layer), on the same: what `sink_location.seen_by_all` calls
       so, of the first token and of the most attractive other one in the first half of a text.
     """
+    check_token_ids("tokens", tokens)
     found = components.symptoms(model, tokens)
     beginning = tokens[:1, :8]  # what position 0 sees, itself, is the same in every text
     activation = unit_writes(model, beginning, layer=writer.layer).activation.values[0]

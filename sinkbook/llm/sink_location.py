@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.models.token_labels import token_label
 from sinkbook.probe.measure import measure
@@ -121,6 +122,7 @@ def seen_by_all(model: nn.Module, tokens: Tokens) -> xr.Dataset:
     - `residual_peak_ratio` (batch, residual_layer, position): norm over the median of the text,
       position 0 left out of the median.
     """
+    check_token_ids("tokens", tokens)
     result = measure(model, tokens, ("key_importance", "residual_norm"))
     length = tokens.shape[1]
     seen = np.arange(length) + 1.0  # keys that a query sees

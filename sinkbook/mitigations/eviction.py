@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sinkbook.arguments import check_whole_number, whole_number
+from sinkbook.arguments import check_token_ids, check_whole_number, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, unwrapped
@@ -52,6 +52,7 @@ def eviction_losses(
     - "importance, no first": the same with the first key dropped in any case;
     - "random": keys drawn at random, for each head anew.
     """
+    check_token_ids("input_ids", input_ids)
     check_whole_number("seed", seed)
     prompt, sinks, budgets = _checked(input_ids.shape[1], prompt, sinks, budgets)
     model = _of_transformers(model)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache
 
-from sinkbook.arguments import check_known, whole_number
+from sinkbook.arguments import check_known, check_token_ids, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.experts import check_by_text, compute_by_text
 from sinkbook.mitigations.matrices import Part, parts
@@ -146,6 +146,7 @@ def layer_errors(
     leaves out the sink token's own error, which counts for nothing beside what its range does to
     the others.
     """
+    check_token_ids("input_ids", input_ids)
     model = unwrapped(model)
     found, batch_size = blocks(model), whole_number("batch_size", batch_size, 1)
     errors = torch.empty(len(RANGES), len(input_ids), len(found))

@@ -9,7 +9,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkbook.arguments import check_kind, whole_number
+from sinkbook.arguments import check_token_ids, whole_number
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import logits_of
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, taking, unwrapped
@@ -57,8 +57,8 @@ def token_losses(
     without a head that predicts tokens, and `NotFiniteError` for a loss that is NaN or infinite.
     """
     model = unwrapped(model)
-    check_kind("input_ids", input_ids, Tensor)
-    if input_ids.ndim != 2 or input_ids.shape[1] < 2 or not len(input_ids):
+    check_token_ids("input_ids", input_ids)
+    if input_ids.shape[1] < 2:
         raise SinkbookError(
             f"input_ids of shape {tuple(input_ids.shape)} have no next tokens. Give (text, "
             "position), two tokens or more of each text."

@@ -10,12 +10,18 @@ NAMES = {
     "sinkbook.book.records": "run_of",
     "sinkbook.data.corpora": "fetch texts",
     "sinkbook.fits": "log_slope",
-    "sinkbook.llm.peak_recovery": "Config",
+    "sinkbook.llm.checkpoint_metrics": "last_query_logits measure_checkpoint random_query_logits",
+    "sinkbook.llm.components": "compression cut_each symptoms writes",
+    "sinkbook.llm.dormant_heads": "ablate loss_changes scan trace",
+    "sinkbook.llm.head_types": "writes_at_rest",
+    "sinkbook.llm.neurons": "cut_units down_projection unit_writes",
+    "sinkbook.llm.peak_recovery": "Config Writer cut_writer find_writer measure_reemergence",
+    "sinkbook.llm.sink_location": "seen_by_all",
     "sinkbook.llm.shakespeare_pretraining": "PretrainingConfig",
     "sinkbook.llm.small_llama": "SmallLlama",
     "sinkbook.mitigations.eviction": "eviction_losses",
     "sinkbook.mitigations.pruning": "head_orders pruning_losses without_heads",
-    "sinkbook.mitigations.quantization": "int8_error layer_errors",
+    "sinkbook.mitigations.quantization": "int8_error layer_errors rounding_losses",
     "sinkbook.mitigations.sink_cache": "streaming streaming_losses",
     "sinkbook.models.interventions": "stand_in",
     "sinkbook.models.losses": "token_losses",
@@ -33,7 +39,57 @@ NAMES = {
     "tiny": "tiny_model tiny_reader tiny_toy",
 }
 
+# What reads token ids, by the name of the argument; ids that are none in the place of the braces.
+ON_TOKENS = {
+    "input_ids": [
+        "attention_weights(llama, {}, layer=0)",
+        "compression(llama, {})",
+        "cut_each(llama, {})",
+        "cut_units(llama, {}, layer=1, counts=[1])",
+        "cut_writer(llama, {})",
+        "down_projection(llama, {}, layer=1)",
+        "eviction_losses(llama, {}, prompt=8, budgets=[5])",
+        "find_writer(llama, {})",
+        "head_orders(llama, {})",
+        "layer_errors(llama, {})",
+        "measure(llama, {})",
+        "measure_checkpoint(llama, {}, random_queries=2)",
+        "pruning_losses(llama, {}, head_orders(llama, ids), [0.5])",
+        "rounding_losses(llama, {})",
+        "symptoms(llama, {})",
+        "token_losses(llama, {})",
+        "unit_writes(llama, {}, layer=1)",
+        "writes(llama, {})",
+        "writes_at_rest(llama, {})",
+    ],
+    "tokens": [
+        "ablate(llama, {}, None)",
+        "last_query_logits(llama, {})",
+        "loss_changes(llama, {}, [(0, 0)])",
+        "measure_reemergence(llama, {}, Writer(1, (0,), 1.0, 1.0))",
+        "random_query_logits(llama, {}, count=2)",
+        "scan(llama, {})",
+        "seen_by_all(llama, {})",
+        "trace(llama, {}, None)",
+    ],
+}
+NO_TOKENS = [
+    "'to be'",
+    "ids[0]",
+    "ids[:, :0]",
+    "ids.float()",
+    "[['to', 'be']]",
+    "[[1, 2], [3]]",
+    "None",
+]
+
 TABLE = {
+    "token ids": [
+        (call.format(given), name)
+        for name, calls in ON_TOKENS.items()
+        for call in calls
+        for given in NO_TOKENS
+    ],
     "measure": [
         ("measure('gpt2', ids)", "is no model"),
         ("measure(None, ids)", "is no model"),
