@@ -42,6 +42,15 @@ def device() -> str:
     return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def of_trainings(count: int, time: str) -> str:
+    """How long so many trainings took together, in words.
+
+    >>> of_trainings(1, "5 minutes"), of_trainings(2, "5 minutes")
+    ('one training of 5 minutes', '2 trainings of 5 minutes in all')
+    """
+    return f"one training of {time}" if count == 1 else f"{count} trainings of {time} in all"
+
+
 def provenance() -> dict:
     """On what, with what and when something was computed here, for the file that keeps it."""
     date = time.strftime("%Y-%m-%dT%H:%M:%S%z")

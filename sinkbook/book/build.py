@@ -35,7 +35,7 @@ from sinkbook.book.settings import PROFILES, check_profile
 from sinkbook.children import lifeline
 from sinkbook.dependencies import FOLDER, Closure, closure
 from sinkbook.errors import SinkbookError
-from sinkbook.files import recover_folder, replace_folder, write_json
+from sinkbook.files import reading, recover_folder, replace_folder, write_json
 from sinkbook.pages import vendor
 from sinkbook.pages.scripts import FOLDERS, STATIC, lab_scripts, question_scripts
 
@@ -263,13 +263,8 @@ def check_contents(root: Path) -> None:
     """Raise `SinkbookError` for a _config.yml or _toc.yml that is missing or broken."""
     for name, needed in (("_config.yml", None), ("_toc.yml", "root")):
         path = root / name
-        try:
+        with reading(path, "Put it right, or take it from the repository again."):
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            why = " ".join((getattr(error, "strerror", None) or str(error)).split())
-            raise SinkbookError(
-                f"{path} cannot be read: {why}. Put it right, or take it from the repository again."
-            ) from error
         if found is not None and not isinstance(found, dict):
             raise SinkbookError(f"{path} is no table: write `name: value` on its lines.")
         if needed and needed not in (found or {}):

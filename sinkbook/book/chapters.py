@@ -25,7 +25,7 @@ from sinkbook.book import claims
 from sinkbook.book.settings import Settings
 from sinkbook.files import cache_folder, reading
 from sinkbook.pages.tables import scrolling
-from sinkbook.provenance import device, repository, versions
+from sinkbook.provenance import device, of_trainings, repository, versions
 
 Measurement = xr.Dataset | xr.DataArray
 
@@ -144,7 +144,8 @@ def provenance_in_words(record: xr.Dataset) -> str:
     minutes = about["seconds"] / 60
     time = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
     if "trainings" in about:  # whose times are added up
-        time = f"{about['trainings']} trainings of {time} in all, some of them side by side,"
+        time = of_trainings(about["trainings"], time)
+        time += ", some of them side by side," * (about["trainings"] > 1)
     return (
         f"Record {about['record']}: made on {about['date'][:10]} in {time} "
         f"on {about['device']}, by: {about['command']}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sinkbook.children import lifeline
 from sinkbook.errors import SinkbookError
-from sinkbook.files import recover_folder, replace_folder
+from sinkbook.files import reading, recover_folder, replace_folder
 
 LOCK = "package-lock.json"
 MATHJAX = Path("mathjax", "es5")
@@ -77,14 +77,9 @@ def _release(facts: dict) -> tuple[object, object]:
 
 def _packages(path: Path) -> dict[str, dict]:
     """What a lock file of npm names, by the folder of each."""
-    try:
+    with reading(f"{path}, a lock file of npm", "Take it from the repository again."):
         packages = json.loads(path.read_text(encoding="utf-8"))["packages"]
         return {name: dict(facts) for name, facts in packages.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SinkbookError(
-            f"{path} is no lock file of npm that can be read ({error}). Take it from the "
-            "repository again."
-        ) from error
 
 
 def copy(root: Path, folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_record_interrupted_goes_on_where_it_stopped_even_on_another_machine(s
     monkeypatch.setattr(makers, "train_all", some)
     with pytest.raises(TimeIsUpError):
         makers.make("three-layers")
-    assert "2 of 6 trainings so far" in records.about("three-layers")
+    assert "of its 6 trainings 2 so far" in records.about("three-layers")
     assert records.load("three-layers").training.values.tolist() == ["AdamW"]
     for run in (small / "runs").iterdir():  # the other machine has none of them
         run.rename(small / f"gone-{run.name}")

@@ -124,7 +124,8 @@ def test_broken_settings_are_named_before_anything_runs(book, sinkbook, name, co
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     status, _, stderr = sinkbook("build")
-    assert status == 1 and stderr.startswith(f"sinkbook: {path}") and "Traceback" not in stderr
+    begins = (f"sinkbook: {path}", f"sinkbook: cannot read {path}: ")
+    assert status == 1 and stderr.startswith(begins) and "Traceback" not in stderr
     assert not book.executed("01_good").exists()
 
 
@@ -193,7 +194,9 @@ def test_scripts_of_which_one_is_missing_are_not_there(installed):
 def test_a_broken_lock_file_is_named(installed, content):
     path = installed.root / "package-lock.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(SinkbookError, match=f"{path} is no lock file of npm"):
+    with pytest.raises(
+        SinkbookError, match=f"cannot read {path}, a lock file of npm: .*repository again"
+    ):
         build.install_scripts(installed.root)
 
 

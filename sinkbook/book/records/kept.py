@@ -15,7 +15,7 @@ from sinkbook.arguments import check_kind, check_known, check_number
 from sinkbook.book.records import changed_toys, paper_scale
 from sinkbook.errors import SinkbookError
 from sinkbook.files import reading, write_netcdf
-from sinkbook.provenance import repository
+from sinkbook.provenance import of_trainings, repository
 from sinkbook.toy.runs import Run
 from sinkbook.toy.transformer import Transformer
 
@@ -141,10 +141,10 @@ def about(name: str) -> str:
         return f"{name}: not made yet"
     facts = whole_file(name).attrs
     count, wanted = _counts(name)
-    trainings = f"{count} trainings of {{}} in all" if "trainings" in facts else "{}"
-    time = trainings.format(f"{facts['seconds'] / 60:.0f} minutes")
+    time = f"{facts['seconds'] / 60:.0f} minutes"
+    time = of_trainings(count, time) if "trainings" in facts else time
     line = f"{name}: made {facts['date'][:10]} in {time} on {facts['device']}"
-    return line if count == wanted else f"{line}; {count} of {wanted} trainings so far"
+    return line if count == wanted else f"{line}; of its {wanted} trainings {count} so far"
 
 
 def _counts(name: str) -> tuple[int, int]:
