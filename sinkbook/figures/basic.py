@@ -315,7 +315,8 @@ def share_map(
 ) -> Axes:
     """A table of numbers between 0 and 1 as a map: a row for each group, a column for each series.
 
-    A cell shows the mean over seeds, and the range below it; series that a group lacks stay empty.
+    A cell shows the mean over seeds, and the range of several below it; series that a group lacks
+    stay empty.
     """
     ax = axes_or_new(ax, figsize=(1.6 + 0.95 * len(columns), 0.9 + 0.5 * len(shares)))
     means = np.full((len(shares), len(columns)), np.nan)
@@ -323,7 +324,9 @@ def share_map(
         if name in row:
             seeds = np.asarray(row[name])
             means[y, x] = seeds.mean()
-            text = f"{seeds.mean():.2f}\n{seeds.min():.2f}–{seeds.max():.2f}"
+            text = f"{seeds.mean():.2f}"
+            if len(seeds) > 1:
+                text += f"\n{seeds.min():.2f}–{seeds.max():.2f}"
             colour = "white" if seeds.mean() > 0.6 else "black"
             ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=colour)
     image = ax.imshow(means, vmin=0, vmax=1, cmap=MAP, aspect="auto")

@@ -236,17 +236,21 @@ def train_sink(
 
 
 def over_seeds(
-    config: TaskConfig, trainings: dict[str, Callable[..., xr.Dataset]], seeds: Sequence[int]
+    config: TaskConfig,
+    trainings: dict[str, Callable[..., xr.Dataset]],
+    seeds: dict[str, Sequence[int]],
 ) -> dict[str, xr.Dataset]:
-    """Trainings on the texts of a task, by name, each along a first dimension `seed`.
+    """Trainings on the texts of a task, by name, each along a first dimension `seed`, its `seeds`.
 
     A training is `train_sink` or `train_reduced` with its other arguments bound, by
     `functools.partial`. All are one list of work for the CPU cores.
     """
-    work = [(training, config, seed) for training in trainings.values() for seed in seeds]
+    work = [(trainings[name], config, seed) for name in trainings for seed in seeds[name]]
     found = iter(in_processes(_trained, work, label="reduced networks"))
-    along = xr.Variable("seed", list(seeds))
-    return {name: xr.concat([next(found) for _ in seeds], dim=along) for name in trainings}
+    return {
+        name: xr.concat([next(found) for _ in seeds[name]], xr.Variable("seed", list(seeds[name])))
+        for name in trainings
+    }
 
 
 def _trained(work: tuple[Callable[..., xr.Dataset], TaskConfig, int]) -> xr.Dataset:

@@ -258,7 +258,7 @@ def test_trainings_over_seeds_are_those_of_each_seed():
     training = partial(
         train_sink, optimizer="adam", value=5.0, start=4.0, learning_rate=0.1, steps=5, batch_size=8
     )
-    found = over_seeds(config, {"adam": training}, [0, 3])["adam"]
+    found = over_seeds(config, {"adam": training}, {"adam": [0, 3]})["adam"]
     assert found.seed.values.tolist() == [0, 3]
     assert not found.isel(seed=0).equals(found.isel(seed=1))
     for seed in (0, 3):

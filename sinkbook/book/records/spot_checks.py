@@ -65,7 +65,7 @@ class SpotCheck:
         )
 
 
-def spot_check(name: str, training: str, *, steps: int = 3) -> SpotCheck:
+def spot_check(name: str, training: str, *, steps: int = 2) -> SpotCheck:
     """Begin the first seed of a record's training again, and lay it over the stored trajectory.
 
     Raises `SinkbookError` if they part by more than rounding does, and where; and for a training
