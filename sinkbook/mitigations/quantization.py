@@ -30,6 +30,7 @@ from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import alone_with, put_back, state_into
 from sinkbook.models.trials.maps import uncalled
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, uncompiled, unwrapped
+from sinkbook.probe import measure
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
 
@@ -168,6 +169,33 @@ def layer_errors(
             model(input_ids[rows])
     coords = {"ranges": list(RANGES), "layer": np.arange(len(found))}
     return xr.DataArray(errors.numpy(), dims=("ranges", "text", "layer"), coords=coords)
+
+
+def largest_and_error(
+    model: AnyModel, input_ids: Int[Tensor, "text position"], *, batch_size: int = 8
+) -> xr.Dataset:
+    """How large the numbers are that each layer reads, and what int8 loses of ordinary tokens.
+
+    Over layers: `largest`, the largest magnitude of any entry; `outlier`, the same over the median
+    of the tokens' own largest entries; and `error`, over `RANGES` too, that of `layer_errors`. Of
+    `largest` the maximum over texts, of the others the mean.
+    Raises `SinkbookError` where the probe or `layer_errors` does.
+    """
+    sizes = [
+        measure(model, rows, ["residual_max_abs"]).residual_max_abs
+        for rows in input_ids.split(whole_number("batch_size", batch_size, 1))
+    ]
+    size = xr.concat(sizes, "batch").rename(residual_layer="layer").isel(layer=slice(-1))
+    of_text = size.max("position")
+    errors = layer_errors(model, input_ids, batch_size=batch_size)
+    layers = {"layer": errors.layer.values}
+    return xr.Dataset(
+        {
+            "largest": of_text.max("batch").drop_vars("layer", errors="ignore"),
+            "outlier": (of_text / size.median("position")).mean("batch").drop_vars("layer"),
+            "error": errors.mean("text"),
+        }
+    ).assign_coords(layers)
 
 
 def split_error(errors: xr.DataArray) -> dict[str, xr.DataArray]:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import xarray as xr
 
+from sinkbook.arguments import check_kind, check_number
 from sinkbook.book.experiments import bigram_backcopy, toy
 from sinkbook.book.settings import Settings
 from sinkbook.dependencies import code_hash
 from sinkbook.errors import SinkbookError
-from sinkbook.files import cache_folder, write_netcdf
+from sinkbook.files import cache_folder, reading, write_netcdf
 from sinkbook.provenance import of_record, provenance
 from sinkbook.theory import changed_toys as toys
 from sinkbook.theory import two_sinks
@@ -131,7 +132,11 @@ def _trained(changed: ChangedToy, config: TrainingConfig) -> xr.Dataset:
     digest = hashlib.sha256("\n".join([described, code, torch.__version__]).encode())
     path = cache_folder() / "changed-toys" / f"{digest.hexdigest()[:16]}.nc"
     if path.exists():
-        return xr.load_dataset(path, engine="h5netcdf")
+        with reading(path, "Delete it, and the training is made again.", named=True):
+            found = xr.load_dataset(path, engine="h5netcdf")
+            check_number("seconds", float(found.attrs["seconds"]), 0)
+            check_kind("facts", json.loads(found.attrs["facts"]), dict)
+        return found
     start = time.monotonic()
     made = toys.train_watched(config, changed.change).assign_attrs(
         seconds=time.monotonic() - start, facts=json.dumps(provenance())

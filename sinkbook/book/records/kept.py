@@ -31,6 +31,7 @@ EARLIER = (  # than those at the paper's scale, or of other models
     *changed_toys.GROUPS,
     "two-sinks",
     "stand-ins",
+    "largest-magnitude",
 )
 NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 

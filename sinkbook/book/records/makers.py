@@ -115,6 +115,13 @@ def _stand_ins() -> xr.Dataset:
     return stand_ins.record()
 
 
+def _largest_magnitude() -> xr.Dataset:
+    """How large a toy's numbers are, and what eight bits lose of them."""
+    from sinkbook.book.records import largest_magnitude
+
+    return largest_magnitude.record()
+
+
 def _shakespeare() -> xr.Dataset:
     """Pretrainings on Shakespeare and their controls, all of the same length."""
     from sinkbook.llm import copying_head, shakespeare_pretraining
@@ -175,6 +182,7 @@ MAKERS: dict[str, Callable[[], xr.Dataset]] = {
     **{name: partial(changed_toys.record, name) for name in changed_toys.GROUPS},
     "two-sinks": changed_toys.two_sinks_record,
     "stand-ins": _stand_ins,
+    "largest-magnitude": _largest_magnitude,
 }
 
 
