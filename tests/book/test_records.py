@@ -9,9 +9,17 @@ import pytest
 import xarray as xr
 
 from sinkbook.book import experiments, records
-from sinkbook.book.records import kept, makers, paper_scale, spot_checks
+from sinkbook.book.records import (
+    changed_toys,
+    kept,
+    largest_magnitude,
+    makers,
+    paper_scale,
+    spot_checks,
+)
 from sinkbook.book.settings import Settings
 from sinkbook.errors import SinkbookError
+from sinkbook.files import cache_folder
 from sinkbook.mitigations import registry
 from sinkbook.mitigations.registry import MITIGATIONS
 from sinkbook.toy import optimizers, training
@@ -339,3 +347,34 @@ def test_a_changed_toy_begun_again_meets_its_record_and_an_altered_number_is_fou
         spot_checks.spot_check("second-visit", "one layer, once", steps=2)
     with pytest.raises(SinkbookError, match="no training 'twice'. Known: 'one layer, twice'"):
         spot_checks.spot_check("second-visit", "twice")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another file", "no seconds"])
+def test_a_damaged_training_of_a_changed_toy_is_named_with_what_to_do(
+    elsewhere, monkeypatch, damage
+):
+    changed = changed_toys.ChangedToy(1)
+    watched = xr.Dataset({"excess_risk": ("step", [1.0])}, coords={"step": [0]})
+    monkeypatch.setattr(changed_toys.toys, "train_watched", lambda *_: watched)
+    made = changed_toys._trained(changed, changed.config)
+    xr.testing.assert_identical(changed_toys._trained(changed, changed.config), made)
+    (path,) = (cache_folder() / "changed-toys").glob("*.nc")
+    if damage == "no seconds":
+        watched.to_netcdf(path, engine="h5netcdf")
+    else:
+        path.write_bytes(path.read_bytes()[:200] if damage == "cut short" else b"no numbers")
+    with pytest.raises(SinkbookError, match=r"cannot read .*changed-toys.*Delete it") as raised:
+        changed_toys._trained(changed, changed.config)
+    assert str(path) in str(raised.value)
+
+
+def test_the_record_of_largest_magnitudes_has_a_number_for_every_toy_seed_range_and_layer(
+    elsewhere, monkeypatch
+):
+    base = replace(experiments.league_base(Settings("quick"), layers=3), steps=2, measurements=1)
+    monkeypatch.setattr(largest_magnitude, "league_base", lambda *_, **__: base)
+    made = largest_magnitude.record(seeds=2, methods=("softmax", "relu"))
+    assert made.error.dims == ("training", "seed", "ranges", "layer")
+    assert made.training.values.tolist() == ["softmax", "relu"] and made.attrs["trainings"] == 4
+    assert made.seed.values.tolist() == [base.seed, base.seed + 1]
+    assert (made.largest > 0).all() and (made.outlier >= 1).all() and np.isfinite(made.error).all()

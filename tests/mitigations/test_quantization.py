@@ -14,6 +14,7 @@ from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.quantization import (
     RANGES,
     int8_error,
+    largest_and_error,
     layer_errors,
     quantized,
     round_int8,
@@ -216,6 +217,28 @@ def test_layer_errors_are_those_of_the_states_that_each_layer_reads(model):
             expected = int8_error(state, ranges=ranges, first=1)
             found = torch.tensor(errors.sel(ranges=ranges, layer=layer).values)
             torch.testing.assert_close(found, expected)
+
+
+def test_the_largest_magnitude_is_that_of_any_entry_that_a_layer_reads(model):
+    states = []
+    hooks = [
+        layer.block.register_forward_pre_hook(
+            lambda _, arguments, keywords: states.append(
+                arguments[0] if arguments else keywords["hidden_states"]
+            ),
+            with_kwargs=True,
+        )
+        for layer in layers(model)
+    ]
+    logits_of(model, TOKENS)
+    for hook in hooks:
+        hook.remove()
+    found = largest_and_error(model, TOKENS, batch_size=2)
+    of_token = torch.stack(states).double().abs().amax(-1)  # (layer, text, position)
+    assert_close(found.largest, of_token.amax((1, 2)))
+    largest = of_token.numpy().max(-1)
+    assert_close(found.outlier, (largest / np.median(of_token.numpy(), -1)).mean(-1))
+    assert_close(found.error, layer_errors(model, TOKENS).mean("text"))
 
 
 def test_a_quantised_model_has_255_weights_a_matrix_and_is_put_back_after_an_exception(model):

@@ -14,10 +14,7 @@ from sinkbook.mitigations.quantization import largest_and_error
 from sinkbook.mitigations.registry import under_mitigations
 from sinkbook.provenance import of_record
 
-METHODS = (
-    *("softmax", "qk-norm", "relu", "sigmoid", "softmax-1", "head-gate", "value-gate"),
-    *("head-norm", "post-norm", "sgd", "muon", "orthoadam"),
-)
+METHODS = ("softmax", "qk-norm", "relu", "value-gate", "post-norm", "sgd")
 
 
 def record(seeds: int = 3, methods: tuple[str, ...] = METHODS) -> xr.Dataset:
