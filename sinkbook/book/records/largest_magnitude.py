@@ -7,6 +7,7 @@ are those of the league, three layers deep, so that they differ in attention, no
 from dataclasses import asdict
 
 import xarray as xr
+from scipy.stats import spearmanr
 
 from sinkbook.book.experiments import league_base, train_groups
 from sinkbook.book.settings import Settings
@@ -14,7 +15,7 @@ from sinkbook.mitigations.quantization import largest_and_error
 from sinkbook.mitigations.registry import under_mitigations
 from sinkbook.provenance import of_record
 
-METHODS = ("softmax", "qk-norm", "relu", "value-gate", "post-norm", "sgd")
+METHODS = ("softmax", "qk-norm", "relu", "value-gate", "post-norm")
 
 
 def record(seeds: int = 3, methods: tuple[str, ...] = METHODS) -> xr.Dataset:
@@ -38,3 +39,28 @@ def record(seeds: int = 3, methods: tuple[str, ...] = METHODS) -> xr.Dataset:
         of_record(config, trained[0].facts, sum(run.seconds for run in trained)),
         trainings=len(trained),
     )
+
+
+def one_number_each(toys: xr.Dataset, others: dict[str, list[xr.Dataset]]) -> xr.Dataset:
+    """A number for every model, over (model, seed, and for the error ranges).
+
+    `toys` is the record; `others` are models with what `largest_and_error` found, by seed. The
+    largest magnitude and the outlier are maxima over layers, the error is the mean.
+    """
+    found = [_over_layers(toys).rename(training="model").drop_vars("seed")]
+    found += [
+        xr.concat([_over_layers(each) for each in parts], "seed").expand_dims(model=[name])
+        for name, parts in others.items()
+    ]
+    together = xr.concat(found, "model")
+    return together.assign_coords(seed=range(together.sizes["seed"]))
+
+
+def _over_layers(found: xr.Dataset) -> xr.Dataset:
+    highest = found[["largest", "outlier"]].max("layer")
+    return highest.assign(error=found.error.mean("layer"))
+
+
+def rank_correlation(x: xr.DataArray, y: xr.DataArray) -> list[float]:
+    """Spearman's correlation over `model`, one number a seed."""
+    return [float(spearmanr(x.sel(seed=s), y.sel(seed=s)).statistic) for s in x.seed]
