@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def path_of(name: str | PathLike[str]) -> Path:
         if not isinstance(fspath(name), str):
             raise TypeError
         path = Path(name).expanduser()
-        path.exists()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # where `exists` raises nothing, as in Python 3.14
     except TypeError:
         raise SinkbookError(
             f"`name={name!r:.60}` is no name of a model. Give a short name, a folder, a .gguf file "

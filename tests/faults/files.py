@@ -118,7 +118,7 @@ TABLE = {
         ("load(index({'a': 'C:\\\\\\\\model.safetensors'}))", "no safetensors file inside"),
         ("load(index({'a': ''}))", "no safetensors file inside"),
         ("load(index({'a': 'a\\0.safetensors'}))", "missing"),
-        ("load(index({'a': 'x' * 300 + '.safetensors'}))", "model"),
+        ("load(index({'a': 'x' * 300 + '.safetensors'}))", "xxx"),
         ("load(index({'a': 'elsewhere.safetensors'}))", "missing, such as elsewhere.safetensors"),
         (
             "load(index({'a': 'linked.safetensors'}, linked='/etc/passwd'))",
