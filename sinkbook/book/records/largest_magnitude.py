@@ -13,7 +13,7 @@ from sinkbook.book.experiments import league_base, train_groups
 from sinkbook.book.settings import Settings
 from sinkbook.mitigations.quantization import largest_and_error
 from sinkbook.mitigations.registry import under_mitigations
-from sinkbook.provenance import of_record
+from sinkbook.provenance import of_record, provenance
 
 METHODS = ("softmax", "qk-norm", "relu", "value-gate", "post-norm")
 
@@ -36,7 +36,7 @@ def record(seeds: int = 3, methods: tuple[str, ...] = METHODS) -> xr.Dataset:
     config = {"base": asdict(base), "methods": list(methods)}
     numbers = [run.config.seed for run in runs[methods[0]]]
     return together.assign_coords(training=list(methods), seed=numbers).assign_attrs(
-        of_record(config, trained[0].facts, sum(run.seconds for run in trained)),
+        of_record(config, provenance(), sum(run.seconds for run in trained)),
         trainings=len(trained),
     )
 
