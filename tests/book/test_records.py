@@ -353,6 +353,7 @@ def test_a_changed_toy_begun_again_meets_its_record_and_an_altered_number_is_fou
 def test_a_damaged_training_of_a_changed_toy_is_named_with_what_to_do(
     elsewhere, monkeypatch, damage
 ):
+    monkeypatch.setenv("SINKBOOK_CACHE", str(elsewhere / "cache"))
     changed = changed_toys.ChangedToy(1)
     watched = xr.Dataset({"excess_risk": ("step", [1.0])}, coords={"step": [0]})
     monkeypatch.setattr(changed_toys.toys, "train_watched", lambda *_: watched)
