@@ -1,10 +1,8 @@
 """The named experiments of the book at each profile: the one place where sizes of trainings live.
 
-What pretrained models read, and how much of it, is in `llm_experiments.py`.
-
-`quick` finishes each chapter in about a minute on two CPU cores. `paper` is the setting of
-arXiv 2410.13835, for one GPU. A profile changes sizes only; code paths are the same. A chapter is
-`Settings`, so that it can say `experiments.one_layer(chapter)`.
+What pretrained models read is in `llm_experiments.py`. `quick` finishes each chapter in about a
+minute on two CPU cores. `paper` is the setting of arXiv 2410.13835, for one GPU. A profile changes
+sizes only; code paths are the same. A chapter is `Settings`: `experiments.one_layer(chapter)`.
 """
 
 from dataclasses import dataclass, replace
@@ -223,8 +221,8 @@ def reduced_networks(settings: Settings) -> dict[str, xr.Dataset]:
     """Reduced networks trained on Bigram-Backcopy, along the profile's seeds from the settings' on.
 
     "sgd" and "adam" train the sink logits alone, and so does "adam-long", whose mean square
-    remembers 10,000 steps instead of 100. "whole" is AdamW on all of the network. In `quick` the
-    two whose seeds hardly differ have the first alone.
+    remembers 10,000 steps instead of 100. "whole" is AdamW on all of it. Where seeds hardly differ
+    `quick` has one.
     """
     sgd, adam = (
         partial(train_sink, optimizer=name, **sink_training(settings, name))
@@ -248,10 +246,7 @@ def averaging(settings: Settings) -> dict:
 
 
 def three_layers(settings: Settings) -> list[TrainingConfig]:
-    """Three full layers, trained by AdamW on Bigram-Backcopy (Figure 7).
-
-    In `quick` two seeds: what is claimed of more is a record's.
-    """
+    """Three full layers, by AdamW on Bigram-Backcopy (Figure 7); two seeds in `quick`, to see."""
     quick = settings.quick
     size = sizes(settings)
     task_config = bigram_backcopy(settings, length=32 if quick else size.length)
@@ -326,10 +321,9 @@ def two_ways(settings: Settings, seeds: int | None = None) -> dict[str, list[Tra
     }
 
 
-# Of the league's methods, those that a chapter trains before the reader's eyes.
-LEAGUE_SHOWN = ("softmax", "relu", "value-gate", "post-norm")
-# In `quick`, for so many steps of the record's 1,000: the page shows, the record decides.
-LEAGUE_STEPS = 600
+# Of the league's methods, those that a chapter trains before the reader's eyes, and for how many of
+# the record's 1,000 steps.
+LEAGUE_SHOWN, LEAGUE_STEPS = ("softmax", "relu", "value-gate", "post-norm"), 600
 
 
 def league(settings: Settings) -> dict[str, list[TrainingConfig]]:

@@ -315,8 +315,7 @@ def share_map(
 ) -> Axes:
     """A table of numbers between 0 and 1 as a map: a row for each group, a column for each series.
 
-    A cell shows the mean over seeds, and the range of several below it; series that a group lacks
-    stay empty.
+    A cell shows the mean over seeds and the range of several; what a group lacks stays empty.
     """
     ax = axes_or_new(ax, figsize=(1.6 + 0.95 * len(columns), 0.9 + 0.5 * len(shares)))
     means = np.full((len(shares), len(columns)), np.nan)
