@@ -145,7 +145,7 @@ def provenance_in_words(record: xr.Dataset) -> str:
     time = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
     if "trainings" in about:  # whose times are added up
         time = of_trainings(about["trainings"], time)
-        if about["trainings"] > 1:  # a number of numpy's
+        if about["trainings"] > 1:
             time += ", some of them side by side,"
     return (
         f"Record {about['record']}: made on {about['date'][:10]} in {time} "

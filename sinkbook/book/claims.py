@@ -379,9 +379,9 @@ class Ledger:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        facts = {"summary": self.summary(), "verdicts": VERDICTS}
-        facts["titles"] = titles(claims_file().parent)
-        return claim_ledger.page([verdict.card() for verdict in self.verdicts], **facts)
+        cards = [verdict.card() for verdict in self.verdicts]
+        called = titles(claims_file().parent)
+        return claim_ledger.page(cards, summary=self.summary(), verdicts=VERDICTS, titles=called)
 
 
 def ledger(*, chapter: str | None = None, verdict: str | None = None) -> Ledger:

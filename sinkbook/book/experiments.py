@@ -332,11 +332,11 @@ def league(settings: Settings) -> dict[str, list[TrainingConfig]]:
     All of them in `paper`; in `quick` those of `LEAGUE_SHOWN`, the first `LEAGUE_STEPS` steps of
     the record's first seed.
     """
-    base = league_base(settings)
-    if not settings.quick:
-        return under_mitigations(base, sizes(settings).seeds)
-    groups = under_mitigations(replace(base, steps=LEAGUE_STEPS), 1)
-    return {name: groups[name] for name in LEAGUE_SHOWN}
+    base, count = league_base(settings), sizes(settings).seeds
+    if settings.quick:
+        base, count = replace(base, steps=LEAGUE_STEPS), 1
+    groups = under_mitigations(base, count)
+    return {name: groups[name] for name in (LEAGUE_SHOWN if settings.quick else groups)}
 
 
 def league_base(settings: Settings, *, layers: int = 3) -> TrainingConfig:

@@ -38,7 +38,6 @@ def unit_writes(
     `weight` (batch, unit) is the component of the unit's weights along that write. Raises
     `SinkbookError` if the layer has no MLP that ends in a linear map, as mixtures of experts.
     """
-    check_token_ids("input_ids", input_ids)
     projection = down_projection(model, input_ids, layer)
     runs: list[tuple[Tensor, Tensor]] = []
     with _heard(projection, lambda _, inputs, output: runs.append((inputs[0], output))):

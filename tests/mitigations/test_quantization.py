@@ -196,7 +196,8 @@ def test_the_parts_of_the_error_add_up_to_its_square_and_name_the_culprit(model)
     assert (by_ranges["tensor"] ** 2 - by_ranges["token"] ** 2 > 0.99).all()
 
 
-def test_layer_errors_are_those_of_the_states_that_each_layer_reads(model):
+def states_read(model):
+    """What each layer reads of `TOKENS`, heard at its block."""
     states = []
     hooks = [
         layer.block.register_forward_pre_hook(
@@ -210,8 +211,13 @@ def test_layer_errors_are_those_of_the_states_that_each_layer_reads(model):
     logits_of(model, TOKENS)
     for hook in hooks:
         hook.remove()
+    return states
+
+
+def test_layer_errors_are_those_of_the_states_that_each_layer_reads(model):
     errors = layer_errors(model, TOKENS, batch_size=2)
     assert errors.dims == ("ranges", "text", "layer") and errors.shape == (4, 3, 3)
+    states = states_read(model)
     for ranges in RANGES:
         for layer, state in enumerate(states):
             expected = int8_error(state, ranges=ranges, first=1)
@@ -220,21 +226,8 @@ def test_layer_errors_are_those_of_the_states_that_each_layer_reads(model):
 
 
 def test_the_largest_magnitude_is_that_of_any_entry_that_a_layer_reads(model):
-    states = []
-    hooks = [
-        layer.block.register_forward_pre_hook(
-            lambda _, arguments, keywords: states.append(
-                arguments[0] if arguments else keywords["hidden_states"]
-            ),
-            with_kwargs=True,
-        )
-        for layer in layers(model)
-    ]
-    logits_of(model, TOKENS)
-    for hook in hooks:
-        hook.remove()
     found = largest_and_error(model, TOKENS, batch_size=2)
-    of_token = torch.stack(states).double().abs().amax(-1)  # (layer, text, position)
+    of_token = torch.stack(states_read(model)).double().abs().amax(-1)  # (layer, text, position)
     assert_close(found.largest, of_token.amax((1, 2)))
     largest = of_token.numpy().max(-1)
     assert_close(found.outlier, (largest / np.median(of_token.numpy(), -1)).mean(-1))
