@@ -67,9 +67,10 @@ class _Processes:
 
     def __init__(self, work: Callable[[Item], Made], items: Sequence[Item]):
         # Not forked from here: a process that has used torch's threads can hang in its fork. The
-        # server imports torch once, for this call and for later ones.
+        # server imports torch once, for this call and for later ones, and what torch imports when
+        # the first optimizer is made, which takes as long.
         self._context = get_context("forkserver")
-        self._context.set_forkserver_preload([_function(work).__module__])
+        self._context.set_forkserver_preload([_function(work).__module__, "torch._dynamo"])
         self._work, self._items = work, items
         self._waiting = iter(enumerate(items))
         self.workers: dict[Connection, BaseProcess] = {}

@@ -7,18 +7,21 @@ sizes only; code paths are the same. A chapter is `Settings`: `experiments.one_l
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import xarray as xr
 
 from sinkbook.book.settings import Settings
-from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.mitigations.registry import MITIGATIONS, under_mitigations
 from sinkbook.theory.reduced_network import over_seeds, train_reduced, train_sink
 from sinkbook.toy.runs import Name, in_groups
 from sinkbook.toy.tasks import TaskConfig, task
 from sinkbook.toy.training import Run, TrainingConfig, seeds_of, train_all
 from sinkbook.toy.transformer import TransformerConfig
+
+if TYPE_CHECKING:  # it imports transformers, which chapters with nothing but toys do without
+    from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 
 # Excess bigram risk of a uniform guess, in nats: the line of the paper's Figure 4a.
 UNIFORM_BIGRAM_EXCESS = 1.970
@@ -245,6 +248,11 @@ def averaging(settings: Settings) -> dict:
     return {"steps": 1_000 if settings.quick else 10_000, "batch_size": 32}
 
 
+# Of `quick`'s three layers, wherever a chapter trains them; so the chapters share their trainings.
+# The league's record has 1,000.
+STEPS_OF_THREE = 600
+
+
 def three_layers(settings: Settings) -> list[TrainingConfig]:
     """Three full layers, by AdamW on Bigram-Backcopy (Figure 7); two seeds in `quick`, to see."""
     quick = settings.quick
@@ -255,7 +263,7 @@ def three_layers(settings: Settings) -> list[TrainingConfig]:
         model=toy(settings, task_config, layers=3, width=48 if quick else size.width),
         learning_rate=size.learning_rate,
         batch_size=size.batch_size,
-        steps=size.steps,
+        steps=STEPS_OF_THREE if quick else size.steps,
         evaluation_size=size.evaluation_size,
         seed=42 + settings.seed,
         measurements=40,
@@ -321,20 +329,19 @@ def two_ways(settings: Settings, seeds: int | None = None) -> dict[str, list[Tra
     }
 
 
-# Of the league's methods, those that a chapter trains before the reader's eyes, and for how many of
-# the record's 1,000 steps.
-LEAGUE_SHOWN, LEAGUE_STEPS = ("softmax", "relu", "value-gate", "post-norm"), 600
+# Of the league's methods, those that a chapter trains before the reader's eyes.
+LEAGUE_SHOWN = ("softmax", "relu", "value-gate", "post-norm")
 
 
 def league(settings: Settings) -> dict[str, list[TrainingConfig]]:
     """Three-layer transformers under mitigations of the registry, by their names there.
 
-    All of them in `paper`; in `quick` those of `LEAGUE_SHOWN`, the first `LEAGUE_STEPS` steps of
+    All of them in `paper`; in `quick` those of `LEAGUE_SHOWN`, the first `STEPS_OF_THREE` steps of
     the record's first seed.
     """
     base, count = league_base(settings), sizes(settings).seeds
     if settings.quick:
-        base, count = replace(base, steps=LEAGUE_STEPS), 1
+        base, count = replace(base, steps=STEPS_OF_THREE), 1
     groups = under_mitigations(base, count)
     return {name: groups[name] for name in (LEAGUE_SHOWN if settings.quick else groups)}
 
@@ -363,11 +370,13 @@ PRETRAINING_CONTROLS = {
 }
 
 
-def pretraining(settings: Settings) -> PretrainingConfig:
+def pretraining(settings: Settings) -> "PretrainingConfig":
     """The pretraining on Shakespeare that a chapter makes: in `quick` one on shorter texts.
 
     The paper has none of this size: the larger one, too, is ours.
     """
+    from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
+
     quick = PretrainingConfig(seed=settings.seed, length=32, steps=1_000)
     larger = replace(
         quick, length=256, width=256, layers=4, heads=8, batch_size=128, learning_rate=1e-3,
@@ -376,8 +385,10 @@ def pretraining(settings: Settings) -> PretrainingConfig:
     return {"quick": quick, "paper": larger}[settings.profile]
 
 
-def pretrainings() -> dict[str, list[PretrainingConfig]]:
+def pretrainings() -> dict[str, list["PretrainingConfig"]]:
     """Those of the record: three seeds "as it is", and one under each of `PRETRAINING_CONTROLS`."""
+    from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
+
     base = PretrainingConfig()
     found = {"as it is": seeds_of(base, 3)}
     for name, changes in PRETRAINING_CONTROLS.items():

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import Cache
 
 from sinkbook.arguments import check_known, check_token_ids, whole_number
 from sinkbook.errors import SinkbookError
@@ -257,6 +256,8 @@ def quantized(
 
 def _check_whole(model: nn.Module, arguments: tuple, keywords: dict) -> None:
     """Refuse what has no range of its own: texts with padding, and what goes on after a cache."""
+    from transformers import Cache  # here, as toys are rounded without it
+
     call = signature(model.forward).bind_partial(*arguments, **keywords).arguments
     call |= call.pop("kwargs", {})
     mask, cache = call.get("attention_mask"), call.get("past_key_values")

@@ -242,7 +242,7 @@ def test_what_is_trained_live_is_the_beginning_of_a_training_of_the_record():
     assert experiments.league_base(Settings("quick")) == TrainingConfig(**base)
     live = experiments.league(Settings("quick"))
     assert list(live) == [name for name in recorded["mitigations"] if name in live]
-    steps = experiments.LEAGUE_STEPS
+    steps = experiments.STEPS_OF_THREE
     assert base["steps"] / 2 < steps <= base["steps"]
     assert live["softmax"][0] == replace(experiments.league_base(Settings("quick")), steps=steps)
 
