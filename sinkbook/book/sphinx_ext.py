@@ -50,6 +50,12 @@ FAULTS = (
     (re.compile(r'(?<=<span class="[nop]">)<span class="pre">([^<]*)</span>(?=</span>)'), r"\1"),
     # A list whose children are no items.
     (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
+    # Cells that run on somebody's server, which the renderer prepares twice over: no page has them.
+    (re.compile(r'<link [^>]*sphinx-thebe\.css[^>]*>\s*'), ""),
+    (re.compile(r"<script>const THEBE_JS_URL = [^<]*</script>\s*"), ""),
+    (re.compile(r'<script [^>]*src="[^"]*sphinx-thebe\.js[^"]*"></script>\s*'), ""),
+    (re.compile(r'<script type="text/x-thebe-config">[^<]*</script>\s*'), ""),
+    (re.compile(r"<script>kernelName = '[^']*'</script>\s*"), ""),
     # The same name for every exercise and every solution of a page.
     (re.compile(r'<section id="(?:exercise|solution)-content">'), "<section>"),
 )
