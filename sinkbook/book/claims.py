@@ -170,7 +170,7 @@ class Verdict:
         return {
             "mixed": f"mixed ({of_all})",
             "contradicts": f"contradicts {whose}",
-            "undecided": "undecided at this size",
+            "undecided": f"undecided at this size ({of_all})",
         }.get(self.verdict, self.verdict)
 
     def row(self) -> dict:
@@ -210,11 +210,10 @@ class Verdict:
         if not self.measured:
             return "–"
         low, high = map(claim_cards.number, (min(self.measured), max(self.measured)))
-        seeds = len(self.measured)
         mean = claim_cards.number(float(np.mean(self.measured)), self.claim.unit)
-        if seeds == 1:
+        if len(self.measured) == 1:
             return f"{mean} (one value)"
-        return f"{mean} ({seeds} {self.claim.over}: {low} to {high})"
+        return f"{mean} ({len(self.measured)} {self.claim.over}: {low} to {high})"
 
     def _rule_in_words(self) -> str:
         count = len(self.measured)
@@ -229,9 +228,10 @@ class Verdict:
         """What the verdict's card shows."""
         claim = self.claim
         decided = "decided by a record" if claim.decided_by == "record" else "shown live"
-        would = f"What would decide it: {claim.undecided}" if claim.undecided else ""
+        would = f"What would decide it: {claim.undecided}" * (self.verdict == "undecided")
         said_of = f"The claim is about {claim.said_of}." if claim.said_of else ""
-        notes = (claim.fails, said_of, would, SENSITIVE if claim.sensitive else "")
+        why = claim.fails * (self.holds is False)  # where it holds, there is nothing to explain
+        notes = (why, said_of, would, SENSITIVE * claim.sensitive)
         low, high = limits(self.criterion)
         return claim_cards.Card(
             id=claim.id,
@@ -250,7 +250,8 @@ class Verdict:
             paper=float(claim.paper) if isinstance(claim.paper, int | float) else None,
             numbers=self.describe(),
             notes=tuple(note for note in notes if note),
-            debt=would if self.verdict == "undecided" else SENSITIVE * claim.sensitive,
+            debt=would or SENSITIVE * claim.sensitive,
+            date=self.date,
         )
 
     def _html(self) -> str:

@@ -51,7 +51,7 @@ FAULTS = (
     # A list whose children are no items.
     (re.compile(r'<div role="list" class="citation-list">'), '<div class="citation-list">'),
     # Cells that run on somebody's server, which the renderer prepares twice over: no page has them.
-    (re.compile(r'<link [^>]*sphinx-thebe\.css[^>]*>\s*'), ""),
+    (re.compile(r"<link [^>]*sphinx-thebe\.css[^>]*>\s*"), ""),
     (re.compile(r"<script>const THEBE_JS_URL = [^<]*</script>\s*"), ""),
     (re.compile(r'<script [^>]*src="[^"]*sphinx-thebe\.js[^"]*"></script>\s*'), ""),
     (re.compile(r'<script type="text/x-thebe-config">[^<]*</script>\s*'), ""),

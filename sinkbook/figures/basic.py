@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Shaped
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from sinkbook.figures.phone import NUMBER
 from sinkbook.figures.style import DIFFERENCES, MAP, OTHER, PEAK, SINK, TRIGGER
 
 
@@ -181,10 +182,9 @@ def grouped_bars(
             beyond = {"xytext": (0, -4), "textcoords": "offset points", "ha": "center"} | beyond
             beyond["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5}  # over the reference
             end = max(seeds) if mean >= 0 else min(seeds)
-            ax.annotate(f"{mean:z,.{decimals}f}", (place, end), fontsize=9, **beyond)
+            ax.annotate(f"{mean:z,.{decimals}f}", (place, end), fontsize=9, gid=NUMBER, **beyond)
     if reference is not None:
-        height, label = reference
-        ax.axhline(height, color=OTHER, ls="--", lw=1.2, label=label)
+        ax.axhline(reference[0], color=OTHER, ls="--", lw=1.2, label=reference[1])
     ax.set_xticks(np.arange(len(groups)), groups)
     ax.set(ylabel=ylabel, title=title)
     ax.margins(y=0.15)

@@ -23,6 +23,8 @@ _MAP_HEIGHT = 3.6  # of one that keeps its shape
 _LONGEST = 18  # letters of a name beside an axis, before it is broken
 _MANY = 40  # names of an axis that need not all be written
 FREE = "free"  # the gid of annotations that may stand anywhere near their points
+NUMBER = "number"  # and of those that say how high a bar is
+_BESIDE = 4.0  # points that a legend keeps away from what is drawn
 _CROWD = 10  # free annotations that need a panel of more height than others
 
 
@@ -109,8 +111,14 @@ def _said_by(legend: Legend) -> dict:
 def _covers(legend: Legend) -> bool:
     """Whether a legend lies over lines, bars, bands or dots of its panel."""
     axes, box = legend.axes, legend.get_window_extent()
-    lines = (line.get_transform().transform_path(line.get_path()) for line in axes.lines)
-    if any(path.intersects_bbox(box, filled=False) for path in lines if len(path.vertices)):
+    lines = [line for line in axes.lines if len(line.get_path().vertices)]
+    paths = [line.get_transform().transform_path(line.get_path()) for line in lines]
+    if any(path.intersects_bbox(box, filled=False) for path in paths):
+        return True
+    # Dots without lines must not stand so near that its own marks are taken for some of them.
+    around = box.padded(_BESIDE * axes.figure.dpi / 72)
+    dots = [p for line, p in zip(lines, paths, strict=True) if line.get_linestyle() == "None"]
+    if any(around.contains(x, y) for path in dots for x, y in path.vertices):
         return True
     if any(patch.get_window_extent().overlaps(box) for patch in axes.patches):
         return True
@@ -181,6 +189,7 @@ def rearrange(figure: Figure) -> None:
             _thin(axes.xaxis, horizontal=True)
             _thin(axes.yaxis, horizontal=False)
             _shorten(axes)
+            _turn_numbers(axes)
     _free_legends(figure)
     for legend in figure.legends:
         _narrow_legend(legend)
@@ -329,6 +338,16 @@ def _shorten(axes: Axes) -> None:
     if any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]):
         for text in texts:
             text.set_text(text.get_text().partition("\n")[0])
+
+
+def _turn_numbers(axes: Axes) -> None:
+    """Numbers over bars that are too narrow for them stand upright, all of a panel alike."""
+    texts = [text for text in axes.texts if text.get_gid() == NUMBER]
+    boxes = [Text.get_window_extent(text) for text in texts]
+    if any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]):
+        for text in texts:
+            text.set_rotation(90)
+        axes.margins(y=0.3)
 
 
 def _touch(labels: list[Text], *, horizontal: bool) -> bool:

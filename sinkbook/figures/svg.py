@@ -49,6 +49,8 @@ _COLUMN, _LEAST = 672, 10.5  # pixels: a wide page's column, and its smallest le
 _DPI = 220  # of what is drawn in pixels: maps of very many cells
 _OFF = 0.12  # points that a line may pass beside one of its own
 _MANY_CELLS = 1500
+# Luminances: of ink on white at a contrast of 3 to 1, and on a dark page at 5 to 1.
+_INK_ON_WHITE, _INK_ON_BLACK = 0.3, 0.25
 MAPPED = "mapped"  # the class of what has a colour map: a page turns it round in the dark
 
 
@@ -296,8 +298,22 @@ def _colour(colour: str, *, letters: bool = False) -> str:
 def in_the_dark(colour: str) -> str:
     """A colour as light as the given one is dark, of the same hue.
 
-    >>> in_the_dark("#222222"), in_the_dark("#eeeeee")
-    ('#dddddd', '#292929')
+    What can be told from white can be told from black: colours of middle lightness become lighter.
+
+    >>> in_the_dark("#222222"), in_the_dark("#eeeeee"), in_the_dark("#7a5bc7")
+    ('#dddddd', '#292929', '#947bd2')
     """
     hue, lightness, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
-    return to_hex(colorsys.hls_to_rgb(hue, max(1 - lightness, 0.16), saturation))
+    ink = _luminance(colour) <= _INK_ON_WHITE
+    for lighter in np.linspace(max(1 - lightness, 0.16), 1):
+        found = to_hex(colorsys.hls_to_rgb(hue, lighter, saturation))
+        if not ink or _luminance(found) >= _INK_ON_BLACK:
+            break
+    return found
+
+
+def _luminance(colour: str) -> float:
+    """The relative luminance that WCAG 2 reckons contrasts by, from 0 to 1."""
+    channels = np.array(to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])

@@ -37,6 +37,7 @@ class Card:
     numbers: dict[str, str]  # what was measured, the rule, the paper's value, in words
     notes: tuple[str, ...] = ()  # why it fails, what would decide it
     debt: str = ""  # what is owed, where the verdict is not final
+    date: str = ""  # on which its chapter ran
 
     @property
     def anchor(self) -> str:

@@ -29,7 +29,7 @@ def page(
     called = {name: title(name, titles.get(name)) for name in groups}
     chapters = "".join(_chapter(name, called[name], group, found) for name, group in groups.items())
     return (
-        f'<div class="sinkbook-ledger"><p><strong>{escape(summary)}</strong></p>'
+        f'<div class="sinkbook-ledger"><p><strong>{escape(summary)}</strong>{_dates(cards)}</p>'
         f"{_counts(cards, found)}{_debts(cards)}{_filters(called, found)}{chapters}</div>"
     )
 
@@ -42,6 +42,15 @@ def title(chapter: str, heading: str | None) -> str:
     """
     number = f"Chapter {int(chapter.partition('_')[0])}"
     return f"{number}: {heading}" if heading else number
+
+
+def _dates(cards: Sequence[Card]) -> str:
+    """When the chapters ran that handed the numbers in."""
+    dates = sorted({of.date for of in cards if of.date})
+    if not dates:
+        return ""
+    last = f" to {dates[-1]}" * (len(dates) > 1)
+    return escape(f" Their chapters ran on {dates[0]}{last}.")
 
 
 def _counts(cards: Sequence[Card], verdicts: Sequence[str]) -> str:

@@ -87,7 +87,7 @@ def test_a_failing_check_is_shown_as_failing_and_raises_nothing(ledger, capsys):
         ("whose: rival", [1, 0], "contradicts", "contradicts the claim"),
         ("said_of: Llama-2-7B", [1, 0], claims.ELSEWHERE, "not so in this model"),
         ("said_of: Llama-2-7B", [1, 3], "mixed", "mixed (1 of 2)"),
-        ("undecided: a longer run", [1, 2], "undecided", "undecided at this size"),
+        ("undecided: a longer run", [1, 2], "undecided", "undecided at this size (1 of 2)"),
         ("undecided: a longer run", [2, 2], "holds", "holds"),
     ],
 )
@@ -101,6 +101,13 @@ def test_a_verdict_tells_some_from_none_and_too_small_from_wrong(
         claims.keep(found.record())
         assert "What would decide it: a longer run" in found._html()
         assert "undecided at our size are `sum`" in claims.ledger().debt()
+
+
+def test_a_card_gives_a_reason_and_a_remedy_only_where_its_claim_does_not_hold(ledger):
+    ledger(ENTRY + "  fails: It is too small.\n  undecided: a longer run\n")
+    for values, said in (([1.0], True), ([2.5], False)):
+        html = claims.judge("sum", values, profile="quick")._html()
+        assert ("It is too small." in html) == said and ("a longer run" in html) == said
 
 
 def test_a_card_says_whose_claim_it_is_and_who_decides(ledger):

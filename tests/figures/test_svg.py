@@ -237,3 +237,33 @@ def test_the_names_of_points_that_lie_together_lie_apart(arrange):
     boxes = [Text.get_window_extent(t) for t in axes.texts if t.get_gid() == phone.FREE]
     assert len(boxes) == 8
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_every_colour_of_seeds_and_layers_can_be_told_from_a_dark_page():
+    dark = svg._luminance("#121212") + 0.05
+    for colour in (*style.SEEDS, *style.layer_colours(4), *svg.COLOURS):
+        if svg._luminance(colour) <= svg._INK_ON_WHITE:
+            assert (svg._luminance(svg.in_the_dark(colour)) + 0.05) / dark >= 4.5, colour
+
+
+def test_a_legend_does_not_stand_where_its_marks_look_like_data():
+    _, axes = plt.subplots()
+    axes.plot([0, 1], [0, 1], "o", mfc="none", label="a")
+    legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 0, 1, 1))
+    axes.figure.canvas.draw()
+    box = legend.get_window_extent()
+    axes.lines[0].set_data(*axes.transData.inverted().transform([box.max + 3] * 2).T)
+    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    phone.legible(axes.figure, phone.LEAST)
+    assert axes.get_legend() is None and axes.figure.legends
+
+
+def test_numbers_over_bars_stand_upright_on_a_phone_where_they_would_touch():
+    groups = {f"group {i}": {s: np.array([1.0, 0.9]) for s in "abc"} for i in range(4)}
+    axes = basic.grouped_bars(groups, ylabel="share", colours=dict.fromkeys("abc", style.SINK))
+    phone.rearrange(axes.figure)
+    axes.figure.canvas.draw()
+    boxes = [Text.get_window_extent(t) for t in axes.texts]
+    assert len(boxes) == 12
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(axes.bbox.contains(b.x1, b.y1) for b in boxes)

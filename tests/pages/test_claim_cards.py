@@ -162,6 +162,15 @@ def test_debts_stand_together_with_what_would_decide_them(some):
     )
 
 
+def test_the_ledger_says_when_its_numbers_were_measured(some):
+    dates = ["2026-01-02", "2026-01-01", "", "2026-01-02"]
+    dated = [replace(each, date=day) for each, day in zip(some, dates, strict=True)]
+    shown = claim_ledger.page(dated, summary="", verdicts=claims.VERDICTS, titles=TITLES)
+    assert "ran on 2026-01-01 to 2026-01-02." in shown
+    once = claim_ledger.page(dated[:1], summary="", verdicts=claims.VERDICTS, titles=TITLES)
+    assert "ran on 2026-01-02." in once
+
+
 @pytest.fixture
 def ledger(some, browser, tmp_path):
     """Opens the ledger as a file, with or without scripts, on a phone."""
