@@ -142,8 +142,7 @@ class Verdict:
     @property
     def holds(self) -> bool | None:
         """Whether every seed meets the criterion; None while nothing is measured."""
-        met = all(satisfies(self.criterion, value) for value in self.measured)
-        return met if self.measured else None
+        return self.met == len(self.measured) if self.measured else None
 
     @property
     def met(self) -> int:
@@ -227,8 +226,10 @@ class Verdict:
     def card(self) -> claim_cards.Card:
         """What the verdict's card shows."""
         claim = self.claim
-        decided = "decided by a record" if claim.decided_by == "record" else "shown live"
-        would = f"What would decide it: {claim.undecided}" * (self.verdict == "undecided")
+        undecided = self.verdict == "undecided"
+        by_record = "left open by its record" if undecided else "decided by a record"
+        decided = by_record if claim.decided_by == "record" else "shown live"
+        would = f"What would decide it: {claim.undecided}" * undecided
         said_of = f"The claim is about {claim.said_of}." if claim.said_of else ""
         why = claim.fails * (self.holds is False)  # where it holds, there is nothing to explain
         notes = (why, said_of, would, SENSITIVE * claim.sensitive)

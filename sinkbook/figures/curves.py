@@ -49,14 +49,14 @@ def over_training(
 def by_optimizer(table: xr.Dataset, labels: dict[str, str]) -> list[Axes]:
     """Variables of a `optimizer_dynamics.optimizer_table` over training steps, with their labels.
 
-    A panel for each variable, a colour for each optimizer: AdamW and SGD seed by seed, thick, and
-    the means over seeds of the others.
+    A panel for each variable, a colour for each optimizer: AdamW and SGD with momentum seed by seed,
+    thick, and the means over seeds of the others.
     """
     _, axes = plt.subplots(1, len(labels), figsize=(7.4, 3.4))
     for ax, (name, label) in zip(axes, labels.items(), strict=True):
         for optimizer in table.optimizer.values.tolist():
             values = table[name].sel(optimizer=optimizer).transpose("seed", "step")
-            alone = optimizer in ("AdamW", "SGD")
+            alone = optimizer in ("AdamW", "SGD, momentum")
             look = {"lw": 1.6, "zorder": 3} if alone else {"lw": 0.9, "alpha": 0.8}
             for number, line in enumerate(values if alone else [values.mean("seed")]):
                 drawn = ax.plot(line.step, line, color=OPTIMIZER_COLOURS[optimizer], **look)

@@ -117,6 +117,14 @@ def test_a_card_says_whose_claim_it_is_and_who_decides(ledger):
     assert (found.row()["decided_by"], found.row()["whose"]) == ("record", "rival")
 
 
+def test_a_record_that_is_too_short_decides_nothing_and_its_card_says_what_would(ledger):
+    ledger(ENTRY + "  decided_by: record\n  undecided: a longer run\n")
+    short, enough = (claims.judge("sum", [v], profile="quick")._html() for v in (1.0, 2.0))
+    assert "claim, left open by its record" in short and "decided by a record" not in short
+    assert "What would decide it: a longer run" in short
+    assert "claim, decided by a record" in enough and "would decide it" not in enough
+
+
 def test_an_unknown_claim_is_answered_with_the_known_ones(ledger):
     with pytest.raises(SinkbookError, match=r"no claim is called 'summ'.*sum"):
         claims.check("summ", [2.0], profile="quick")

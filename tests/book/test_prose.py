@@ -34,14 +34,17 @@ SOURCES = re.compile(
 )
 
 
-def sentences(notebook: Path) -> list[str]:
-    """Sentences of the Markdown cells, captions and alternative texts; no code, no formulas."""
+def sentences(notebook: Path, *, described: bool = True) -> list[str]:
+    """Sentences of the Markdown cells and captions; no code, no formulas.
+
+    With `described` those of alternative texts as well.
+    """
     found = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "markdown":
             texts = ["".join(cell["source"])]
         elif figure := cell["metadata"].get("mystnb"):
-            texts = [figure["figure"]["caption"], figure["image"]["alt"]]
+            texts = [figure["figure"]["caption"], *[figure["image"]["alt"]] * described]
         else:
             texts = []
         for text in texts:
@@ -84,3 +87,22 @@ def test_no_layer_count_or_verdict_is_typed_in_the_text_of_a_chapter(path):
 def test_no_reason_in_the_ledger_types_a_count_of_seeds_or_a_layer():
     reasons = {claim.id: offences(claim.fails) for claim in claims.known().values()}
     assert {name: found for name, found in reasons.items() if found} == {}
+
+
+# A phone stacks panels, so that none is left or right of another. The alternative text is of the
+# drawing for wide pages.
+BESIDE = re.compile(
+    r"\b(?:left|right|middle)(?:most)? panels?\b|\bon the (?:left|right)\b"
+    r"|^(?:Left|Right|left|right)[,:]|\((?:left|right)\)"
+)
+
+
+@pytest.mark.parametrize("text", ["See the left panel.", "Left, one text.", "Here it falls (right)."])
+def test_a_place_that_a_phone_does_not_keep_is_noticed(text):
+    assert BESIDE.search(text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_panels_are_called_by_what_they_show_or_by_their_order(path):
+    shown = [text for text in sentences(path, described=False) if BESIDE.search(text)]
+    assert shown == []
