@@ -49,8 +49,8 @@ def over_training(
 def by_optimizer(table: xr.Dataset, labels: dict[str, str]) -> list[Axes]:
     """Variables of a `optimizer_dynamics.optimizer_table` over training steps, with their labels.
 
-    A panel for each variable, a colour for each optimizer: AdamW and SGD with momentum seed by seed,
-    thick, and the means over seeds of the others.
+    A panel for each variable, a colour for each optimizer: AdamW and SGD with momentum seed by
+    seed, thick, and the means over seeds of the others.
     """
     _, axes = plt.subplots(1, len(labels), figsize=(7.4, 3.4))
     for ax, (name, label) in zip(axes, labels.items(), strict=True):

@@ -301,7 +301,11 @@ def _narrow_legend(legend: Legend) -> None:
     anchor = legend.get_bbox_to_anchor()
     if legend.axes is None:
         legend.remove()
-        parent.legend(**again, loc="outside upper center")
+        narrow = parent.legend(**again, loc="outside upper center")
+        while again["ncols"] > 1 and narrow.get_window_extent().width > room * parent.dpi / 72:
+            narrow.remove()
+            again["ncols"] -= 1
+            narrow = parent.legend(**again, loc="outside upper center")
     elif anchor.width == 0:  # a point, not the axes
         below = parent.transAxes.inverted().transform((anchor.x0, anchor.y0))[1] <= 0
         place = {"loc": "upper left" if below else "lower left"}

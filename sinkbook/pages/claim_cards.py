@@ -13,6 +13,7 @@ from html import escape
 HEIGHT, MIDDLE, RADIUS = 48, 24, 4.5  # pixels
 MARGIN = 5  # of the width, in percent, on either side of the outermost number
 PIXELS = 3.2  # of a percent, on a phone: dots that would touch there are set apart
+EDGE = 12  # percent from either end, where letters would leave the card
 DECADES = 2  # numbers of one sign that span more are drawn on a logarithmic line
 
 
@@ -88,9 +89,10 @@ def number_line(of: Card) -> str:
         'height="22"/>',
         f'<line class="axis" x1="0" x2="100%" y1="{MIDDLE}" y2="{MIDDLE}"/>',
     ]
-    sides = ("end", "start") if len(bounds) == 2 else ("",)
-    for bound, side in zip(bounds, sides, strict=False):
-        parts.append(_bound(place(bound), number(bound), side))
+    for at, bound, side in zip(
+        map(place, bounds), bounds, _sides(*map(place, bounds)), strict=True
+    ):
+        parts.append(_bound(at, number(bound), side))
     levels = _apart([place(value) for value, _ in dots])
     for (value, met), level in zip(dots, levels, strict=True):
         parts.append(
@@ -99,8 +101,9 @@ def number_line(of: Card) -> str:
         )
     for value in of_paper:
         parts.append(_cross(place(value)))
-    if logarithmic:
-        parts.append('<text x="100%" y="10" text-anchor="end">log scale</text>')
+    if logarithmic:  # at the end that the paper's name leaves free
+        x, side = ("0", "start") if of_paper and place(of_paper[0]) > 50 else ("100%", "end")
+        parts.append(f'<text x="{x}" y="10" text-anchor="{side}">log scale</text>')
     return (
         f'<svg class="number-line" width="100%" height="{HEIGHT}" role="img" '
         f'aria-label="{escape(described(of))}">{"".join(parts)}</svg>'
@@ -129,9 +132,23 @@ def _within(place: Callable[[float], float], bound: float, open_end: float) -> f
     return place(bound) if math.isfinite(bound) else open_end
 
 
+def _sides(*ends: float) -> list[str]:
+    """On which side of each end of the band its number begins or ends, so that all are on the card.
+
+    >>> _sides(5.0, 95.0), _sides(40.0, 60.0), _sides(50.0)
+    (['start', 'end'], ['end', 'start'], ['middle'])
+    """
+    if len(ends) == 2 and ends[1] - ends[0] < 2 * EDGE:
+        return ["end", "start"]
+    usual = ("end", "start") if len(ends) == 2 else ("middle",)
+    return [
+        "start" if at < EDGE else "end" if at > 100 - EDGE else side
+        for at, side in zip(ends, usual, strict=False)
+    ]
+
+
 def _bound(at: float, label: str, side: str) -> str:
     """Where the rule's band ends, with its number below."""
-    side = side or ("start" if at < 12 else "end" if at > 88 else "middle")
     return (
         f'<line class="bound" x1="{at:.2f}%" x2="{at:.2f}%" y1="{MIDDLE - 11}" '
         f'y2="{MIDDLE + 11}"/><text x="{at:.2f}%" y="{HEIGHT - 2}" text-anchor="{side}">'

@@ -97,7 +97,9 @@ BESIDE = re.compile(
 )
 
 
-@pytest.mark.parametrize("text", ["See the left panel.", "Left, one text.", "Here it falls (right)."])
+@pytest.mark.parametrize(
+    "text", ["See the left panel.", "Left, one text.", "Here it falls (right)."]
+)
 def test_a_place_that_a_phone_does_not_keep_is_noticed(text):
     assert BESIDE.search(text)
 
