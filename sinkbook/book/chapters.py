@@ -24,7 +24,7 @@ from sinkbook.arguments import check_kind
 from sinkbook.book import claims
 from sinkbook.book.settings import Settings
 from sinkbook.files import cache_folder, reading
-from sinkbook.pages.tables import scrolling
+from sinkbook.pages.tables import of_rows, scrolling
 from sinkbook.provenance import device, of_trainings, repository, versions
 
 Measurement = xr.Dataset | xr.DataArray
@@ -183,7 +183,7 @@ class Table:
     rows: pd.DataFrame
 
     def _repr_html_(self) -> str:
-        return scrolling(self.rows.to_html(border=0))
+        return scrolling(of_rows(self.rows))
 
     def __repr__(self) -> str:
         return self.rows.to_string()

@@ -145,14 +145,16 @@ def packed(model: Transformer) -> str:
     return b64encode(flat.numpy().astype("<f4").tobytes()).decode()
 
 
-def read(run: Run, tokens: Int[Tensor, "1 position"]) -> Reading:
-    """How the head of a run's model reads a text."""
-    return _read(run.model, run, tokens)
+def read(run: Run, tokens: Int[Tensor, "1 position"], *, layer: int = 0) -> Reading:
+    """How the head of a layer of a run's model reads a text."""
+    return _read(run.model, run, tokens, layer)
 
 
-def _read(model: Transformer, run: Run, tokens: Int[Tensor, "1 position"]) -> Reading:
-    values = measure(model, tokens, ("value_norm",)).value_norm.values[0, 0, 0]
-    weights = attention_weights(model, tokens, layer=0)[0, 0].numpy()
+def _read(
+    model: Transformer, run: Run, tokens: Int[Tensor, "1 position"], layer: int = 0
+) -> Reading:
+    values = measure(model, tokens, ("value_norm",)).value_norm.sel(layer=layer).values[0, 0]
+    weights = attention_weights(model, tokens, layer=layer)[0, 0].numpy()
     triggers = run.task.at_triggers(tokens[0]).tolist()
     return Reading(weights, values, run.task.labels(tokens[0]), triggers)
 

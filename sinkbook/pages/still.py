@@ -1,11 +1,20 @@
-"""The still picture of a lab: how a head reads a text, as the page's own script draws it."""
+"""How a head reads a text: the still picture of a lab, or some of which a reader chooses one.
 
+    Choice("Choose a language.", {"with <s>": reading, "without": another})
+
+A choice needs no script, no kernel and no other machine: its buttons are the browser's own.
+"""
+
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from xml.etree import ElementTree
 
 import numpy as np
 from jaxtyping import Float
 
+from sinkbook.errors import SinkbookError
 from sinkbook.figures.style import DRAIN, OTHER, SINK, TRIGGER
 
 LEFT, CELL, BARS = 26.0, 19.0, 56.0  # pixels
@@ -90,3 +99,54 @@ def _text(
     where = {"x": f"{x:.4g}", "y": f"{y:.4g}", "text-anchor": anchor}
     look = {"fill": COLOURS[kind], "font-size": "11", "font-family": "monospace"}
     ElementTree.SubElement(root, "text", {"class": kind, **where, **look}).text = words
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Readings of which a page shows the one that its reader chooses; the first one to begin with.
+
+    `asks` says what is chosen, the names of `readings` stand on the buttons. Without a style sheet
+    all are shown, one below the other. Raises `SinkbookError` for fewer than two.
+    """
+
+    asks: str
+    readings: Mapping[str, Reading]
+
+    def __post_init__(self):
+        if len(self.readings) < 2:
+            raise SinkbookError(f"{len(self.readings)} readings are no choice. Give two or more.")
+
+    def _repr_html_(self) -> str:
+        told = [f"{name}: {_in_words(reading)}" for name, reading in self.readings.items()]
+        pictures = [
+            f'<div class="chosen">{still(reading, says)}<p>{escape(says)}</p></div>'
+            for reading, says in zip(self.readings.values(), told, strict=True)
+        ]
+        group = f"c{hashlib.sha256(''.join(pictures).encode()).hexdigest()[:8]}"
+        buttons, rules = [], []
+        for number, name in enumerate(self.readings):
+            ours = f"{group}-{number}"
+            checked = "" if number else " checked"
+            buttons.append(
+                f'<input type="radio" name="{group}" id="{ours}"{checked}>'
+                f'<label for="{ours}">{escape(name)}</label>'
+            )
+            rules.append(f"#{ours}:not(:checked) ~ .chosen:nth-of-type({number + 1})")
+        return (
+            f'<div class="sinkbook-choice mathjax_ignore tex2jax_ignore" role="radiogroup" '
+            f'aria-label="{escape(self.asks)}">\n<style>{", ".join(rules)} {{ display: none }}'
+            f"</style>\n<p>{escape(self.asks)}</p>\n{''.join(buttons)}\n{''.join(pictures)}</div>"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self.asks} There are {', '.join(self.readings)}."
+
+
+def _in_words(reading: Reading) -> str:
+    ordinary = [not trigger for trigger in reading.triggers[1:]]
+    sink = reading.weights[1:, 0][ordinary].mean()
+    drain = reading.values[0] / reading.values[1:].mean()
+    return (
+        f"the ordinary characters of this text give {reading.labels[0]}, which stands first, "
+        f"{sink:.2f} of their attention; its value is {drain:.2f} times as long as the others'."
+    )

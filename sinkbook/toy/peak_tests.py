@@ -5,8 +5,10 @@ that could have written it, and with as many random directions as a control need
 """
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,7 @@ from sinkbook.toy.measurements import measure_with_sink_logit
 from sinkbook.toy.runs import Run
 from sinkbook.toy.transformer import Transformer
 
+Reading = TypeVar("Reading")  # whatever is looked at
 PARTS = {"attention": ("attention",), "MLP": ("mlp",), "both": ("attention", "mlp")}
 PLACES = {"at the first token": 0, "everywhere": None}
 MEASURED = (
@@ -118,6 +121,33 @@ def transplants(
         },
         {"written": ["own", "peak", *(f"random {i + 1}" for i in range(directions))]},
     )
+
+
+@torch.no_grad()
+def with_and_without_the_peak(
+    run: Run,
+    tokens: Int[Tensor, "text position"],
+    read: Callable[[], Reading],
+    *,
+    position: int = 8,
+) -> dict[str, Reading]:
+    """What `read()` finds in a run's model as it is, and with its peak taken away or given away.
+
+    "no peak": nothing that the layer of the peak's writer adds stands at the first token.
+    "a second peak": what the writer adds there is written at `position` as well, as `transplants`
+    does.
+    """
+    layer, part, vector = _writer(run.model, tokens)
+    found = {"as it is": read()}
+    with ExitStack() as cuts_of_layer:
+        for name in PARTS["both"]:
+            if getattr(run.model.layers[layer], name) is not None:
+                cut = zero(run.model, name, layer=layer, position=0)
+                cuts_of_layer.enter_context(cut)
+        found["no peak"] = read()
+    with replace(run.model, part, vector, layer=layer, position=position):
+        found["a second peak"] = read()
+    return found
 
 
 def _writer(
