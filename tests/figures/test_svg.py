@@ -212,6 +212,17 @@ def test_a_legend_that_would_cover_what_is_drawn_stands_above_the_figure():
     assert legend.get_window_extent().y0 >= axes.get_window_extent().y1
 
 
+def test_a_legend_above_the_figure_is_no_wider_than_a_phone():
+    figure, axes = plt.subplots(layout="constrained")
+    for name in ("softmax, AdamW", "ReLU, AdamW", "softmax, SGD"):
+        axes.plot([0, 1], [0, 1], label=name)
+    figure.legend(*axes.get_legend_handles_labels(), ncols=3, loc="outside upper center")
+    phone.rearrange(figure)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert len(figure.legends) == 1 and box.x0 >= 0 and box.x1 <= figure.bbox.width
+
+
 def test_a_legend_that_covers_nothing_stays():
     _, axes = plt.subplots()
     axes.plot([0, 1], [0, 1], label="a")

@@ -68,6 +68,19 @@ def test_a_line_of_many_decades_says_that_it_is_logarithmic():
     assert "log scale" not in number_line(of(">= 0", [1e-8, 1.0]))
 
 
+def test_no_two_words_of_a_line_stand_at_the_same_end():
+    for paper, free in ((5e-3, "0"), (2e-8, "100%")):
+        line = ElementTree.fromstring(number_line(of("<= 1e-3", [1e-8, 1e-2], paper=paper)))
+        (log,) = [text for text in line.findall("text") if text.text == "log scale"]
+        assert log.get("x") == free
+
+
+def test_numbers_at_the_ends_of_a_line_stay_on_the_card():
+    line = ElementTree.fromstring(number_line(of("in [0, 1]", [0.5])))
+    sides = {text.text: text.get("text-anchor") for text in line.findall("text")}
+    assert sides == {"0": "start", "1": "end"}
+
+
 def test_the_papers_value_is_a_cross_where_it_is_a_number():
     assert "cross" in number_line(of(">= 0.7", [0.8], paper=0.78))
     for paper in (None, "about three quarters"):

@@ -7,8 +7,14 @@ import pytest
 import torch
 import xarray as xr
 
+from sinkbook.probe import measure
 from sinkbook.toy.measurements import measure_toy
-from sinkbook.toy.peak_tests import cuts, heights_without, writers_by_size
+from sinkbook.toy.peak_tests import (
+    cuts,
+    heights_without,
+    with_and_without_the_peak,
+    writers_by_size,
+)
 from sinkbook.toy.runs import Run, TrainingConfig
 from sinkbook.toy.tasks import TaskConfig, task
 from sinkbook.toy.transformer import Transformer, TransformerConfig
@@ -83,3 +89,23 @@ def test_shares_of_writers_are_ordered_by_the_sizes_of_the_trainings():
     for width, length in sizes:
         share = shares.sel(width=width, length=length, rate=1e-3, batch=4, seed=42)
         assert share.item() == length / (length + 8)
+
+
+def test_a_peak_is_taken_from_the_first_token_or_given_to_another_and_the_model_stays():
+    run = untrained(0)
+    tokens = run.evaluation_tokens[:1]
+
+    def norms() -> np.ndarray:
+        return measure(run.model, tokens, ("residual_norm",)).residual_norm.values[0]
+
+    before = norms()
+    found = with_and_without_the_peak(run, tokens, norms, position=5)
+    assert list(found) == ["as it is", "no peak", "a second peak"]
+    np.testing.assert_array_equal(found["as it is"], before)
+    np.testing.assert_array_equal(norms(), before)
+    changed = {name: ~np.isclose(of_change, before) for name, of_change in found.items()}
+    layer = int(changed["no peak"][:, 0].argmax()) - 1  # the first layer after which it differs
+    assert layer in (0, 1)
+    np.testing.assert_allclose(found["no peak"][layer + 1, 0], before[layer, 0], rtol=1e-5)
+    assert not changed["no peak"][layer + 1, 1:].any()
+    assert np.flatnonzero(changed["a second peak"][layer + 1]).tolist() == [5]

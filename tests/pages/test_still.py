@@ -1,0 +1,76 @@
+"""Pictures of which a reader chooses one, in Chromium: by keys, by touch, and without a script."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sinkbook.errors import SinkbookError
+from sinkbook.pages.still import Choice, Reading
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def reading(on_first: float, *, labels: tuple[str, ...] = ("<s>", "a", "t", "b")) -> Reading:
+    """Every later token gives the first one as much, and itself the rest."""
+    weights = np.eye(4) * (1 - on_first)
+    weights[:, 0] += on_first
+    values = np.array([0.5, 2.0, 2.0, 2.0])
+    return Reading(weights, values, list(labels), [False, False, True, False])
+
+
+CHOICE = Choice(
+    "Choose <one>.",
+    {
+        "a sink": reading(0.75),
+        "no sink": reading(0.0),
+        "no <s>": reading(0.5, labels=tuple("xatb")),
+    },
+)
+
+
+@pytest.fixture(params=[True, False], ids=["scripts", "no scripts"])
+def tab(request, browser):
+    style = (ROOT / "_static/sinkbook.css").read_text(encoding="utf-8")
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844},
+        java_script_enabled=request.param,
+        has_touch=True,
+    )
+    page = context.new_page()
+    page.set_content(f"<!doctype html><style>{style}</style><body>{CHOICE._repr_html_()}")
+    yield page
+    context.close()
+
+
+def shown(page) -> list[bool]:
+    return [picture.is_visible() for picture in page.locator(".chosen").all()]
+
+
+@pytest.mark.site
+def test_one_picture_is_shown_and_a_key_or_a_touch_chooses_another(tab):
+    assert shown(tab) == [True, False, False]
+    tab.get_by_text("no <s>", exact=True).tap()
+    assert shown(tab) == [False, False, True]
+    tab.get_by_role("radio", name="no <s>").focus()
+    tab.keyboard.press("ArrowLeft")
+    assert shown(tab) == [False, True, False]
+    assert all(
+        b.bounding_box()["x"] + b.bounding_box()["width"] <= 390 for b in tab.locator("label").all()
+    )
+    assert tab.locator(".chosen svg").nth(1).bounding_box()["width"] <= 390
+
+
+def test_each_picture_is_told_in_words_to_those_who_do_not_see_it():
+    html = CHOICE._repr_html_()
+    assert 'aria-label="Choose &lt;one&gt;."' in html
+    assert html.count("give &lt;s&gt;, which stands first, 0.75 of their attention") == 2
+    assert "a sink: the ordinary characters" in html and "0.25 times as long" in html
+    assert (
+        "no <s>" not in html and "no &lt;s&gt;: the ordinary characters of this text give x" in html
+    )
+
+
+def test_one_reading_is_no_choice():
+    with pytest.raises(SinkbookError, match="1 readings are no choice"):
+        Choice("Choose.", {"alone": reading(0.5)})
