@@ -152,10 +152,8 @@ class Verdict:
     @property
     def verdict(self) -> str:
         """In a word: it holds in all numbers, in some, in none; or none can decide it."""
-        if not self.measured:
-            return "not measured"
-        if self.holds:
-            return "holds"
+        if not self.measured or self.holds:
+            return "holds" if self.holds else "not measured"
         if self.claim.undecided:
             return "undecided"
         missed = ELSEWHERE if self.claim.said_of else "contradicts"
@@ -227,8 +225,8 @@ class Verdict:
         """What the verdict's card shows."""
         claim = self.claim
         undecided = self.verdict == "undecided"
-        by_record = "left open by its record" if undecided else "decided by a record"
-        decided = by_record if claim.decided_by == "record" else "shown live"
+        of_record = ("decided by a record", "left open by its record")[undecided]
+        decided = of_record if claim.decided_by == "record" else "shown live"
         would = f"What would decide it: {claim.undecided}" * undecided
         said_of = f"The claim is about {claim.said_of}." if claim.said_of else ""
         why = claim.fails * (self.holds is False)  # where it holds, there is nothing to explain
