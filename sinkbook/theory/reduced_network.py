@@ -7,6 +7,7 @@ u is ξ_u in direction u. An MLP reads the query's own token. Theorem 1 says tha
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -251,6 +252,16 @@ def over_seeds(
         name: xr.concat([next(found) for _ in seeds[name]], xr.Variable("seed", list(seeds[name])))
         for name in trainings
     }
+
+
+def train_whole(
+    *, length: int, learning_rate: float, steps: int, batch_size: int, seeds: Sequence[int]
+) -> xr.Dataset:
+    """`train_reduced` on Bigram-Backcopy's texts of some length, along a first dimension `seed`."""
+    training = partial(
+        train_reduced, learning_rate=learning_rate, steps=steps, batch_size=batch_size
+    )
+    return over_seeds(TaskConfig(length=length), {"whole": training}, {"whole": seeds})["whole"]
 
 
 def _trained(work: tuple[Callable[..., xr.Dataset], TaskConfig, int]) -> xr.Dataset:

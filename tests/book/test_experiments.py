@@ -46,7 +46,7 @@ def test_three_layers_and_every_variation_have_a_run_for_each_seed():
 def test_a_page_trains_the_first_seeds_of_what_takes_long():
     counts = {name: len(configs) for name, configs in of_seed_five("quick").items()}
     assert {name for name, count in counts.items() if count == 1} == {
-        *("in-context", "no <s>", "1 trigger", "8 triggers"),
+        *("in-context", "no <s>", "delimiters", "Markov", "1 trigger", "8 triggers"),
     }
     assert counts["two starts"] == counts["Bigram-backward"] == 3
     assert {configs[0].seed for configs in of_seed_five("quick").values()} == {47}

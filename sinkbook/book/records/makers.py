@@ -23,7 +23,6 @@ from sinkbook.book.experiments import (
     optimizer_sweep,
     pretrainings,
     train_groups,
-    train_sweep,
 )
 from sinkbook.book.records import changed_toys, paper_scale
 from sinkbook.book.records.kept import (
@@ -43,7 +42,7 @@ from sinkbook.files import write
 from sinkbook.mitigations.registry import MITIGATIONS, under_mitigations, under_slot_controls
 from sinkbook.provenance import of_record
 from sinkbook.toy.measurements import measure_toy
-from sinkbook.toy.runs import stored
+from sinkbook.toy.runs import Name, Run, TrainingConfig, stored
 from sinkbook.toy.training import TimeIsUpError, seeds_of, train, train_all
 
 # What only makes records is imported there: chapters read them, and transformers takes seconds.
@@ -68,7 +67,7 @@ def _league(seeds: int = 5) -> xr.Dataset:
     bases = {layers: league_base(Settings("quick"), layers=layers) for layers in (1, 3)}
     configs = {layers: under_mitigations(base, seeds) for layers, base in bases.items()}
     runs = {layers: train_groups(groups) for layers, groups in configs.items()}
-    slots = train_sweep(under_slot_controls(configs[1]))
+    slots = _train_sweep(under_slot_controls(configs[1]))
     where = league.destinations(slots).drop_vars("label").rename(mitigation="slot")
     found = league.depths({layers: league.table(of_depth) for layers, of_depth in runs.items()})
     groups = [group for inner in (*runs.values(), *slots.values()) for group in inner.values()]
@@ -78,6 +77,15 @@ def _league(seeds: int = 5) -> xr.Dataset:
     return found.assign(destinations=where.assign_coords(seed=found.seed)).assign_attrs(
         of_record(config, facts, sum(run.seconds for run in trained.values()))
     )
+
+
+def _train_sweep(
+    sweep: dict[str, dict[Name, list[TrainingConfig]]],
+) -> dict[str, dict[Name, list[Run]]]:
+    """The runs of configs in two-storeyed groups, trained as one list."""
+    flat = {f"{a}, {b}": configs for a, inner in sweep.items() for b, configs in inner.items()}
+    runs = train_groups(flat)
+    return {a: {b: runs[f"{a}, {b}"] for b in inner} for a, inner in sweep.items()}
 
 
 def _levers() -> xr.Dataset:

@@ -1,4 +1,5 @@
-"""Measurements of pretrained models that take minutes: made once, kept, and read by the same call.
+"""Measurements that take minutes, mostly of pretrained models: made once, kept, and read by the
+same call.
 
     scan = kept("dormant-heads-scan", dormant_heads.scan)
     seen = scan(model, tokens)  # read, if this very call has been kept, and measured if not
