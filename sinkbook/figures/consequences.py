@@ -5,10 +5,11 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sinkbook.figures.basic import axes_or_new
 from sinkbook.figures.curves import over_parameter
+from sinkbook.figures.phone import plain
 from sinkbook.figures.style import OTHER
 
 
@@ -54,7 +55,8 @@ def log_rows(
         ax.plot(values, np.full(len(values), y), "o", color=colour, alpha=0.5, ms=6, mew=0)
         mean = float(np.exp(np.log(values).mean()))
         ax.plot([mean, mean], [y - 0.25, y + 0.25], color=colour, lw=2.5)
-        ax.annotate(f"{mean:.3g}", (mean, y - 0.25), (0, 2), textcoords="offset points",
+        mean_in_words = plain(float(f"{mean:.3g}"))
+        ax.annotate(mean_in_words, (mean, y - 0.25), (0, 2), textcoords="offset points",
                     fontsize=9, ha="center")  # fmt: skip
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlabel=xlabel, xscale="log", ylim=(len(rows) - 0.5, -0.8))
@@ -62,7 +64,7 @@ def log_rows(
     wide = all_values.max() > 30 * all_values.min()
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if wide else (1, 2, 3, 5)))
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_major_formatter(plain)
     ax.grid(axis="y", alpha=0.3)
     ax.tick_params(axis="y", length=0)
     return ax

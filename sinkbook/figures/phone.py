@@ -141,7 +141,7 @@ def _plain_numbers(axis: Axis) -> None:
     low, high = axis.get_view_interval()
     if axis.get_scale() == "log" and high < 60 * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(_plain)
+    axis.set_major_formatter(plain)
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -156,10 +156,10 @@ def _one_legend(figure: Figure) -> None:
             said.add(words)
 
 
-def _plain(value: float | int, _position: int = 0) -> str:
+def plain(value: float | int, _position: int = 0) -> str:
     """A number as one says it; far powers of ten with raised digits.
 
-    >>> _plain(0.01), _plain(1000.0), _plain(1e-7), _plain(2e6)
+    >>> plain(0.01), plain(1000.0), plain(1e-7), plain(2e6)
     ('0.01', '1,000', '10⁻⁷', '2·10⁶')
     """
     if value == 0:

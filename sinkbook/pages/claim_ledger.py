@@ -50,7 +50,7 @@ def _dates(cards: Sequence[Card]) -> str:
     if not dates:
         return ""
     last = f" to {dates[-1]}" * (len(dates) > 1)
-    return escape(f" Their chapters ran on {dates[0]}{last}.")
+    return escape(f". Their chapters ran on {dates[0]}{last}.")
 
 
 def _counts(cards: Sequence[Card], verdicts: Sequence[str]) -> str:
