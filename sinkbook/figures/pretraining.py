@@ -177,28 +177,34 @@ def beside_olmo(head: xr.Dataset, olmo: xr.Dataset) -> list[Axes]:
     return list(axes.flat)
 
 
-def levers(ends: xr.Dataset) -> list[Axes]:
-    """Three panels with a row for each lever: strongest sink, highest peak, loss by domain.
+def levers(curves: Float[xr.DataArray, "run step"], *, even: float, counted: float) -> list[Axes]:
+    """The strongest sink along training, a panel for each lever and a line for each seed.
 
-    `ends` is what `small_llama.at_the_end` gives.
+    `curves` has the coordinates `lever` and `seed`; the first lever is the one that no other is
+    moved from, and is drawn in every panel, dashed. Two more lines are what looking `even`ly gives,
+    and from where on a head is `counted`.
     """
-    _, panels = plt.subplots(1, 3, figsize=(7.6, 2.6), sharey=True)
-    rows = np.arange(ends.sizes["lever"])
-    panels[0].plot(ends.strongest_sink, rows, "o", color=SINK)
-    panels[1].plot(ends.highest_peak, rows, "o", color=PEAK)
-    for domain, marker in zip(ends.domain.values, "os", strict=False):
-        panels[2].plot(ends.loss.sel(domain=domain), rows, marker, color=OTHER, mfc="none")
-        panels[2].lines[-1].set_label(domain)
-    panels[2].legend(fontsize=8)
-    labels = ("strongest sink", "highest peak", "loss (nats)")
-    for panel, label in zip(panels, labels, strict=True):
-        panel.set(xlabel=label)
-        panel.grid(axis="y", alpha=0.25)
-    panels[0].set_yticks(rows, ends.lever.values, fontsize=8)
-    panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    panels[0].set_xlim(0, None)
-    panels[1].set_xlim(1, None)
-    return list(panels)
+    names = list(dict.fromkeys(curves.lever.values.tolist()))
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    size = 2.1 * columns + 0.4, 2.3 * rows + 0.3
+    _, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    (reference, *_) = curves.isel(run=curves.lever.values == names[0])
+    for ax, name in zip(axes.flat, names, strict=False):
+        for level, look in ((even, ":"), (counted, "-.")):
+            ax.axhline(level, color=OTHER, lw=0.8, ls=look)
+        ax.plot(reference.step, reference, "--", color=OTHER, lw=1.2, label=names[0])
+        of_lever = curves.isel(run=curves.lever.values == name)
+        for of_seed, colour in zip(of_lever, (SINK, *SEEDS[1:]), strict=False):
+            ax.plot(of_seed.step, of_seed, color=colour, lw=1.6, label=f"seed {int(of_seed.seed)}")
+        ax.set(title=name, xlim=(0, None), ylim=(0, 1 if curves.max() > 0.6 else 0.6))
+        ax.xaxis.set_major_formatter(_short)
+        if of_lever.sizes["run"] > 1:
+            ax.legend(fontsize=7)
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    axes[-1, 0].set(xlabel="training step", ylabel="attention, strongest head")
+    return list(axes.flat[: len(names)])
 
 
 def life_of_a_llama(head: xr.Dataset) -> list[Axes]:

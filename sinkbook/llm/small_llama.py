@@ -39,8 +39,10 @@ from sinkbook.children import lifeline
 from sinkbook.data import corpora
 from sinkbook.dependencies import code_hash
 from sinkbook.files import write_json
+from sinkbook.fits import first_step
 from sinkbook.llm.checkpoint_metrics import concentration
 from sinkbook.llm.checkpoints import texts_to_measure
+from sinkbook.models.losses import next_token_loss
 from sinkbook.models.pretrained import quiet
 from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 from sinkbook.progress import progress
@@ -102,6 +104,8 @@ LEVERS: dict[str, dict] = {
     "2 layers": {"layers": 2},
     "packed": {"packed": True},
 }
+LAST = 3  # checkpoints whose mean is the end: attention still moves from one to the next
+BEGUN = 0.15  # strongest sink from which on it has begun, half of what Gu et al. count a head from
 
 
 # --- Texts -----------------------------------------------------------------------------------
@@ -282,18 +286,37 @@ def measure(config: SmallLlama) -> xr.Dataset:
 
 def strongest_sink(measured: xr.Dataset) -> xr.DataArray:
     """Mean attention on the first token in the head that has most of it, over domains and texts."""
-    return measured.sink_attention.mean(["domain", "text"]).max(["layer", "head"])
+    averaged = [dim for dim in ("domain", "text") if dim in measured.sink_attention.dims]
+    return measured.sink_attention.mean(averaged).max(["layer", "head"])
 
 
-def at_the_end(levers: xr.Dataset) -> xr.Dataset:
-    """What each lever of a `sweep` ends with: `strongest_sink`, `highest_peak`, both over texts of
-    all domains, and the `loss` by `domain`, in nats."""
-    peaks = residual_peak_ratio(levers).mean(["domain", "text"])
+def means_over_texts(measured: xr.Dataset) -> xr.Dataset:
+    """What a record of many pretrainings keeps of `measure`, over (domain, step, ...).
+
+    Of each head `sink_attention`, `sink_logit` and `value_drain_ratio`, of each residual layer
+    `residual_peak_ratio`, and the `loss` in nats.
+    """
+    along = measured.swap_dims(revision="step").drop_vars("revision")
+    kept = along[["sink_attention", "sink_logit", "loss"]].assign(
+        value_drain_ratio=value_drain_ratio(along), residual_peak_ratio=residual_peak_ratio(along)
+    )
+    return kept.mean("text")
+
+
+def at_the_end(runs: xr.Dataset) -> xr.Dataset:
+    """What each pretraining ends with, given `means_over_texts` of some along `run`.
+
+    `strongest_sink`, `highest_peak` and, by `domain`, the `loss` in nats: means over the last
+    `LAST` checkpoints. `begins` is the first step at which the strongest sink is `BEGUN`, NaN where
+    it never is.
+    """
+    last = runs.isel(step=slice(-LAST, None)).mean("step")
     return xr.Dataset(
         {
-            "strongest_sink": strongest_sink(levers),
-            "highest_peak": peaks.max("residual_layer"),
-            "loss": levers.loss.mean("text"),
+            "strongest_sink": strongest_sink(last),
+            "highest_peak": last.residual_peak_ratio.mean("domain").max("residual_layer"),
+            "loss": last.loss,
+            "begins": first_step(strongest_sink(runs) >= BEGUN),
         }
     )
 
@@ -340,7 +363,35 @@ def best_lever(levers: xr.Dataset) -> str:
     return str(levers.lever[int(strongest_sink(levers).values.argmax())].item())
 
 
-def long_run(levers: xr.Dataset, steps: int = 4_000, checkpoints: int = 24) -> SmallLlama:
-    """The longer pretraining, under the best lever of `sweep`."""
-    changes = LEVERS[best_lever(levers)]
-    return replace(SmallLlama(), steps=steps, checkpoints=checkpoints, **changes)
+def long_run(lever: str, *, steps: int = 4_000, checkpoints: int = 24, seed: int = 0) -> SmallLlama:
+    """The longer pretraining under a lever; the record `small-llama` has the `best_lever`."""
+    return replace(SmallLlama(), steps=steps, checkpoints=checkpoints, seed=seed, **LEVERS[lever])
+
+
+def first_losses(config: SmallLlama, steps: int) -> xr.DataArray:
+    """The loss on the measured texts, nats, of a pretraining that begins once more.
+
+    Over (domain, step): before the first step and after so many.
+    """
+    beginning = replace(config, steps=steps, checkpoints=1)
+    pretrain(beginning)
+    (repository,) = (beginning.folder / "hub").iterdir()
+    known, found = tokenizer(config.vocabulary), []
+    for step in beginning.saved_steps:
+        commit = (repository / "refs" / f"step{step}").read_text()
+        with quiet():
+            model = LlamaForCausalLM.from_pretrained(repository / "snapshots" / commit)
+        found.append([_loss(model, _measured_tokens(known, domain)) for domain in DOMAINS])
+    return xr.DataArray(
+        found, {"step": list(beginning.saved_steps), "domain": list(DOMAINS)}, ("step", "domain")
+    )
+
+
+def _measured_tokens(known: PreTrainedTokenizerFast, domain: str) -> torch.Tensor:
+    texts = texts_to_measure(domain, count=MEASURED_TEXTS, length=MEASURED_LENGTH)
+    return torch.tensor([ids[:MEASURED_LENGTH] for ids in known(texts)["input_ids"]])
+
+
+@torch.no_grad()
+def _loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
+    return next_token_loss(model(tokens[:, :-1]).logits, tokens).item()

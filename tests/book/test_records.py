@@ -13,6 +13,7 @@ from sinkbook.book.records import (
     changed_toys,
     kept,
     largest_magnitude,
+    long_levers,
     makers,
     paper_scale,
     spot_checks,
@@ -292,6 +293,130 @@ def test_the_record_of_the_optimizers_is_made_of_its_runs(elsewhere, monkeypatch
     assert made.damped_peak.dims == ("seed", "residual_layer")
     assert np.isfinite(made.damped_peak).all() and (made.update_norm > 0).all()
     xr.testing.assert_identical(records.load("optimizers"), made)
+
+
+def long_lever(sink: float, layers: int = 4) -> tuple[xr.Dataset, dict]:
+    """What is kept of a training of a small Llama with so strong a sink."""
+    over, of_heads = ("domain", "step"), np.full((2, 4, layers, 4), sink / 2)
+    of_heads[:, :, -1, 1] = sink
+    found = xr.Dataset(
+        {
+            "sink_attention": ((*over, "layer", "head"), of_heads),
+            "residual_peak_ratio": (
+                (*over, "residual_layer"),
+                np.full((2, 4, layers + 1), 1 + sink),
+            ),
+            "loss": (over, np.full((2, 4), 7.0)),
+            "first_loss": (("first_step", "domain"), np.full((2, 2), [[7.0], [6.9]])),
+        },
+        {
+            "step": [0, 100, 1_000, 4_000],
+            "first_step": [0, long_levers.FIRST_STEPS],
+            "domain": ["prose-en", "code"],
+            "layer": range(layers),
+            "head": range(4),
+            "residual_layer": range(layers + 1),
+        },
+    )
+    facts = {"device": "CPU", "versions": {"torch": "2"}, "date": "2026-11-27T10:00:00+0000"}
+    return found, facts | {"seconds": 60.0}
+
+
+def test_the_record_of_the_long_levers_grows_by_whole_trainings(elsewhere, monkeypatch):
+    made = []
+
+    def trained(config):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(config)
+        return long_lever(0.2 + 0.1 * config.seed, config.layers)
+
+    monkeypatch.setattr(long_levers, "_trained", trained)
+    with pytest.raises(TimeIsUpError, match="lacks 9 of its 9 trainings. Go on with: sinkbook rec"):
+        makers.make(long_levers.NAME, until=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        makers.make(long_levers.NAME)
+    assert "of its 9 trainings 2 so far" in records.about(long_levers.NAME)
+    assert not kept.is_finished(long_levers.NAME)
+    made.append(None)
+    makers.make(long_levers.NAME)
+    assert len(set(made)) == len(made) == 10 and kept.is_finished(long_levers.NAME)
+    record = records.load(long_levers.NAME)
+    places = zip(record.lever.values, record.seed.values, strict=True)
+    assert tuple(places) == long_levers.WANTED and record.attrs["trainings"] == 9
+    shallow = record.isel(run=record.lever.values == "2 layers").sink_attention
+    assert shallow.isel(layer=[0, 1]).notnull().all() and shallow.isel(layer=[2, 3]).isnull().all()
+    with pytest.raises(StopIteration):
+        next(long_levers.growing(long_levers.trainings(record)))
+
+
+def test_every_lever_is_trained_and_named_as_the_small_llama_has_it():
+    from sinkbook.llm import small_llama
+
+    assert set(long_levers.SEEDS) == set(small_llama.LEVERS)
+    assert small_llama.best_lever(records.load("small-llama-levers")) == long_levers.LONGER
+    longer = json.loads(records.load("small-llama").attrs["config"])
+    assert longer == asdict(small_llama.long_run(long_levers.LONGER))
+
+
+@pytest.mark.skipif(long_levers.NAME not in there(), reason="the record is not there yet")
+def test_the_record_of_the_long_levers_is_of_the_trainings_of_today():
+    from sinkbook.llm import small_llama
+
+    record = kept.whole_file(long_levers.NAME)
+    today = {lever: asdict(small_llama.long_run(lever)) for lever in long_levers.SEEDS}
+    assert json.loads(record.attrs["config"]) == today
+    assert tuple(record.step.values) == small_llama.long_run(long_levers.LONGER).saved_steps
+
+
+def test_claims_on_levers_are_decided_by_the_trainings_that_are_there():
+    from sinkbook.llm import small_llama
+
+    sinks = dict(
+        zip(long_levers.WANTED, (0.2, 0.3, 0.4, 0.5, 0.1, 0.2, 0.3, 0.4, 0.1), strict=True)
+    )
+    made = {place: long_lever(sink) for place, sink in sinks.items()}
+    decided = long_levers.decided(small_llama.at_the_end(long_levers.together(made)))
+    expected = {
+        "reference": [0.2],
+        "weight-decay": [1.5, 2, 2.5],
+        "no-weight-decay": [1],
+        "learning-rate": [0.5],
+        "packed": [1.5],
+        "length": [0.5],
+        "two-layers": [0.4],
+        "chance": [
+            np.log([0.3, 0.4, 0.5]).std(ddof=1)
+            / np.log([0.2, 0.3, 0.1, 0.2, 0.3, 0.4, 0.1]).std(ddof=1)
+        ],
+        "peak": [1],
+    }
+    assert decided.keys() == {f"levers.{claim}" for claim in expected}
+    for claim, values in expected.items():
+        np.testing.assert_allclose(decided[f"levers.{claim}"], values)
+    few = {place: made[place] for place in long_levers.WANTED[:2]}
+    decided = long_levers.decided(small_llama.at_the_end(long_levers.together(few)))
+    assert decided.keys() == {"levers.reference", "levers.weight-decay"}
+
+
+def test_a_long_lever_begun_again_meets_its_record_and_an_altered_number_is_found(
+    elsewhere, monkeypatch
+):
+    from sinkbook.llm import small_llama
+
+    monkeypatch.setattr(long_levers, "_trained", lambda config: long_lever(0.2, config.layers))
+    makers.make(long_levers.NAME)
+    again = long_lever(0.2)[0].first_loss.rename(first_step="step").copy()
+    monkeypatch.setattr(small_llama, "first_losses", lambda config, steps: again)
+    check = spot_checks.spot_check(long_levers.NAME, "packed")
+    assert check.furthest < 1 and "first 6 steps" in str(check)
+    for step in again.step.values:
+        again.loc[{"step": step}] *= 1.001
+        with pytest.raises(SinkbookError, match=f": loss at step {step} differs by"):
+            spot_checks.spot_check(long_levers.NAME, "packed")
+        again.loc[{"step": step}] /= 1.001
+    with pytest.raises(SinkbookError, match="no training of the record .* named 'unpacked'"):
+        spot_checks.spot_check(long_levers.NAME, "unpacked")
 
 
 @pytest.fixture

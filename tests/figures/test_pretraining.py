@@ -31,18 +31,21 @@ def test_controls_have_a_line_a_run_and_a_name_a_group():
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["as it is", "no repeats"]
 
 
-def test_levers_have_a_row_each_and_a_marker_a_domain():
-    ends = xr.Dataset(
+def test_levers_have_a_panel_each_with_a_line_a_seed_and_the_one_that_none_is_moved_from():
+    curves = xr.DataArray(
+        [[0.0, 0.2], [0.1, 0.3], [0.1, 0.4]],
         {
-            "strongest_sink": ("lever", [0.2, 0.4]),
-            "highest_peak": ("lever", [2.0, 3.0]),
-            "loss": (("lever", "domain"), [[4.0, 5.0], [3.0, 2.0]]),
+            "step": [0, 4_000],
+            "lever": ("run", ["as it is", "packed", "packed"]),
+            "seed": ("run", [0, 0, 1]),
         },
-        coords={"lever": ["as it is", "packed"], "domain": ["prose-en", "code"]},
+        ("run", "step"),
     )
-    sink, peak, loss = levers(ends)
-    assert sink.lines[0].get_xdata().tolist() == [0.2, 0.4]
-    assert peak.lines[0].get_xdata().tolist() == [2.0, 3.0]
-    assert [line.get_xdata().tolist() for line in loss.lines] == [[4.0, 3.0], [5.0, 2.0]]
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["prose-en", "code"]
-    assert [tick.get_text() for tick in sink.get_yticklabels()] == ["as it is", "packed"]
+    plain, packed = levers(curves, even=0.03, counted=0.3)
+    assert [ax.get_title() for ax in (plain, packed)] == ["as it is", "packed"]
+    ends = [line.get_ydata()[-1] for line in packed.lines]
+    assert ends == [0.03, 0.3, 0.2, 0.3, 0.4]
+    assert [text.get_text() for text in packed.get_legend().get_texts()] == [
+        *("as it is", "seed 0", "seed 1")
+    ]
+    assert packed.get_ylim() == (0, 0.6)

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
@@ -100,3 +102,34 @@ def test_measurements_cover_every_revision_in_every_domain(monkeypatch):
     assert measured.domain.values.tolist() == list(small_llama.DOMAINS)
     assert measured.loss.notnull().all()
     assert 0 < small_llama.strongest_sink(measured)[-1] < 1
+    kept = small_llama.means_over_texts(measured)
+    begun = small_llama.first_losses(TINY, 6)
+    xr.testing.assert_allclose(begun.sel(step=[0, 6]), kept.loss.sel(step=[0, 6]), rtol=1e-5)
+
+
+def test_the_first_steps_of_a_long_training_are_those_of_a_short_one():
+    pretrain(long := replace(TINY, steps=12, checkpoints=13))
+    small_llama.first_losses(long, 6)
+    beginning = replace(long, steps=6, checkpoints=1)
+    assert 6 in long.saved_steps
+    for name, weight in weights_at(beginning, 6).items():
+        assert torch.equal(weight, weights_at(long, 6)[name])
+
+
+def test_the_end_of_a_training_is_the_mean_of_its_last_checkpoints():
+    attention = np.zeros((1, 2, 5, 1, 2))  # run, domain, step, layer, head
+    attention[..., 0] = [0.0, 0.1, 0.2, 0.3, 0.4]
+    attention[..., 1] = [0.9, 0.0, 0.0, 0.0, 0.0]  # the strongest, but for the end
+    over = ("run", "domain", "step")
+    runs = xr.Dataset(
+        {
+            "sink_attention": ((*over, "layer", "head"), attention),
+            "residual_peak_ratio": ((*over, "residual_layer"), np.full((1, 2, 5, 3), [1, 4, 2])),
+            "loss": (over, np.full((1, 2, 5), 3.0)),
+        },
+        coords={"step": [0, 1, 10, 100, 1000]},
+    )
+    end = small_llama.at_the_end(runs).isel(run=0)
+    assert end.strongest_sink.item() == pytest.approx(0.3)
+    assert end.highest_peak.item() == 4 and end.loss.values.tolist() == [3, 3]
+    assert small_llama.at_the_end(runs.isel(step=slice(1, None))).begins.item() == 10

@@ -12,7 +12,7 @@ import xarray as xr
 from safetensors.torch import load_file
 
 from sinkbook.arguments import check_kind, check_known, check_number
-from sinkbook.book.records import changed_toys, paper_scale
+from sinkbook.book.records import changed_toys, long_levers, paper_scale
 from sinkbook.errors import SinkbookError
 from sinkbook.files import reading, write_netcdf
 from sinkbook.provenance import of_trainings, repository
@@ -25,6 +25,7 @@ EARLIER = (  # than those at the paper's scale, or of other models
     "league",
     "small-llama-levers",
     "small-llama",
+    long_levers.NAME,
     "reemergence",
     "optimizers",
     "shakespeare",
@@ -96,6 +97,8 @@ def whole_file(name: str) -> xr.Dataset:
             check_kind(fact, found.attrs[fact], str)
         if name in paper_scale.GROUPS:
             paper_scale.finished(found)
+        if name == long_levers.NAME:
+            long_levers.trainings(found)
     return found.rename({old: new for old, new in RENAMED.items() if old in found})
 
 
@@ -150,6 +153,9 @@ def about(name: str) -> str:
 
 def _counts(name: str) -> tuple[int, int]:
     """How many trainings of a record are there, and how many should be."""
+    if name == long_levers.NAME:
+        there = set(long_levers.trainings(whole_file(name)))
+        return len(there & set(long_levers.WANTED)), len(long_levers.WANTED)
     if name not in paper_scale.GROUPS:
         return 1, 1
     wanted = {

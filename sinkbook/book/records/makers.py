@@ -24,7 +24,7 @@ from sinkbook.book.experiments import (
     pretrainings,
     train_groups,
 )
-from sinkbook.book.records import changed_toys, paper_scale
+from sinkbook.book.records import changed_toys, long_levers, paper_scale
 from sinkbook.book.records.kept import (
     IN_ANOTHER_COPY,
     NAMES,
@@ -102,11 +102,21 @@ def _small_llama() -> xr.Dataset:
     """The longer pretraining under the best lever of the record of short ones."""
     from sinkbook.llm import small_llama
 
-    config = small_llama.long_run(load("small-llama-levers"))
+    config = small_llama.long_run(small_llama.best_lever(load("small-llama-levers")))
     facts = small_llama.pretrain(config)
     return small_llama.measure(config).assign_attrs(
         of_record(asdict(config), facts, facts["seconds"]), seed=config.seed
     )
+
+
+def _long_levers(until: float = math.inf) -> xr.Dataset:
+    """The longer pretraining under each lever, the record written anew as each ends."""
+    name = long_levers.NAME
+    made = long_levers.trainings(whole_file(name)) if path_of(name).exists() else {}
+    for record in long_levers.growing(made, until=until):
+        path_of(name).parent.mkdir(exist_ok=True)
+        _write(name, record)
+    return whole_file(name)
 
 
 def _reemergence() -> xr.Dataset:
@@ -176,7 +186,7 @@ def _optimizers(seeds: int = 3, steps: int = 10_000) -> xr.Dataset:
     return found.assign_attrs(of_record(config, runs["AdamW"][0].facts, seconds))
 
 
-MAKERS: dict[str, Callable[[], xr.Dataset]] = {
+MAKERS: dict[str, Callable[..., xr.Dataset]] = {
     # A quarter of the paper's batch.
     "one-layer-batch-128": partial(_one_layer, batch_size=128, steps=1_000),
     # The paper's batch, as far as it gets in the same time.
@@ -184,6 +194,7 @@ MAKERS: dict[str, Callable[[], xr.Dataset]] = {
     "league": _league,
     "small-llama-levers": _levers,
     "small-llama": _small_llama,
+    long_levers.NAME: _long_levers,
     "reemergence": _reemergence,
     "optimizers": _optimizers,
     "shakespeare": _shakespeare,
@@ -203,6 +214,8 @@ def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
     """
     path_of(name)  # both refuse what they do not know, before anything is trained
     device_of(device)
+    if name == long_levers.NAME:
+        return _write(name, MAKERS[name](until=until))
     if name not in paper_scale.GROUPS:
         return _write(name, MAKERS[name]())
     groups = paper_scale.GROUPS[name]()
