@@ -103,7 +103,7 @@ def test_measurements_cover_every_revision_in_every_domain(monkeypatch):
     assert measured.loss.notnull().all()
     assert 0 < small_llama.strongest_sink(measured)[-1] < 1
     kept = small_llama.means_over_texts(measured)
-    begun = small_llama.first_losses(TINY, 6)
+    begun = small_llama.first_losses(TINY, 6).transpose(*kept.loss.dims)
     xr.testing.assert_allclose(begun.sel(step=[0, 6]), kept.loss.sel(step=[0, 6]), rtol=1e-5)
 
 
@@ -118,8 +118,8 @@ def test_the_first_steps_of_a_long_training_are_those_of_a_short_one():
 
 def test_the_end_of_a_training_is_the_mean_of_its_last_checkpoints():
     attention = np.zeros((1, 2, 5, 1, 2))  # run, domain, step, layer, head
-    attention[..., 0] = [0.0, 0.1, 0.2, 0.3, 0.4]
-    attention[..., 1] = [0.9, 0.0, 0.0, 0.0, 0.0]  # the strongest, but for the end
+    attention[..., 0, 0] = [0.0, 0.1, 0.2, 0.3, 0.4]
+    attention[..., 0, 1] = [0.9, 0.0, 0.0, 0.0, 0.0]  # the strongest, but for the end
     over = ("run", "domain", "step")
     runs = xr.Dataset(
         {
