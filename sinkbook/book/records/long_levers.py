@@ -23,10 +23,11 @@ NAME = "small-llama-long-levers"
 REFERENCE, LONGER = "as it is", "weight decay 0.5"
 
 # The seeds of each lever of `small_llama.LEVERS`, in order of need. Three of the longer
-# pretraining's own are the yardstick of chance.
+# pretraining's own are the yardstick of chance; the one that the record `small-llama` has on other
+# texts of code comes last of them.
 SEEDS: dict[str, tuple[int, ...]] = {
     REFERENCE: (0,),
-    LONGER: (0, 1, 2),
+    LONGER: (1, 2, 0),
     "learning rate / 3": (0,),
     "weight decay 0": (0,),
     "packed": (0,),
