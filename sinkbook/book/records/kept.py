@@ -33,6 +33,7 @@ EARLIER = (  # than those at the paper's scale, or of other models
     "two-sinks",
     "stand-ins",
     "largest-magnitude",
+    "families",
 )
 NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 

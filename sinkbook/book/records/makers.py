@@ -140,6 +140,13 @@ def _largest_magnitude() -> xr.Dataset:
     return largest_magnitude.record()
 
 
+def _families() -> xr.Dataset:
+    """Three families of language models, measured from files that its maker has fetched."""
+    from sinkbook.book.records import families
+
+    return families.record()
+
+
 def _shakespeare() -> xr.Dataset:
     """Pretrainings on Shakespeare and their controls, all of the same length."""
     from sinkbook.llm import copying_head, shakespeare_pretraining
@@ -202,6 +209,7 @@ MAKERS: dict[str, Callable[..., xr.Dataset]] = {
     "two-sinks": changed_toys.two_sinks_record,
     "stand-ins": _stand_ins,
     "largest-magnitude": _largest_magnitude,
+    "families": _families,
 }
 
 
