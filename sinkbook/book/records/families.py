@@ -5,6 +5,8 @@ and nobody needs them to read it. What is kept of them are the numbers measured 
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -64,7 +66,7 @@ FAMILIES = {
 BEGINNINGS = ("own token first", "text alone", "own token inside")
 SIZES = {
     "domains": ["prose-en", "code"],
-    "texts": 12,  # of each; those of prose are the first of chapter 12
+    "texts": 8,  # of each; those of prose are chapter 12's
     "minimum_characters": 672,
     "length": 96,  # tokens, the model's own first one among them
     "inside": 24,  # where it stands inside of a text
@@ -135,7 +137,7 @@ def measured_at(model: nn.Module, tokens: Tokens, sink: int) -> xr.Dataset:
     """The extreme token at position `sink`, text by text.
 
     - `sink_attention`, `sink_rate` (text, layer): mean over heads, and share of sink heads;
-    - `elsewhere` (text, layer): the share if the `ordinary` position is taken for the sink;
+    - `elsewhere` (text, layer): share of the heads that give the `ordinary` position as much;
     - `drain` (text): value norm over the others', mean over the sink heads; NaN if there are none;
     - `residual_peak_ratio` (text, residual_layer), `peak_layer` (text), where it is largest;
     - `written` (text, part, layer): share of the state there that "attention" and "mlp" of a layer
@@ -143,22 +145,22 @@ def measured_at(model: nn.Module, tokens: Tokens, sink: int) -> xr.Dataset:
     - `largest`, `float16_factor`, `int8_steps` (text): the headroom of `report.headroom`;
     - `loss` (text): of the last tokens, in nats.
     """
-    names = ("sink_attention", "value_norm", "residual_norm", "residual_max_abs")
-    result = measure(model, tokens, names, sink=sink)
-    control = measure(model, tokens, ("sink_attention",), sink=SIZES["ordinary"])
+    names = ("sink_attention", "value_norm", "key_importance", "residual_norm", "residual_max_abs")
+    with _logits(model) as logits:
+        result = measure(model, tokens, (*names, "loss"), sink=sink)
+    losses = next_token_losses(logits.pop(), tokens)[:, -SIZES["after"] :].mean(1)
+    control = result.key_importance.isel(position=SIZES["ordinary"])
     has_sink = result.sink_attention > THRESHOLD
     drained = value_drain_ratio(result).where(has_sink).mean(("layer", "head"))
     ratio = residual_peak_ratio(result)
     top = ratio.argmax("residual_layer")
-    with torch.no_grad():
-        losses = next_token_losses(model(tokens).logits, tokens)[:, -SIZES["after"] :].mean(1)
     read = result.assign_coords(token=(("batch", "position"), tokens.cpu().numpy().astype(str)))
     rooms = [headroom(read.isel(batch=[i])) for i in range(len(tokens))]
     found = xr.Dataset(
         {
             "sink_attention": result.sink_attention.mean("head"),
             "sink_rate": sink_rate(result),
-            "elsewhere": sink_rate(control).drop_vars("sink"),
+            "elsewhere": (control > THRESHOLD).mean("head").drop_vars("position", errors="ignore"),
             "drain": drained,
             "residual_peak_ratio": ratio,
             "peak_layer": top,
@@ -170,6 +172,17 @@ def measured_at(model: nn.Module, tokens: Tokens, sink: int) -> xr.Dataset:
     )
     found = found.merge(_written(model, tokens, sink, top))
     return found.drop_vars("sink", errors="ignore").rename(batch="text").transpose("text", ...)
+
+
+@contextmanager
+def _logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that gets the logits of every forward pass inside: no pass only for the loss."""
+    found: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _, __, output: found.append(output.logits))
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def _written(model: nn.Module, tokens: Tokens, sink: int, top: xr.DataArray) -> xr.Dataset:
