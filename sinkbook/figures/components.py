@@ -253,3 +253,30 @@ def kind_map(
     ax.xaxis.set_major_locator(MaxNLocator(min(layers, 15), integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(min(heads, 9), integer=True))
     return ax
+
+
+def sinks_by_beginning(
+    rate: Float[xr.DataArray, "model beginning text layer"], labels: dict[str, str]
+) -> list[Axes]:
+    """A panel a model: which share of a layer's heads have a sink, a curve for each beginning.
+
+    `labels` says each beginning in words. Layers that a model has not are NaN. Lines are medians
+    over texts, bands their range.
+    """
+    colours = dict(zip(labels, (SINK, "black", TRIGGER), strict=True))
+    models = rate.model.values
+    size = (2.8 * len(models), 2.9)
+    _, axes = plt.subplots(1, len(models), figsize=size, sharey=True, layout="constrained")
+    for ax, model in zip(axes, models, strict=True):
+        of_model = rate.sel(model=model).dropna("layer", how="all")
+        of_model = of_model.transpose("beginning", "text", "layer")
+        series = {
+            label: (of_model.sel(beginning=beginning), colours[beginning])
+            for beginning, label in labels.items()
+        }
+        by_layer(series, ax, ylabel="", title=str(model), log=False)
+        ax.get_legend().remove()
+        ax.set_ylim(-0.03, 1.03)
+    axes[0].set_ylabel("share of heads with a sink")
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return list(axes)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Int
@@ -202,8 +203,11 @@ def _written(model: nn.Module, tokens: Tokens, sink: int, top: xr.DataArray) -> 
 def again(record: xr.Dataset, language_model: LanguageModel, *, count: int = 2) -> str:
     """Measure a few texts of `AGAIN` anew, and say how far they are from the record.
 
-    `language_model` is SmolLM2. Raises `SinkbookError` where more than rounding is between them.
+    Another model than SmolLM2 is not measured. Raises `SinkbookError` where more than rounding is
+    between them.
     """
+    if language_model.name != "smollm2-135m":
+        return f"Not measured again: {language_model.name} is another model."
     own = language_model.tokenizer.convert_tokens_to_ids(FAMILIES[AGAIN["model"]].first_token)
     begun = begin(language_model, own, passages(AGAIN["domain"])[:count])
     found = measured_at(language_model.model, *begun[AGAIN["beginning"]])[[*STEADY]]
@@ -212,8 +216,82 @@ def again(record: xr.Dataset, language_model: LanguageModel, *, count: int = 2) 
     return measured.meet(found, kept.isel(there).drop_vars([*AGAIN]))
 
 
-def where_the_sink_is(record: xr.Dataset) -> xr.Dataset:
-    """Each model under the beginning of a whole text in which more of its heads have sinks."""
-    rate = record.sink_rate.mean("layer").mean(("domain", "text"))
-    best = rate.sel(beginning=[*BEGINNINGS[:2]]).idxmax("beginning")
-    return record.sel(beginning=best)
+def each_text(record: xr.Dataset) -> xr.Dataset:
+    """A record with the texts of all domains along one `text`."""
+    together = record.stack(each=("domain", "text"), create_index=False)
+    return together.drop_vars(("domain", "text"), errors="ignore").rename(each="text")
+
+
+def where_the_sink_is(texts_read: xr.Dataset) -> xr.Dataset:
+    """Each model under the beginning of a whole text in which more of its heads have sinks.
+
+    `texts_read` is what `each_text` gives.
+    """
+    rate = texts_read.sink_rate.mean(("layer", "text"))
+    return texts_read.sel(beginning=rate.sel(beginning=[*BEGINNINGS[:2]]).idxmax("beginning"))
+
+
+def peak_written_by(record: xr.Dataset) -> xr.Dataset:
+    """By whom the highest peak is written, over all dimensions of `record` but part and layer.
+
+    `attention` and `mlp`: the largest share of one of that kind; `one_layer`: the largest of one
+    layer's two parts together; `writer` and `writing_layer`: the part with the largest `share`.
+    """
+    parts = record.written.fillna(0.0)
+    of_all = parts.stack(which=("part", "layer"), create_index=False)
+    first = of_all.argmax("which")
+    return xr.Dataset(
+        {
+            "attention": parts.sel(part="attention", drop=True).max("layer"),
+            "mlp": parts.sel(part="mlp", drop=True).max("layer"),
+            "one_layer": parts.sum("part").max("layer"),
+            "share": of_all.max("which"),
+            "writer": (first.dims, of_all.part.values[first.values]),
+            "writing_layer": (first.dims, of_all.layer.values[first.values]),
+        }
+    )
+
+
+PEAKED = 5.0  # a residual ratio from which on there is a peak, and so a writer of it
+
+
+def table(record: xr.Dataset) -> pd.DataFrame:
+    """A row for each model and beginning: means over all texts, and the range of the single ones.
+
+    The writer is that of most texts; none is named where the mean ratio is no peak.
+    """
+    rows = {}
+    for model in record.model.values:
+        for beginning in record.beginning.values:
+            of = each_text(record).sel(model=model, beginning=beginning)
+            ratio = of.residual_peak_ratio.max("residual_layer")
+            rows[model, beginning] = {
+                "heads with a sink": _range(of.sink_rate.mean("layer"), ".0%"),
+                "value drain": _range(of.drain, ".2f"),
+                "highest peak": _range(ratio, ".0f" if ratio.mean() >= PEAKED else ".1f"),
+                "written by": _writer(of) if ratio.mean() >= PEAKED else "–",
+                "loss (nats)": _range(of.loss, ".2f"),
+                "largest entry": _range(of.largest, ",.0f"),
+                "left in float16": _range(of.float16_factor, ".1f"),
+                "int8 steps": _range(of.int8_steps, ".0f"),
+            }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _writer(of_texts: xr.Dataset) -> str:
+    """The part that writes most of the peak in most texts, and its share of it there."""
+    by = peak_written_by(of_texts)
+    words = {"attention": "attention of layer", "mlp": "MLP of layer"}
+    pairs = zip(by.writer.values, by.writing_layer.values, strict=True)
+    named = np.array([f"{words[part]} {layer}" for part, layer in pairs])
+    kinds, counts = np.unique(named, return_counts=True)
+    most = kinds[counts.argmax()]
+    return f"{most} ({by.share.values[named == most].mean():.0%})"
+
+
+def _range(values: xr.DataArray, form: str) -> str:
+    """A mean, and in brackets the smallest and the largest; – if none is known."""
+    known = values.values[np.isfinite(values.values)]
+    if not known.size:
+        return "–"
+    return f"{known.mean():{form}} ({known.min():{form}} to {known.max():{form}})"
