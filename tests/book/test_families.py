@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ import xarray as xr
 
 from sinkbook.book.records import families, kept
 from sinkbook.errors import SinkbookError
+from sinkbook.figures.components import sinks_by_beginning
 from tiny import LETTER_TEXTS, assert_close, letter_reader, losses_of
 
 SMALL = {"texts": 2, "length": 12, "inside": 3, "ordinary": 6, "after": 5}
@@ -139,6 +141,20 @@ def test_a_model_is_looked_at_under_the_beginning_that_gives_it_more_sinks(made)
     best = families.where_the_sink_is(families.each_text(altered))
     assert best.beginning.values.tolist() == ["own token first", "text alone"]
     assert (best.sink_rate.sel(model="other").mean("layer") == 0.3).all()
+
+
+def test_the_figure_has_a_panel_a_model_as_long_as_it_is_deep_and_a_curve_a_beginning(made):
+    labels = {name: name for name in families.BEGINNINGS}
+    panels = sinks_by_beginning(families.each_text(made).sink_attention, labels)
+    assert [ax.get_title(loc="left") or ax.get_title() for ax in panels] == ["SmolLM2", "other"]
+    for ax, depth in zip(panels, (3, 2), strict=True):
+        model = ax.get_title(loc="left") or ax.get_title()
+        for line in ax.lines:
+            of = made.sink_attention.sel(model=model, beginning=line.get_label())
+            expected = of.median(("domain", "text")).values[:depth]
+            assert_close(line.get_ydata(), expected)
+        assert len(ax.lines) == 3
+    plt.close("all")
 
 
 def test_the_record_is_of_the_files_and_sizes_of_today():

@@ -273,7 +273,7 @@ def table(record: xr.Dataset) -> pd.DataFrame:
                 "loss (nats)": _range(of.loss, ".2f"),
                 "largest entry": _range(of.largest, ",.0f"),
                 "left in float16": _range(of.float16_factor, ".1f"),
-                "int8 steps": _range(of.int8_steps, ".0f"),
+                "int8 steps": _range(of.int8_steps, ".1f"),
             }
     return pd.DataFrame.from_dict(rows, orient="index")
 
