@@ -97,7 +97,7 @@ def test_a_record_has_every_family_beginning_domain_and_text(made):
     config = json.loads(made.attrs["config"])
     assert config["other"]["weights"] == "the weights of other" and config["length"] == 12
     shown = families.table(made)
-    assert len(shown) == 6 and shown["loss (nats)"].str.contains("to").all()
+    assert len(shown) == 6 and shown["loss (nats)"].str.contains("–").all()
 
 
 @pytest.mark.parametrize("damage", ["missing", "another"])

@@ -271,8 +271,7 @@ def table(record: xr.Dataset) -> pd.DataFrame:
                 "highest peak": _range(ratio, ".0f" if ratio.mean() >= PEAKED else ".1f"),
                 "written by": _writer(of) if ratio.mean() >= PEAKED else "–",
                 "loss (nats)": _range(of.loss, ".2f"),
-                "largest entry": _range(of.largest, ",.0f"),
-                "left in float16": _range(of.float16_factor, ".1f"),
+                "largest entry (float16: to 65,504)": _range(of.largest, ",.0f"),
                 "int8 steps": _range(of.int8_steps, ".1f"),
             }
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -294,4 +293,4 @@ def _range(values: xr.DataArray, form: str) -> str:
     known = values.values[np.isfinite(values.values)]
     if not known.size:
         return "–"
-    return f"{known.mean():{form}} ({known.min():{form}} to {known.max():{form}})"
+    return f"{known.mean():{form}} ({known.min():{form}}–{known.max():{form}})"
