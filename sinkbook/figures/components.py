@@ -271,7 +271,7 @@ def sinks_by_beginning(
         of_model = rate.sel(model=model).dropna("layer", how="all")
         of_model = of_model.transpose("beginning", "text", "layer")
         series = {
-            label: (of_model.sel(beginning=beginning), colours[beginning])
+            label: (of_model.sel(beginning=beginning).values, colours[beginning])
             for beginning, label in labels.items()
         }
         by_layer(series, ax, ylabel="", title=str(model), log=False)
