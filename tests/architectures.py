@@ -67,6 +67,16 @@ OTHERS: dict[str, dict] = {
     **dict.fromkeys(["rwkv", "solar_open", "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl"], {}),
     **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "glm4_moe_lite", "glm_moe_dsa"], LATENT),
     **dict.fromkeys(["kimi_linear", "longcat_flash", "youtu"], LATENT),
+    # In its second layer, heads of their own number and sizes.
+    "dots3_note_text": LATENT
+    | {
+        "per_layer_config": {
+            1: {
+                **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12},
+                **{"kv_lora_rank": 8, "qk_nope_head_dim": 4},
+            }
+        }
+    },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {
         **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8},

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_token_ids
+from sinkbook.arguments import check_seed, check_token_ids, check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.files import printable
 from sinkbook.probe.attention_maps import attention_maps
@@ -46,6 +46,7 @@ def measure_checkpoint(
 
     Raises `SinkbookError` as the probe does, and for texts that are not longer than `prefix`.
     """
+    check_whole_number("random_queries", random_queries)
     probed = measure(
         model,
         tokens,
@@ -125,6 +126,9 @@ def random_query_logits(
     Source: arXiv 2410.13835, Figure 10.
     """
     check_token_ids("tokens", tokens)
+    check_whole_number("count", count)
+    check_whole_number("prefix", prefix, 1)
+    check_seed(seed)
     if tokens.shape[1] < prefix:
         raise SinkbookError(
             f"texts of {tokens.shape[1]} tokens have no first {prefix}. Give longer texts."

@@ -14,7 +14,13 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_token_ids, whole_number
+from sinkbook.arguments import (
+    check_all,
+    check_token_ids,
+    check_whole_number,
+    names_of,
+    whole_number,
+)
 from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import WAYS, reading, replace, stand_in, zero
 from sinkbook.models.layout import Layer, layers
@@ -126,6 +132,9 @@ def compression(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
     direction in the squared length of all states of the text, with position 0 and without.
     Source: the compression of arXiv 2510.06477, without subtracting the mean.
     """
+    check_token_ids("input_ids", input_ids)
+    if input_ids.shape[1] < 2:
+        raise SinkbookError("texts of one token have nothing beside the sink. Give longer texts.")
     with residual_states(model) as states:
         measure(model, input_ids, ("residual_norm",))
 
@@ -194,9 +203,10 @@ def cut_each(
     as keys that several of them share, everything is.
     """
     check_token_ids("input_ids", input_ids)
-    found = layers(model)
+    found, parts = layers(model), names_of("part", parts, PARTS)
     if cuts is None:
         cuts = range(len(found))
+    check_all("cuts", cuts, int, np.integer)
     cuts = [whole_number("cuts", cut, 0, len(found) - 1) for cut in cuts]
     with kept(model) as outputs:
         whole = symptoms(model, input_ids)
@@ -282,10 +292,10 @@ def in_its_place(
     Position 0 sees only itself: where the texts begin with the same token, they write the same
     there, and "mean" and "shuffled" change nothing. Raises `SinkbookError` for other words.
     """
-    if unknown := [way for way in ways if way not in IN_ITS_PLACE]:
-        raise SinkbookError(
-            f"no way {unknown[0]!r} to take a part away. Known: {', '.join(IN_ITS_PLACE)}."
-        )
+    check_token_ids("input_ids", input_ids)
+    check_whole_number("layer", layer, 0)
+    check_whole_number("position", position, 0, input_ids.shape[1] - 1)
+    ways = names_of("way", ways, IN_ITS_PLACE)
     with kept(model) as outputs, reading(model, part, layer=layer) as runs:
         found = [symptoms(model, input_ids)]
     written = runs[0]

@@ -20,7 +20,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_kind
+from sinkbook.arguments import check_kind, check_token_ids, check_whole_number
 from sinkbook.data import corpora
 from sinkbook.models import token_windows
 from sinkbook.models.interventions import check_ways, reading, replace, stand_in
@@ -85,6 +85,9 @@ def repeated(
     >>> repeated(torch.arange(9)[None], times=2)
     tensor([[0, 1, 2, 3, 4, 1, 2, 3, 4]])
     """
+    check_token_ids("tokens", tokens)
+    check_whole_number("keep", keep, 0, tokens.shape[1] - 1)
+    check_whole_number("times", times, 1)
     length = tokens.shape[1] - keep
     passage = tokens[:, keep : keep + -(-length // times)]
     again = passage.repeat(1, times)[:, :length]

@@ -9,10 +9,12 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_kind, check_token_ids
 from sinkbook.models.interventions import reading
 from sinkbook.models.layout import layers
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.models.trials.heads import heads
+from sinkbook.models.wrappers import check_ids
 from sinkbook.probe.attention_maps import attention_maps
 from sinkbook.probe.measure import measure
 from sinkbook.probe.recorder import write_factor
@@ -55,6 +57,7 @@ def head_scores(
     for one text at a time.
     """
     delimiters = is_delimiter(language_model, tokens)
+    check_token_ids("repeated", repeated)
     offset = len(language_model.prefix)  # what stands before the pair
     stretch = (repeated.shape[1] - offset) // 2
     prose, copies = [], []
@@ -158,6 +161,9 @@ def effective_rank(states: Float[Tensor, "*batch state width"]) -> Float[Tensor,
 
 def is_delimiter(language_model: LanguageModel, tokens: Tokens) -> Bool[Tensor, "text position"]:
     """Which tokens hold no letter and no digit: punctuation, spaces and line breaks."""
+    check_kind("language_model", language_model, LanguageModel)
+    check_token_ids("tokens", tokens)
+    check_ids(language_model, tokens)
     tokens = tokens.cpu()
     ids = tokens.unique()
     texts = language_model.tokenizer.batch_decode(ids[:, None])

@@ -13,7 +13,13 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_token_ids
+from sinkbook.arguments import (
+    check_all,
+    check_seed,
+    check_token_ids,
+    check_whole_number,
+    whole_number,
+)
 from sinkbook.errors import SinkbookError
 from sinkbook.llm.components import Tokens, symptoms
 from sinkbook.models.layout import layers
@@ -73,10 +79,13 @@ def cut_units(
     Over (chosen, count): the `symptoms` without the `count` units whose `share` in `unit_writes`
     is largest ("largest"), and without `count` of the others at random ("random 0" and so on).
     """
-    counts = list(counts)
+    check_all("counts", counts, int, np.integer)
+    counts = [whole_number("counts", count, 1) for count in counts]
+    check_whole_number("draws", draws)
+    check_seed(seed)
     share = unit_writes(model, input_ids, layer=layer).share.mean("batch").values
     order = np.argsort(-share, kind="stable")
-    if not 0 < max(counts) <= len(order) // 2:
+    if not 0 < max(counts, default=0) <= len(order) // 2:
         raise SinkbookError(
             f"the MLP of layer {layer} has {len(order)} units. Cut from 1 to {len(order) // 2}."
         )
@@ -119,6 +128,7 @@ def _without_units(units: Tensor, _projection, inputs: tuple) -> tuple:
 def down_projection(model: nn.Module, input_ids: Tokens, layer: int) -> nn.Module:
     """The linear map that an MLP runs last, if it is as wide as what the MLP writes."""
     check_token_ids("input_ids", input_ids)
+    check_whole_number("layer", layer)
     found = layers(model)
     mlp = found[layer].mlp if 0 <= layer < len(found) else None
     modules = [] if mlp is None else list(mlp.modules())

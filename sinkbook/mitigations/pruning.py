@@ -12,7 +12,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sinkbook.arguments import check_all, check_number, check_whole_number
+from sinkbook.arguments import (
+    check_all,
+    check_kind,
+    check_number,
+    check_token_ids,
+    check_whole_number,
+)
 from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import zero
 from sinkbook.models.losses import token_losses
@@ -121,6 +127,11 @@ def pruning_across_domains(
     `orders` are those of `head_orders` on other texts of each domain. One order more is
     "same, other domain": the first one of the domain that the texts are not from.
     """
+    check_kind("texts", texts, dict)
+    check_kind("orders", orders, dict)
+    for tokens in texts.values():
+        check_token_ids("input_ids", tokens)
+    check_all("orders", [orders.get(domain) for domain in texts], dict)
     if len({len(tokens) for tokens in texts.values()}) > 1:
         counts = ", ".join(f"{len(tokens)} in {domain!r}" for domain, tokens in texts.items())
         raise SinkbookError(f"{counts}. Give equally many texts of both domains.")
@@ -149,6 +160,7 @@ def without_early_or_late(
     - `first_norm`: the residual norm of the first token;
     - `other_peaks`: the share of other tokens whose norm exceeds ten times their median.
     """
+    check_kind("heads", heads, np.ndarray)
     _, per_layer = _all_heads(model)
     early = heads < below * per_layer
     cuts = {"none": heads[:0], "all": heads, "early": heads[early], "late": heads[~early]}

@@ -20,7 +20,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_known, check_token_ids, whole_number
+from sinkbook.arguments import check_kind, check_known, check_token_ids, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.experts import check_by_text, compute_by_text
 from sinkbook.mitigations.matrices import Part, parts
@@ -28,7 +28,14 @@ from sinkbook.models.layout import blocks, of_transformers
 from sinkbook.models.losses import token_losses
 from sinkbook.models.partial_forward import alone_with, put_back, state_into
 from sinkbook.models.trials.maps import uncalled
-from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, uncompiled, unwrapped
+from sinkbook.models.wrappers import (
+    AnyModel,
+    computing_device,
+    evaluating,
+    taking,
+    uncompiled,
+    unwrapped,
+)
 from sinkbook.probe import measure
 from sinkbook.progress import progress
 from sinkbook.toy.runs import Run
@@ -88,6 +95,7 @@ def int8_error(
     >>> int8_error(hidden, first=1).item(), int8_error(hidden, ranges="token").item() < 1e-6
     (1.0, True)
     """
+    check_kind("hidden", hidden, Tensor)
     check_known("ranges", ranges, RANGES)
     if hidden.ndim < 2 or whole_number("first", first) >= hidden.shape[-2]:
         raise SinkbookError(
@@ -160,7 +168,7 @@ def layer_errors(
     input_ids = input_ids.to(computing_device(model))
     for start in range(0, len(input_ids), batch_size):
         rows = slice(start, start + batch_size)
-        with evaluating(model), ExitStack() as hooks:
+        with evaluating(model), taking(model, input_ids), ExitStack() as hooks:
             for layer, block in enumerate(found):
                 hook = partial(read, layer, rows)
                 handle = block.register_forward_pre_hook(hook, with_kwargs=True)
@@ -180,6 +188,7 @@ def largest_and_error(
     `largest` the maximum over texts, of the others the mean.
     Raises `SinkbookError` where the probe or `layer_errors` does.
     """
+    check_token_ids("input_ids", input_ids)
     sizes = [
         measure(model, rows, ["residual_max_abs"]).residual_max_abs
         for rows in input_ids.split(whole_number("batch_size", batch_size, 1))

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinkbook.arguments import check_all, check_whole_number, whole_number
+from sinkbook.arguments import check_all, check_token_ids, check_whole_number, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.rotation import (
     Rotation,
@@ -338,6 +338,7 @@ def streaming_losses(
     - "random": the window and `random` early tokens, drawn for each text from those that no number
       of first tokens includes and that the first window does.
     """
+    check_token_ids("input_ids", input_ids)
     model, (window, _) = unwrapped(model), _checked(window, sinks)
     check_all("sinks", sinks, int)
     random, stride = whole_number("random", random), whole_number("stride", stride, 1)
@@ -389,6 +390,7 @@ def recomputed_losses(
             f"steps of {stride} with a window of {window} would leave tokens out. "
             f"Give a stride of at most {window}."
         )
+    check_token_ids("input_ids", input_ids)
     texts, length = input_ids.shape
     losses = np.full((texts, length - 1), np.nan, dtype=np.float32)
     for end in range(window + stride, length + 1, stride):

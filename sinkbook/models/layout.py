@@ -140,7 +140,10 @@ def layers(model: nn.Module) -> list[Layer]:
     model = unwrapped(model)
     if of_transformers(model):
         config = model.config.get_text_config()
-        return [_found_layer(block, config) for block in blocks(model)]
+        return [
+            _found_layer(block, _of_layer(config, number))
+            for number, block in enumerate(blocks(model))
+        ]
     return [_named_layer(block) for block in blocks(model)]
 
 
@@ -236,6 +239,11 @@ def _lists_of_text(model: nn.Module, depth: int | None) -> dict[str, nn.ModuleLi
     names = [name for name in found if any(_attention(b) for b in found[name])] or list(found)
     names = [name for name in names if configs[name] is of_text] or names
     return {name: found[name] for name in names}
+
+
+def _of_layer(config, number: int):
+    """The configuration of one layer, where it is not one for all: of all, it can't be asked."""
+    return config.per_layer_config[number] if getattr(config, "is_heterogeneous", False) else config
 
 
 def _found_layer(block: nn.Module, config) -> Layer:

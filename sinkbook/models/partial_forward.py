@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import blocks, of_transformers
-from sinkbook.models.wrappers import uncompiled, unwrapped
+from sinkbook.models.wrappers import taking, uncompiled, unwrapped
 
 Output = Tensor | tuple | list  # the states alone, or first of several
 
@@ -107,9 +108,11 @@ def logits_in(model: nn.Module, output: object) -> Float[Tensor, "text position 
 
 def run_on(model: nn.Module, tokens: Int[Tensor, "text position"]) -> object:
     """What a model gives for texts, without a key-value cache."""
+    check_token_ids("tokens", tokens)
     model = unwrapped(model)
     cacheless = "use_cache" in inspect.signature(model.forward).parameters
-    return model(tokens, **({"use_cache": False} if cacheless else {}))
+    with taking(model, tokens):
+        return model(tokens, **({"use_cache": False} if cacheless else {}))
 
 
 def state_of(output: Output) -> Tensor:
@@ -199,6 +202,7 @@ def can_resume(model: nn.Module, tokens: Int[Tensor, "text position"]) -> bool:
     Tried on the beginning of one text, from the middle of the model and from its last layer. The
     answer is no where layers share keys and values, for example.
     """
+    check_token_ids("tokens", tokens)
     tokens = tokens[:1, :8]
     with kept(model) as outputs:
         whole = answer_in(run_on(model, tokens))

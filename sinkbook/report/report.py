@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sinkbook import files, provenance
-from sinkbook.arguments import check_whole_number
+from sinkbook.arguments import check_token_ids, check_whole_number
 from sinkbook.data import corpora
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.figures import style
@@ -106,6 +106,7 @@ def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows
     and `token` (batch, position), the tokens as text. Raises NotFiniteError as `measure` does, and
     where the losses of the first window are no numbers: then what reads the last layer is damaged.
     """
+    check_token_ids("tokens", tokens)
     present = [name for name in NORMS if _has(language_model, tokens[:1, :2], name)]
     measure(language_model.model, tokens[:1], ("loss",))  # refused if the output head is damaged
     results = []

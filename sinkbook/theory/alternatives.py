@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.models.losses import next_token_loss
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.toy.attention import KERNELS, relu_weights, scores_and_mask
@@ -64,6 +65,7 @@ def value_gradients(
     model: Transformer, task: Task, texts: Int[Tensor, "text position"]
 ) -> Float64[np.ndarray, "layer input"]:
     """Norm of the gradient of the mean loss with respect to each value state, mean over texts."""
+    check_token_ids("texts", texts)
     kept: list[Tensor] = []
     hooks = [
         block.attention.wv.register_forward_hook(lambda _m, _i, value: kept.append(value))
@@ -85,6 +87,7 @@ def variance_by_position(
     config: TransformerConfig, tokens: Int[Tensor, "text position"], seed: int
 ) -> Float64[np.ndarray, " position"]:
     """Mean square of what the first layer's head writes, at each position, before any training."""
+    check_token_ids("tokens", tokens)
     torch.manual_seed(seed)
     model = Transformer(config)
     with torch.no_grad():
@@ -243,6 +246,7 @@ def attention_on(
 ) -> list[float]:
     """Mean attention in the first layer on each of these positions, from tokens that are no
     triggers and come after all of them."""
+    check_token_ids("tokens", tokens)
     weights = attention_weights(model, tokens, layer=0)[:, 0]
     queries = ~task.at_triggers(tokens)
     queries[:, : max(keys) + 1] = False

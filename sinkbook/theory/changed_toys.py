@@ -18,6 +18,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.theory.alternatives import changed_training
 from sinkbook.toy.attention import scores_and_mask
 from sinkbook.toy.runs import TrainingConfig
@@ -151,6 +152,7 @@ def watched(model: Transformer, made: Task, tokens: Int[Tensor, "text position"]
       `residual_visit`, which begins before the first visit.
     - `excess_risk`, `backcopy_excess`, `bigram_excess`: nats; the first is the mean over positions.
     """
+    check_token_ids("tokens", tokens)
     with _watching(model) as (seen, states):
         risks = made.risks(model(tokens), tokens)
     triggers = made.at_triggers(tokens)

@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_loss
@@ -102,6 +103,7 @@ def construction_excess(
     task: Task, tokens: Int[Tensor, "batch position"], logit: float, value: float
 ) -> tuple[float, float]:
     """The construction's excess backcopy and bigram risks on these texts, in nats."""
+    check_token_ids("tokens", tokens)
     with torch.no_grad():
         risks = task.risks(construction(task, logit, value).double()(tokens), tokens)
     return risks.backcopy_excess.item(), risks.bigram_excess.item()
@@ -115,6 +117,7 @@ def expected_excess(
     A copy competes with V - 1 other tokens at a distance of ξ: (V - 1)·e^-ξ. What leaks past the
     sink misleads by half of its variance under the bigram row: ½·e^-2α·mean Var_p(W).
     """
+    check_token_ids("tokens", tokens)
     states = F.one_hot(tokens, task.vocab_size).double()
     states[:, 0] = 0.0
     others = value * states.cumsum(dim=1)
@@ -136,6 +139,7 @@ def risks_beside_law(
     `sink_logit` (α) and `length` (ξ, of the values) are broadcast against each other. Variables:
     `backcopy`, `bigram`, `backcopy_law` and `bigram_law`.
     """
+    check_token_ids("tokens", tokens)
     points = list(zip(*np.atleast_1d(*np.broadcast_arrays(sink_logit, length)), strict=True))
     measured = np.array([construction_excess(task, tokens, *map(float, p)) for p in points]).T
     law = np.array([expected_excess(task, tokens, *map(float, p)) for p in points]).T

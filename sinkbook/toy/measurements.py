@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.models.interventions import zero
 from sinkbook.models.token_labels import token_label
 from sinkbook.probe.attention_maps import attention_logits, attention_weights
@@ -35,6 +36,7 @@ def measure_toy(model: Transformer, task: Task, tokens: Int[Tensor, "text positi
     - `residual_norm`, `other_residual_norm`: of the sink token; median over other tokens.
     - `residual_peak_height`: norm at the sink token minus the mean over other tokens.
     """
+    check_token_ids("tokens", tokens)
     with torch.no_grad():
         risks = task.risks(model(tokens), tokens)
     probed = measure(
@@ -81,6 +83,7 @@ def measure_writers(
 
     NaN where a layer has no such part. Norms are means over texts.
     """
+    check_token_ids("tokens", tokens)
     written: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for i, block in enumerate(model.layers):
@@ -172,6 +175,7 @@ def measure_with_sink_logit(
 ) -> xr.Dataset:
     """`measure_toy`, and `sink_logit`: the mean of `sink_logit_by_token` over the characters that
     are no triggers."""
+    check_token_ids("tokens", tokens)
     characters = torch.arange(task.config.characters)
     ordinary = characters[~task.at_triggers(characters)].numpy()
     measured = measure_toy(model, task, tokens)

@@ -2,11 +2,13 @@
 
 The reference runs each architecture's eager attention, in float64 where it can be watched, and
 applies the definitions to the matrices. Which architecture takes which route is compared with
-`book/architectures.json`, which the book shows; `REFRESH` writes that file anew.
+`book/architectures.json`, which the book shows; `REFRESH` writes that file anew. The list is of the
+release of transformers that is pinned: what another one does otherwise is told, and not judged.
 """
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -47,6 +49,7 @@ ROUTES = ("fused", "chunked", "eager")
 LIST = Path(__file__).resolve().parents[2] / "book" / "architectures.json"
 LISTED = json.loads(LIST.read_text(encoding="utf-8"))
 REFRESH = "SINKBOOK_ARCHITECTURES=1 pytest -n0 tests/probe/test_architectures.py"
+PINNED = LISTED["transformers"] == transformers.__version__
 WRITING = os.environ.get("SINKBOOK_ARCHITECTURES") == "1"
 LENGTH = 20
 PADDINGS = {
@@ -69,16 +72,20 @@ VARIABLES = (
 @pytest.fixture(scope="module")
 def listed() -> Iterator[Callable[..., None]]:
     """Checks that the book lists what was found of an architecture; keeps it for `REFRESH`."""
-    found = {"transformers": transformers.__version__}
+    found, differing = {"transformers": transformers.__version__}, []
 
     def check(route: str, kind: str, says: str | None = None) -> None:
         found.setdefault(route, {})[kind] = says
-        if not WRITING:
-            known = LISTED[route]
-            same = kind in known and (says is None or says == known[kind])
-            assert same, f"{LIST.name} is out of date: {REFRESH}"
+        known = LISTED[route]
+        same = kind in known and (says is None or says == known[kind])
+        assert same or WRITING or not PINNED, f"{LIST.name} is out of date: {REFRESH}"
+        if not same:
+            differing.append(f"{kind} is {route}")
 
     yield check
+    if differing and not WRITING:
+        versions = f"{LIST.name} is of transformers {LISTED['transformers']}; in this one, "
+        warnings.warn(f"{versions}{transformers.__version__}: {', '.join(differing)}", stacklevel=1)
     if WRITING:
         for route in ROUTES:
             found[route] = sorted(found[route])
@@ -86,11 +93,12 @@ def listed() -> Iterator[Callable[..., None]]:
 
 
 @pytest.mark.skipif(WRITING, reason="the list is being written")
-def test_the_list_in_the_book_is_of_this_transformers_and_names_nothing_untested():
+def test_the_list_in_the_book_is_of_the_pinned_transformers_and_names_nothing_untested():
     kinds = {kind for route in (*ROUTES, "partly", "refused") for kind in LISTED[route]}
     classes = {kind for kind in kinds if "For" in kind}
     assert kinds - classes == {*ARCHITECTURES, *OTHERS}, REFRESH
-    assert LISTED["transformers"] == transformers.__version__, REFRESH
+    pinned = (LIST.parents[1] / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"transformers=={LISTED['transformers']}" in pinned, REFRESH
 
 
 @cache
@@ -138,6 +146,17 @@ def test_what_a_model_computes_is_not_changed_by_measuring_it(kind):
         np.testing.assert_allclose(
             measured.sel(residual_layer=number), expected, rtol=1e-4, atol=1e-5
         )
+
+
+def test_layers_of_unlike_sizes_are_read_each_by_its_own_configuration():
+    model, ids = tiny_with("dots3_note_text"), token_ids()
+    assert [(layer.heads, layer.value_heads) for layer in layers(model)] == [(4, 4), (2, 2)]
+    measured = measure(model, ids, VARIABLES)
+    real = torch.ones_like(ids).bool()
+    agree(measured, eager(model, input_ids=ids), model, real, tolerance=1e-5)
+    with zero(model, "head", layer=1, head=1):
+        norms = measure(model, ids, ("head_output_norm",)).head_output_norm.isel(layer=1)
+    assert (norms[:, 1] == 0).all() and (norms[:, 0] > 0).all()
 
 
 def test_layers_that_choose_blocks_of_keys_are_refused():
