@@ -257,6 +257,16 @@ TABLE = {
             "load_record(record(dataset={'facts': ('training', ['[', 'x'])}, name='one-layer'))",
             "one-layer.nc",
         ),
+        ("load_record(record(versions=None))", "optimizers.nc"),
+        ("load_record(record(versions=''))", "optimizers.nc"),
+        ("load_record(record(versions='[]'))", "optimizers.nc"),
+        ("load_record(record(versions='{}'))", "optimizers.nc"),
+        ("load_record(record(versions='{\"torch\": 2}'))", "optimizers.nc"),
+        ("load_record(record(versions=5))", "optimizers.nc"),
+        ("load_record(record(seconds='long'))", "optimizers.nc"),
+        ("load_record(record(seconds=-1.0))", "optimizers.nc"),
+        ("load_record(record(date=5))", "optimizers.nc"),
+        ("load_record(record(device=5))", "optimizers.nc"),
         ("weights_of(b'')", "one-layer.safetensors"),
         ("weights_of(b'nonsense')", "one-layer.safetensors"),
         ("weights_of(b'\\x02' + bytes(7) + b'{}')", "one-layer.safetensors"),
@@ -584,12 +594,19 @@ def of_the_book(places: Places) -> dict:
         os.environ["SINKBOOK_CACHE"] = str(folder / "cache")
         return folder
 
-    def record(content=None, share=None, dataset=..., name="optimizers") -> str:
+    def record(content=None, share=None, dataset=..., name="optimizers", **facts) -> str:
         if share is not None:
             content = (root / "book" / "records" / f"{name}.nc").read_bytes()
             content = content[: int(share * len(content))]
         path = put(here() / "book" / "records" / f"{name}.nc", content or b"")
-        if dataset is not ...:
+        if facts:
+            found = xr.load_dataset(root / "book" / "records" / f"{name}.nc", engine="h5netcdf")
+            kept = {
+                fact: value for fact, value in (found.attrs | facts).items() if value is not None
+            }
+            found.attrs = kept
+            found.to_netcdf(path, engine="h5netcdf")
+        elif dataset is not ...:
             xr.Dataset(dataset).to_netcdf(path, engine="h5netcdf")
         return name
 

@@ -5,6 +5,7 @@ seeds, versions, devices, dates, seconds and the command that makes it again. `s
 writes it, and nobody edits it. The page that shows it says so.
 """
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -93,14 +94,22 @@ def whole_file(name: str) -> xr.Dataset:
         raise SinkbookError(f"the record {name!r} is not there. Make it: sinkbook record {name}")
     with reading(path, f"{FROM_A_CLONE}, or make it again: sinkbook record {name}", named=True):
         found = xr.load_dataset(path, engine="h5netcdf")
-        check_number("seconds", float(found.attrs["seconds"]), 0)
-        for fact in ("date", "device", "command"):
-            check_kind(fact, found.attrs[fact], str)
+        check_facts(found.attrs)
         if name in paper_scale.GROUPS:
             paper_scale.finished(found)
         if name == long_levers.NAME:
             long_levers.trainings(found)
     return found.rename({old: new for old, new in RENAMED.items() if old in found})
+
+
+def check_facts(attrs: dict) -> None:
+    """Refuse attributes that do not say how, when and with what something was made."""
+    check_number("seconds", float(attrs["seconds"]), 0)
+    for fact in ("date", "device", "command"):
+        check_kind(fact, attrs[fact], str)
+    made_with = json.loads(attrs["versions"])
+    check_kind("versions", made_with, dict)
+    check_kind("the version of torch", made_with["torch"], str)
 
 
 def write_packed(path: Path, record: xr.Dataset) -> None:

@@ -25,7 +25,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from sinkbook.book.records.kept import FROM_A_CLONE, write_packed
+from sinkbook.book.records.kept import FROM_A_CLONE, check_facts, write_packed
 from sinkbook.book.settings import KEEP
 from sinkbook.errors import SinkbookError
 from sinkbook.files import reading
@@ -70,6 +70,7 @@ def kept(
             return measure(*arguments, **keywords)
         with reading(path, f"{FROM_A_CLONE}.", named=True):
             found = xr.load_dataset(path, engine="h5netcdf")
+            check_facts(found.attrs)
             call.facts = {fact: found.attrs.pop(fact) for fact in FACTS}
         return found[name].rename(None) if set(found.data_vars) == {name} else found
 
