@@ -380,7 +380,7 @@ def main() -> None:
     """Entry point: an expected failure is one message on stderr and exit status 1."""
     with terminal.speaking():
         try:
-            app()
+            app(terminal.words())
         except SinkbookError as error:
             terminal.say(terminal.with_options(str(error), _options()))
             raise SystemExit(1) from None

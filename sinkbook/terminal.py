@@ -14,10 +14,30 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from sinkbook.errors import SinkbookError
 from sinkbook.files import NO_ROOM, NOTICES, printable, reason_of
 
 # What the system answers where stdout takes no more; such an answer names no file.
 REFUSED = {*NO_ROOM, errno.EIO, errno.EPIPE, errno.ENXIO}
+
+
+def words() -> list[str]:
+    """What the command was given.
+
+    Raises `SinkbookError` where there should be something and is nothing, as in the place of a
+    shell's variable that is not set: a path without a letter is the folder that one is in.
+    """
+    given = sys.argv[1:]
+    for number, word in enumerate(given):
+        option = word.removesuffix("=") if word.startswith("--") and word.endswith("=") else ""
+        if not word.strip() or option:
+            before = option or next(iter(given[number - 1 : number]), "")
+            after = f" after {before}" if before else ""
+            raise SinkbookError(
+                f"an argument{after} is empty. Write it, or leave it out; if a variable of your "
+                "shell stands there, it is not set."
+            )
+    return given
 
 
 @contextmanager

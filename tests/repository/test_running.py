@@ -51,7 +51,7 @@ def test_a_chapter_keeps_its_runs_where_the_command_line_does(
 
 
 def test_what_a_terminal_cannot_show_is_spelt_out():
-    code = "import sinkbook.cli as cli; cli.app = lambda: print('≥ è'); cli.main()"
+    code = "import sinkbook.cli as cli; cli.app = lambda _: print('≥ è'); cli.main()"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.returncode == 0 and done.stdout == b"\\u2265 \\xe8\n"
