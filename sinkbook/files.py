@@ -205,7 +205,7 @@ def replacing(folder: Path, names: Sequence[str], *, otherwise: str) -> Iterator
     away before and put there last. Raises `SinkbookError` as `write` does.
     """
     with _refused(folder, otherwise):
-        folder = folder.resolve()
+        folder = Path(os.path.realpath(folder))  # `resolve` raises otherwise for links in a circle
         recover_folder(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / names[-1]):

@@ -85,7 +85,7 @@ def workplace(profile: str, output: Path | None = None) -> Workplace:
             f"no book here: neither {Path.cwd()} nor a folder above it has a _toc.yml and a "
             "book/claims.yml. Change to a copy of the repository and run it there."
         )
-    return Workplace(root, (output or root / "build").resolve(), check_profile(profile))
+    return Workplace(root, Path(os.path.realpath(output or root / "build")), check_profile(profile))
 
 
 # ---------------------------------------------------------------------------------------------

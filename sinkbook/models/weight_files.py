@@ -95,23 +95,24 @@ def check_downloaded(paths: Iterable[Path]) -> None:
     for path in paths:
         if not path.exists():
             raise SinkbookError(f"{str(path)!r} is a link to a file that is not there.")
-        if path.is_file():
-            with path.open("rb") as file:
-                start = file.read(200)
-            if not start and path.suffix != ".txt":
-                raise SinkbookError(f"{str(path)!r} is empty. Download it again.")
-            if start.lstrip().lower().startswith(_PAGES):
-                raise SinkbookError(
-                    f"{str(path)!r} is a web page. Download it again, from a link to the file."
-                )
-            for mark, what in _POINTERS.items():
-                if mark in start[: len(mark) + 40]:
-                    raise SinkbookError(f"{str(path)!r} is not downloaded, it is {what}")
-            if path.suffix in (".safetensors", ".gguf") and start.startswith(_PICKLED):
-                raise SinkbookError(
-                    f"{str(path)!r} is a pickle under another name, which can run any code. "
-                    f"{NO_PICKLES}"
-                )
+        if not path.is_file():  # a pipe would be waited for, a folder passed over
+            raise SinkbookError(f"{str(path)!r} is no file. Put the model's own in its place.")
+        with path.open("rb") as file:
+            start = file.read(200)
+        if not start and path.suffix != ".txt":
+            raise SinkbookError(f"{str(path)!r} is empty. Download it again.")
+        if start.lstrip().lower().startswith(_PAGES):
+            raise SinkbookError(
+                f"{str(path)!r} is a web page. Download it again, from a link to the file."
+            )
+        for mark, what in _POINTERS.items():
+            if mark in start[: len(mark) + 40]:
+                raise SinkbookError(f"{str(path)!r} is not downloaded, it is {what}")
+        if path.suffix in (".safetensors", ".gguf") and start.startswith(_PICKLED):
+            raise SinkbookError(
+                f"{str(path)!r} is a pickle under another name, which can run any code. "
+                f"{NO_PICKLES}"
+            )
 
 
 def _weight_names(here: str, folder: Path) -> list[str]:

@@ -25,7 +25,10 @@ TABLE = {
         ("load(file('config.json', '[' * 100_000))", "config.json"),
         ("load(file('config.json', '<html>'))", "is a web page"),
         ("load(without('config.json'))", "has no config.json"),
-        ("load(folder_at('config.json'))", "config.json"),
+        ("load(folder_at('config.json'))", "config.json' is no file"),
+        ("load(pipe_at('config.json'))", "config.json' is no file"),
+        ("load(link('config.json', '/dev/zero'))", "config.json' is no file"),
+        ("load(link('config.json', 'config.json'))", "has no config.json"),
         ("load(config(model_type='nonsense'))", "nonsense"),
         ("load(config(model_type=None))", "model"),
         ("load(config(model_type=5))", "model"),
@@ -94,7 +97,8 @@ TABLE = {
         ("load(cut('model.safetensors', 0.0001))", "weights"),
         ("load(cut('model.safetensors', 0.5))", "weights"),
         ("load(cut('model.safetensors', 0.999))", "weights"),
-        ("load(folder_at('model.safetensors'))", "model"),
+        ("load(folder_at('model.safetensors'))", "model.safetensors' is no file"),
+        ("load(pipe_at('model.safetensors'))", "model.safetensors' is no file"),
         ("load(link('model.safetensors', 'nowhere'))", "missing, such as model.safetensors"),
         ("load(link('model.safetensors', 'model.safetensors'))", "weights"),
         ("load(tensors(lambda name, values: None if 'mlp' in name else values))", "incomplete"),
@@ -139,6 +143,11 @@ TABLE = {
     ],
     "a model's tokenizer": [
         ("load(without('tokenizer.json'))", "no tokenizer files"),
+        ("load(folder_at('tokenizer.json'))", "tokenizer.json' is no file"),
+        ("load(folder_at('tokenizer_config.json'))", "tokenizer_config.json' is no file"),
+        ("load(pipe_at('tokenizer.json'))", "tokenizer.json' is no file"),
+        ("load(link('tokenizer.json', '/dev/null'))", "tokenizer.json' is no file"),
+        ("load(link('tokenizer.json', 'tokenizer.json'))", "is a link to a file"),
         ("load(file('tokenizer.json', ''))", "is empty"),
         ("load(file('tokenizer.json', '['))", "tokenizer"),
         ("load(file('tokenizer.json', '[]'))", "tokenizer"),
@@ -351,6 +360,8 @@ TABLE = {
         ("write_report(written('x'))", "Not a directory"),
         ("write_report(written('x') / 'report')", "Not a directory"),
         ("write_report(Path('x' * 300))", "cannot write"),
+        ("write_report(circle())", "cannot write"),
+        ("read_document(circle())", "symbolic links"),
         ("write_report(Path('a\\0b'))", "cannot write"),
         ("write_page(Path('.'))", "is a folder"),
         ("write_page(written('x'))", "is there already"),
@@ -492,6 +503,11 @@ def of_models(places: Places) -> dict:
     def folder_at(name) -> Path:
         without_it = without(name)
         (without_it / name).mkdir()
+        return without_it
+
+    def pipe_at(name) -> Path:
+        without_it = without(name)
+        os.mkfifo(without_it / name)
         return without_it
 
     def link(name, to) -> Path:
@@ -696,6 +712,10 @@ def of_places(places: Places) -> dict:
 
     def written(content) -> Path:
         return put(places.new() / "document.txt", content)
+
+    def circle() -> Path:
+        (path := places.new() / "circle").symlink_to("circle")
+        return path
 
     def write_report(folder):
         report.write(result, folder)
