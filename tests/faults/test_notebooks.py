@@ -190,6 +190,17 @@ def test_a_chapter_that_ends_before_its_end_is_not_kept(repository, sinkbook, st
     assert not repository.executed("01_short").exists()
 
 
+def test_the_cause_is_the_last_line_with_words_and_not_what_underlines_it(
+    repository, sinkbook, monkeypatch, tmp_path
+):
+    said = "print('noise'); print('nothing is as it was'); print('-' * 70); print()"
+    (tmp_path / "papermill.py").write_text(f"{said}; raise SystemExit(2)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    repository.chapter("01_good", "print(seed)")
+    status, _, stderr = sinkbook("run", "01")
+    assert status == 1 and "01_good could not be run: nothing is as it was\n" in stderr
+
+
 QUIET = {
     "a notice of the store": "from sinkbook.files import NOTICES\nNOTICES.warning('damaged')",
     "a library's log": "import logging\nlogging.getLogger('matplotlib').warning('font cache')",

@@ -29,6 +29,7 @@ from sinkbook.book.records.kept import (
     IN_ANOTHER_COPY,
     NAMES,
     WITH_WEIGHTS,
+    about,
     is_finished,
     load,
     path_of,
@@ -248,7 +249,9 @@ def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
         _keep_weights(name, weights)
     path = _write(name, paper_scale.together(groups, finished)) if finished else path_of(name)
     if time_is_up is not None:
-        raise time_is_up
+        raise TimeIsUpError(
+            f"the time is up. {about(name)}. Go on with: sinkbook record {name}"
+        ) from time_is_up
     return path
 
 
