@@ -168,12 +168,11 @@ def sink_training(settings: Settings, optimizer: str) -> dict:
     They start at 4, where `<s>` has half of the attention, and the laws of the theory begin. By the
     law for Adam only steps times learning rate counts in the end: `quick` has that of `paper`.
     """
-    quick = settings.quick
     return {
         "value": 5.0,
         "start": 4.0,
-        "learning_rate": {"sgd": 40.0, "adam": 0.2 if quick else 0.03}[optimizer],
-        "steps": 1_500 if quick else 10_000,
+        "learning_rate": {"sgd": 40.0, "adam": 0.2 if settings.quick else 0.03}[optimizer],
+        "steps": 1_500 if settings.quick else 10_000,
         "batch_size": sizes(settings).batch_size,
     }
 
@@ -266,6 +265,11 @@ def three_layers(settings: Settings) -> list[TrainingConfig]:
         measurements=40,
     )
     return seeds_of(config, 2 if quick else size.seeds)
+
+
+def kept_seeds(settings: Settings, configs: list[TrainingConfig]) -> list[TrainingConfig]:
+    """The first of `configs` from ten seeds in `quick`, the same whatever the settings' seed is."""
+    return seeds_of(replace(configs[0], seed=42), 10 if settings.quick else sizes(settings).seeds)
 
 
 def variation(settings: Settings, *, layers: int = 1, **changes) -> list[TrainingConfig]:
@@ -387,10 +391,8 @@ def pretrainings() -> dict[str, list["PretrainingConfig"]]:
     from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 
     base = PretrainingConfig()
-    found = {"as it is": seeds_of(base, 3)}
-    for name, changes in PRETRAINING_CONTROLS.items():
-        found[name] = [replace(base, **changes)]
-    return found
+    controls = {name: [replace(base, **c)] for name, c in PRETRAINING_CONTROLS.items()}
+    return {"as it is": seeds_of(base, 3)} | controls
 
 
 def train_groups(groups: dict[Name, list[TrainingConfig]]) -> dict[Name, list[Run]]:

@@ -175,3 +175,12 @@ def test_controls_of_the_pretraining_are_trained_as_long_and_differ_in_what_they
     base = groups["as it is"][0]
     for name, changes in experiments.PRETRAINING_CONTROLS.items():
         assert groups[name] == [dataclasses.replace(base, **changes)]
+
+
+def test_the_seeds_that_are_kept_do_not_go_with_the_seed_of_the_settings():
+    kept = [
+        experiments.kept_seeds(settings, experiments.three_layers(settings))
+        for settings in (Settings("quick"), Settings("quick", seed=7))
+    ]
+    assert kept[0] == kept[1]
+    assert [config.seed for config in kept[0]] == list(range(42, 52))

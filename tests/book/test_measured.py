@@ -8,6 +8,7 @@ from torch import nn
 
 from sinkbook.book.records import measured
 from sinkbook.errors import SinkbookError
+from sinkbook.toy.runs import TrainingConfig
 
 
 @pytest.fixture
@@ -101,6 +102,14 @@ def test_rounding_of_computed_columns_makes_no_other_call(repository, sums, monk
         measured.kept("sums", measure)(*arguments(), table=pd.DataFrame({"gap": [gap]}))
         monkeypatch.delenv(measured.KEEP, raising=False)
     assert len(made) == 1
+
+
+def test_a_training_is_told_apart_by_its_configuration(repository, sums, monkeypatch):
+    measure, made = sums
+    for seed in (0, 0, 1):
+        measured.kept("sums", measure)(*arguments(), table=[TrainingConfig(seed=seed)])
+        monkeypatch.delenv(measured.KEEP, raising=False)
+    assert len(made) == 2
 
 
 def test_nothing_is_kept_or_read_outside_of_the_repository(sums, monkeypatch):

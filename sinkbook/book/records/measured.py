@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -124,12 +125,14 @@ def _describe(value: object, digest) -> None:
                 _describe(each, digest)
         case np.generic():
             _describe(value.item(), digest)
+        case _ if is_dataclass(value):  # the configuration of a training
+            _describe(asdict(value), digest)
         case str() | int() | float() | None | slice() | range():
             digest.update(f"{value!r}\0".encode())
         case _:
             raise SinkbookError(
                 f"a {type(value).__name__} is no argument by which a measurement can be kept. "
-                "Give texts, numbers, names, tables and models."
+                "Give texts, numbers, names, tables, configurations and models."
             )
 
 
