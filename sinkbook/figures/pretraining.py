@@ -145,7 +145,8 @@ def key_logits(
     )
     for number, box in enumerate(boxes["boxes"]):
         box.set(facecolor=SINK if number == 0 else OTHER, alpha=0.6, lw=0.8)
-    shown = [token_label(label.strip(" ") or " ") for label in labels]
+    # The sign for a blank lies so low that it looks cut off under an axis.
+    shown = [token_label(label.strip(" ") or "space") for label in labels]
     ax.set_xticks(range(1, len(labels) + 1), shown, fontfamily="monospace")
     ax.set(xlabel="key", ylabel="attention logit", title=title)
     return ax
