@@ -56,6 +56,7 @@ class Claim:
     over: str = "seeds"  # what there is one number of: seeds, or texts
     sensitive: bool = False  # the verdict is known to depend on the machine: a debt
     decided_by: str = "live"  # by what the chapter trains or reads, or by a "record"
+    record: str = ""  # its name, where the claim may still wait for trainings of it
     whose: str = "paper"  # claim it is: a refutation of "ours" or of a "rival" is a result
     undecided: str = ""  # what would decide it, where our size cannot: a debt as well
     said_of: str = ""  # the pretrained model that it was measured on, where ours is another
@@ -168,6 +169,7 @@ class Verdict:
             "mixed": f"mixed ({of_all})",
             "contradicts": f"contradicts {whose}",
             "undecided": f"undecided at this size ({of_all})",
+            "not measured": "not measured yet",
         }.get(self.verdict, self.verdict)
 
     def row(self) -> dict:
@@ -198,19 +200,10 @@ class Verdict:
         """What a reader sees, label by label."""
         shown = {
             "paper": claim_cards.number(self.claim.paper, self.claim.unit),
-            "measured": self._summary(),
+            "measured": claim_cards.spread(self.measured, self.claim.unit, self.claim.over),
             "rule": self._rule_in_words(),
         }
         return {label: text for label, text in shown.items() if text}
-
-    def _summary(self) -> str:
-        if not self.measured:
-            return "–"
-        low, high = map(claim_cards.number, (min(self.measured), max(self.measured)))
-        mean = claim_cards.number(float(np.mean(self.measured)), self.claim.unit)
-        if len(self.measured) == 1:
-            return f"{mean} (one value)"
-        return f"{mean} ({len(self.measured)} {self.claim.over}: {low} to {high})"
 
     def _rule_in_words(self) -> str:
         count = len(self.measured)
@@ -227,6 +220,8 @@ class Verdict:
         undecided = self.verdict == "undecided"
         of_record = ("decided by a record", "left open by its record")[undecided]
         decided = of_record if claim.decided_by == "record" else "shown live"
+        if claim.record and not self.measured:
+            decided = f"waits for the record {claim.record}"
         would = f"What would decide it: {claim.undecided}" * undecided
         said_of = f"The claim is about {claim.said_of}." if claim.said_of else ""
         why = claim.fails * (self.holds is False)  # where it holds, there is nothing to explain

@@ -192,3 +192,19 @@ def number(value: int | float | str | None, unit: str = "") -> str:
     if isinstance(value, float):
         value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value} {unit}".rstrip()
+
+
+def spread(values: Sequence[float], unit: str, over: str) -> str:
+    """What was measured: mean, how many there are of what, and range; of an interval its ends.
+
+    >>> spread([1.0, 3.0], "nats", "seeds"), spread([-0.5, 0.25], "", "ends of the interval")
+    ('2 nats (2 seeds: 1 to 3)', '-0.5 to 0.25 (ends of the interval)')
+    """
+    if not values:
+        return "–"
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    if len(values) == 1:
+        return f"{number(mean, unit)} (one value)"
+    if len(values) == 2 and over.startswith("ends of "):
+        return f"{number(low)} to {number(high, unit)} ({over})"
+    return f"{number(mean, unit)} ({len(values)} {over}: {number(low)} to {number(high)})"

@@ -236,3 +236,18 @@ def test_a_chapter_or_a_verdict_that_is_not_there_is_answered_with_those_that_ar
 ):
     status, shown, errors = sinkbook("claims", option, value)
     assert status == 1 and shown == "" and complaint in errors
+
+
+def test_a_card_without_numbers_names_the_record_that_it_waits_for(ledger):
+    ledger(ENTRY + "  decided_by: record\n  record: sums\n")
+    (waiting,) = claims.verdicts()
+    assert "<strong>not measured yet</strong>" in waiting._html()
+    assert "claim, waits for the record sums" in waiting._html()
+    there = claims.judge("sum", [2.0], profile="quick")._html()
+    assert "claim, decided by a record" in there and "waits" not in there
+
+
+def test_an_interval_is_shown_by_its_ends_and_not_by_a_mean_of_them(ledger):
+    ledger(ENTRY + "  over: ends of the 95 % interval\n")
+    shown = str(claims.judge("sum", [2.0, 5.0], profile="quick"))
+    assert "measured 2 to 5 nats (ends of the 95 % interval)" in shown and "3.5" not in shown
