@@ -112,7 +112,7 @@ def _draw_changes(found: pd.DataFrame, labels: Sequence[str], ax: Axes) -> None:
     named = ["in its active kind of text", "in its dormant kind"]
     ax.legend(handles, named, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     ax.set_yticks(places, labels, fontsize=8)
-    ax.set_xscale("symlog", linthresh=MOST_RISE, linscale=0.6)
+    ax.set_xscale("symlog", linthresh=MOST_RISE, linscale=0.9)
     ticks = [-1, -0.1, -0.01, 0, 0.01, 0.1, 1]
     limits = ax.get_xlim()
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
