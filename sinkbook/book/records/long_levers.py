@@ -20,7 +20,7 @@ from sinkbook.toy.training import TimeIsUpError
 # What only makes the record imports transformers, which takes seconds: chapters read it.
 
 NAME = "small-llama-long-levers"
-REFERENCE, LONGER = "as it is", "weight decay 0.5"
+REFERENCE, LONGER, SLOWER = "as it is", "weight decay 0.5", "learning rate / 3"
 
 # The seeds of each lever of `small_llama.LEVERS`, in order of need. Three of the longer
 # pretraining's own are the yardstick of chance; the one that the record `small-llama` has on other
@@ -28,7 +28,7 @@ REFERENCE, LONGER = "as it is", "weight decay 0.5"
 SEEDS: dict[str, tuple[int, ...]] = {
     REFERENCE: (0,),
     LONGER: (1, 2, 0),
-    "learning rate / 3": (0,),
+    SLOWER: (0,),
     "weight decay 0": (0,),
     "packed": (0,),
     "2 layers": (0,),
@@ -131,7 +131,7 @@ def decided(ends: xr.Dataset) -> dict[str, list[float]]:
         "levers.reference": sinks[REFERENCE].tolist(),
         "levers.weight-decay": over.get(LONGER),
         "levers.no-weight-decay": over.get("weight decay 0"),
-        "levers.learning-rate": over.get("learning rate / 3"),
+        "levers.learning-rate": over.get(SLOWER),
         "levers.packed": over.get("packed"),
         "levers.length": over.get("length / 2"),
         "levers.two-layers": sinks["2 layers"].tolist() if "2 layers" in sinks else None,
