@@ -10,6 +10,7 @@ import pytest
 from sinkbook.book import claims
 from sinkbook.book.build import APPENDICES, chapters
 from sinkbook.book.notebooks import first_complaint
+from sinkbook.book.records.kept import is_finished
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(chapters(ROOT))
@@ -27,16 +28,27 @@ def test_a_chapter_shows_what_it_was_run_with(executions, name):
     assert (facts["profile"], facts["seed"]) == ("quick", 0)
 
 
+def may_wait(name: str) -> bool:
+    """Whether a claim need not be measured yet: its record lacks trainings, and it says so."""
+    claim = claims.known()[name]
+    return bool(claim.record and claim.undecided) and not is_finished(claim.record)
+
+
 @pytest.mark.parametrize("name", STORIES)
 def test_a_chapter_checks_each_of_its_claims_once(executions, name):
     checked = [record["id"] for record in executions[name].outputs("sinkbook.claim")]
-    assert sorted(checked) == sorted(c.id for c in claims.known().values() if c.chapter == name)
+    known = {claim.id for claim in claims.known().values() if claim.chapter == name}
+    assert len(checked) == len(set(checked)) and known.issuperset(checked)
+    assert [claim for claim in known.difference(checked) if not may_wait(claim)] == []
 
 
 @pytest.mark.parametrize("claim", claims.known().values(), ids=lambda claim: claim.id)
 def test_a_claim_holds_unless_claims_yml_says_why_not(executions, record_property, claim):
     records = executions[claim.chapter].outputs("sinkbook.claim")
-    (record,) = [record for record in records if record["id"] == claim.id]
+    found = [record for record in records if record["id"] == claim.id]
+    if not found and may_wait(claim.id):
+        pytest.skip(f"waits for trainings of the record {claim.record}")
+    (record,) = found
     verdict = claims.judge(claim.id, record["measured"], profile=record["profile"])
     if claim.sensitive:  # a debt, listed when the tests end
         expected = "" if verdict.holds is not bool(claim.fails) else ", and not what was expected"
