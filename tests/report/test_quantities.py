@@ -118,7 +118,7 @@ def test_the_status_is_3_exactly_when_a_condition_is_so(sinkbook, arguments, res
         ("sink_rate<inf", "is no condition"),
         ("sink_rate<0.4<0.5", "is no condition"),
         ("0.4>sink_rate", "is no condition"),
-        ("", "is no condition"),
+        ("", "is empty"),
     ],
 )
 def test_a_condition_that_cannot_be_held_is_refused_before_the_model_is_loaded(
