@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkbook import fits
+from sinkbook.arguments import check_token_ids
 from sinkbook.models.interventions import replace, zero
 from sinkbook.probe import measure
 from sinkbook.probe.attention_maps import attention_weights
@@ -137,6 +138,7 @@ def with_and_without_the_peak(
     "a second peak": what the writer adds there is written at `position` as well, as `transplants`
     does.
     """
+    check_token_ids("tokens", tokens)
     layer, part, vector = _writer(run.model, tokens)
     found = {"as it is": read()}
     with ExitStack() as cuts_of_layer:

@@ -8,6 +8,7 @@ NAMES = {
     "sinkbook.book.chapters": "Chapter",
     "sinkbook.book.claims": "judge known satisfies",
     "sinkbook.book.records": "run_of",
+    "sinkbook.book.records.families": "measured_at",
     "sinkbook.data.corpora": "fetch texts",
     "sinkbook.fits": "log_slope",
     "sinkbook.llm.checkpoint_metrics": "last_query_logits measure_checkpoint random_query_logits",
@@ -41,6 +42,7 @@ NAMES = {
     "reduced_model",
     "sinkbook.theory.reduced_network": "construction_excess expected_excess risks_beside_law",
     "sinkbook.toy.measurements": "measure_toy measure_with_sink_logit measure_writers",
+    "sinkbook.toy.peak_tests": "with_and_without_the_peak",
     "sinkbook.toy.runs": "TrainingConfig seeds_of",
     "sinkbook.toy.tasks": "Task TaskConfig",
     "sinkbook.toy.training": "train train_all",
@@ -92,6 +94,7 @@ ON_TOKENS = {
         "measure_one(reader, {})",
         "measure_toy(small_toy, task, {})",
         "measure_windows(reader, {})",
+        "measured_at(llama, {}, 0)",
         "measure_with_sink_logit(small_toy, task, {})",
         "measure_writers(small_toy, task, {})",
         "loss_changes(llama, {}, [(0, 0)])",
@@ -106,6 +109,7 @@ ON_TOKENS = {
         "value_norms_before_gate(small_toy, {})",
         "variance_by_position(TransformerConfig(length=16), {}, 0)",
         "watched(small_toy, task, {})",
+        "with_and_without_the_peak(small_toy, {}, len)",
     ],
 }
 NO_TOKENS = [

@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from sinkbook.arguments import check_token_ids
 from sinkbook.book.records import measured
 from sinkbook.data.corpora import texts
 from sinkbook.errors import SinkbookError
@@ -146,6 +147,7 @@ def measured_at(model: nn.Module, tokens: Tokens, sink: int) -> xr.Dataset:
     - `largest`, `float16_factor`, `int8_steps` (text): the headroom of `report.headroom`;
     - `loss` (text): of the last tokens, in nats.
     """
+    check_token_ids("tokens", tokens)
     names = ("sink_attention", "value_norm", "key_importance", "residual_norm", "residual_max_abs")
     with _logits(model) as logits:
         result = measure(model, tokens, (*names, "loss"), sink=sink)
