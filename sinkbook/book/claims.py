@@ -153,8 +153,10 @@ class Verdict:
     @property
     def verdict(self) -> str:
         """In a word: it holds in all numbers, in some, in none; or none can decide it."""
-        if not self.measured or self.holds:
-            return "holds" if self.holds else "not measured"
+        if not self.measured:
+            return "not measured"
+        if self.holds:
+            return "holds"
         if self.claim.undecided:
             return "undecided"
         missed = ELSEWHERE if self.claim.said_of else "contradicts"

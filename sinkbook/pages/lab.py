@@ -166,13 +166,7 @@ def _with(run: Run, weights: dict[str, Float[Tensor, "..."]]) -> Transformer:
 
 
 def _in_words(reading: Reading) -> str:
-    ordinary = [not trigger for trigger in reading.triggers[1:]]
-    sink = reading.weights[1:, 0][ordinary].mean()
-    drain = reading.values[0] / reading.values[1:].mean()
-    return (
-        f"After training, the ordinary characters of this text give {reading.labels[0]} {sink:.2f} "
-        f"of their attention; its value is {drain:.2f} times as long as the others'."
-    )
+    return f"After training, {reading.in_words(reading.labels[0])}"
 
 
 def _sizes(config: TrainingConfig) -> dict[str, int]:

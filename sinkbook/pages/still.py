@@ -38,6 +38,16 @@ class Reading:
     labels: list[str]
     triggers: list[bool]
 
+    def in_words(self, first: str) -> str:
+        """What the first token gets of the others' attention, and its value; `first` names it."""
+        ordinary = [not trigger for trigger in self.triggers[1:]]
+        sink = self.weights[1:, 0][ordinary].mean()
+        drain = self.values[0] / self.values[1:].mean()
+        return (
+            f"the ordinary characters of this text give {first} {sink:.2f} of their attention; "
+            f"its value is {drain:.2f} times as long as the others'."
+        )
+
 
 def still(reading: Reading, says: str) -> str:
     """An `svg` element: the attention map, rows are queries, over the values of its keys.
@@ -117,7 +127,10 @@ class Choice:
             raise SinkbookError(f"{len(self.readings)} readings are no choice. Give two or more.")
 
     def _repr_html_(self) -> str:
-        told = [f"{name}: {_in_words(reading)}" for name, reading in self.readings.items()]
+        told = [
+            f"{name}: {reading.in_words(f'{reading.labels[0]}, which stands first,')}"
+            for name, reading in self.readings.items()
+        ]
         pictures = [
             f'<div class="chosen">{still(reading, says)}<p>{escape(says)}</p></div>'
             for reading, says in zip(self.readings.values(), told, strict=True)
@@ -140,13 +153,3 @@ class Choice:
 
     def __repr__(self) -> str:
         return f"{self.asks} There are {', '.join(self.readings)}."
-
-
-def _in_words(reading: Reading) -> str:
-    ordinary = [not trigger for trigger in reading.triggers[1:]]
-    sink = reading.weights[1:, 0][ordinary].mean()
-    drain = reading.values[0] / reading.values[1:].mean()
-    return (
-        f"the ordinary characters of this text give {reading.labels[0]}, which stands first, "
-        f"{sink:.2f} of their attention; its value is {drain:.2f} times as long as the others'."
-    )

@@ -139,7 +139,6 @@ def risks_beside_law(
     `sink_logit` (α) and `length` (ξ, of the values) are broadcast against each other. Variables:
     `backcopy`, `bigram`, `backcopy_law` and `bigram_law`.
     """
-    check_token_ids("tokens", tokens)
     points = list(zip(*np.atleast_1d(*np.broadcast_arrays(sink_logit, length)), strict=True))
     measured = np.array([construction_excess(task, tokens, *map(float, p)) for p in points]).T
     law = np.array([expected_excess(task, tokens, *map(float, p)) for p in points]).T

@@ -175,7 +175,6 @@ def measure_with_sink_logit(
 ) -> xr.Dataset:
     """`measure_toy`, and `sink_logit`: the mean of `sink_logit_by_token` over the characters that
     are no triggers."""
-    check_token_ids("tokens", tokens)
     characters = torch.arange(task.config.characters)
     ordinary = characters[~task.at_triggers(characters)].numpy()
     measured = measure_toy(model, task, tokens)
