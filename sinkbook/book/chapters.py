@@ -143,10 +143,10 @@ def provenance_in_words(record: xr.Dataset) -> str:
     about = record.attrs
     minutes = about["seconds"] / 60
     time = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
-    if "trainings" in about:  # whose times are added up
+    if "trainings" in about:
         time = of_trainings(about["trainings"], time)
         if about["trainings"] > 1:
-            time += ", some of them side by side,"
+            time += ", their times added up,"
     return (
         f"Record {about['record']}: made on {about['date'][:10]} in {time} "
         f"on {about['device']}, by: {about['command']}"
