@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from sinkbook.figures.phone import NUMBER
-from sinkbook.figures.style import DIFFERENCES, MAP, OTHER, PEAK, SINK, TRIGGER
+from sinkbook.figures.style import BY_LAYER, DIFFERENCES, MAP, OTHER, PEAK, SINK, TRIGGER, on_map
 
 
 def axes_or_new(ax: Axes | None, **size) -> Axes:
@@ -253,7 +253,7 @@ def head_scatter(
     if diagonal:
         ax.plot([0, 1], [0, 1], color=OTHER, lw=1, ls="--")
     layer = xr.broadcast(x.layer, x)[0].transpose(*x.dims)
-    dots = ax.scatter(np.ravel(x), np.ravel(y), c=np.ravel(layer), cmap="viridis_r", s=14)
+    dots = ax.scatter(np.ravel(x), np.ravel(y), c=np.ravel(layer), cmap=BY_LAYER, s=14)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     ax.figure.colorbar(dots, ax=ax, label="layer")
     return ax
@@ -322,12 +322,11 @@ def share_map(
     for (y, row), (x, name) in product(enumerate(shares.values()), enumerate(columns)):
         if name in row:
             seeds = np.asarray(row[name])
-            means[y, x] = seeds.mean()
-            text = f"{seeds.mean():.2f}"
+            means[y, x] = mean = seeds.mean()
+            text = f"{mean:.2f}"
             if len(seeds) > 1:
                 text += f"\n{seeds.min():.2f}–{seeds.max():.2f}"
-            colour = "white" if seeds.mean() > 0.6 else "black"
-            ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=colour)
+            ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=on_map(mean))
     image = ax.imshow(means, vmin=0, vmax=1, cmap=MAP, aspect="auto")
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(shares)), shares)

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 from sinkbook.figures.basic import axes_or_new, by_layer, share_map
@@ -238,14 +238,11 @@ def kind_map(
     layers, heads = kinds.sizes["layer"], kinds.sizes["head"]
     ax = axes_or_new(ax, figsize=(7, 1.6 + 0.18 * heads))
     colours = ["#EEEEEE", SINK, DRAIN, TRIGGER, PEAK]
-    scale = BoundaryNorm(np.arange(-1.5, len(names)), len(colours))
-    ax.imshow(
-        kinds.transpose("head", "layer"),
-        cmap=ListedColormap(colours),
-        norm=scale,
-        aspect="auto",
-        origin="lower",
-    )
+    for kind, colour in enumerate(colours, start=-1):
+        # Bars, since a map of colours would be turned round in the dark, and the legend not.
+        layer, head = np.nonzero((kinds == kind).transpose("layer", "head").values)
+        ax.bar(layer, 1, 1, bottom=head - 0.5, color=colour, ec=colour, lw=0.4)
+    ax.set(xlim=(-0.5, layers - 0.5), ylim=(-0.5, heads - 0.5))
     labels = ["none of these", *names]
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
     ax.legend(handles, labels, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from sinkbook.figures.basic import axes_or_new
-from sinkbook.figures.style import OTHER, SINK, TRIGGER
+from sinkbook.figures.style import BY_LAYER, OTHER, SINK, TRIGGER
 from sinkbook.llm.dormant_head_tests import DETECTORS, LEAST_RISE, MOST_RISE, at
 
 SLEEPS, WORKS = SINK, TRIGGER
@@ -26,7 +26,7 @@ def domain_against(
     for ax, other in zip(axes, others, strict=True):
         ax.plot([0, 1], [0, 1], color=OTHER, lw=1, ls="--")
         x, y = (attention.sel(domain=domain).values.ravel() for domain in (first, other))
-        dots = ax.scatter(x, y, c=layer.values.ravel(), cmap="viridis_r", s=9)
+        dots = ax.scatter(x, y, c=layer.values.ravel(), cmap=BY_LAYER, s=9)
         ax.set(title=other, xlabel=f"in {first}", xlim=(0, 1), ylim=(0, 1))
         ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes[0].set_ylabel("sink attention")

@@ -21,6 +21,8 @@ LEAST = 10.0  # points: the smallest letters on a phone
 _ROW_HEIGHT = 2.3  # inches of a panel, at least
 _MAP_HEIGHT = 3.6  # of one that keeps its shape
 _LONGEST = 18  # letters of a name beside an axis, before it is broken
+_SHORT, _ROWS = 3, 3  # letters of one that has room in rows of names, and how many rows
+_PAD, _MARK = 3.5, 3.0  # points between an axis and its names, and of what marks a place on it
 _MANY = 40  # names of an axis that need not all be written
 FREE = "free"  # the gid of annotations that may stand anywhere near their points
 NUMBER = "number"  # and of those that say how high a bar is
@@ -306,11 +308,23 @@ def _narrow_legend(legend: Legend) -> None:
             narrow.remove()
             again["ncols"] -= 1
             narrow = parent.legend(**again, loc="outside upper center")
+    elif anchor.width == 0 and _speaks_for_all(legend):
+        legend.remove()
+        again["ncols"] = int(np.clip((WIDTH * 72 - 10) // column, 1, len(labels)))
+        parent.figure.legend(**again, loc="outside upper center")
     elif anchor.width == 0:  # a point, not the axes
         below = parent.transAxes.inverted().transform((anchor.x0, anchor.y0))[1] <= 0
         place = {"loc": "upper left" if below else "lower left"}
         title = 0.12 * bool(parent.get_title(loc="left"))
         parent.legend(**again, **place, bbox_to_anchor=(0, 0 if below else 1 + title))
+
+
+def _speaks_for_all(legend: Legend) -> bool:
+    """Whether a legend of the last of several panels is the only one: on a phone it goes first."""
+    figure = legend.get_figure()
+    panels = [axes for axes in figure.axes if axes.get_subplotspec() is not None]
+    alone = sum(axes.get_legend() is not None for axes in panels) == 1 and not figure.legends
+    return alone and len(panels) > 1 and panels[-1] is legend.axes
 
 
 def _thin(axis: Axis, *, horizontal: bool) -> None:
@@ -325,14 +339,24 @@ def _thin(axis: Axis, *, horizontal: bool) -> None:
         return
     names = [label.get_text() for label in axis.get_ticklabels()]
     few, upright = len(names) <= _MANY, labels[0].get_rotation() == 0
-    if horizontal and few and upright and max(map(len, names)) > 3:
+    longest = max(map(len, names))
+    if horizontal and few and upright and longest > _SHORT:
         for label in axis.get_ticklabels():
             label.set(rotation=45, ha="right", va="top", rotation_mode="anchor")
         return
     if not horizontal and few and not _square(axis.axes):
         return  # the figure is as high as they need
     every = _every(labels, horizontal=horizontal)
-    axis.set_ticklabels([name if i % every == 0 else "" for i, name in enumerate(names)])
+    written = [i for i, name in enumerate(names) if name]
+    rows = every if every <= _ROWS and len(written) == len(names) and longest <= _SHORT else 1
+    if rows == 1:
+        names = [name if i in written[::every] else "" for i, name in enumerate(names)]
+        axis.set_ticklabels(names)
+    pad, letters = axis.get_tick_params().get("pad", _PAD), labels[0].get_fontsize()
+    for number, (tick, name) in enumerate(zip(axis.get_major_ticks(), names, strict=True)):
+        # Names stand in rows; where some are left out, marks say whose the rest are.
+        tick.set_pad(pad + (1.15 * letters * (number % rows) if rows > 1 else _MARK))
+        tick.tick1line.set(markersize=_MARK, visible=bool(name) and rows == 1)
 
 
 def _shorten(axes: Axes) -> None:

@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from sinkbook.figures import phone
-from sinkbook.figures.style import BACKCOPY, BIGRAM, DRAIN, LARGEST, OTHER, PEAK, SINK
+from sinkbook.figures.style import BACKCOPY, BIGRAM, DRAIN, LARGEST, ON_MAP, OTHER, PEAK, SINK
 
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 # What a colour of the figures is called in the page's style sheet.
@@ -35,6 +35,7 @@ COLOURS = {
     "#555555": "muted",
     "#000000": "ink",
     "#ffffff": "paper",
+    ON_MAP: "on-map",
 }
 _NAMES = {colour.lower(): name for colour, name in COLOURS.items()}
 _OTHERWISE = {"ink": "currentColor", "muted": "currentColor", "paper": "#ffffff"}

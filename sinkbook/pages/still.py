@@ -1,4 +1,4 @@
-"""How a head reads a text: the still picture of a lab, or some of which a reader chooses one.
+"""How a head reads a text, or what every head rests on: pictures of which a reader chooses one.
 
     Choice("Choose a language.", {"with <s>": reading, "without": another})
 
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from sinkbook.errors import SinkbookError
 from sinkbook.figures.style import DRAIN, OTHER, SINK, TRIGGER
 
-LEFT, CELL, BARS = 26.0, 19.0, 56.0  # pixels
+LEFT, CELL, BARS, TALL = 26.0, 19.0, 56.0, 120.0  # pixels
 # Where no style sheet of the book says otherwise, as in Jupyter.
 COLOURS = {
     "first": DRAIN,
@@ -46,6 +46,59 @@ class Reading:
         return (
             f"the ordinary characters of this text give {first} {sink:.2f} of their attention; "
             f"its value is {drain:.2f} times as long as the others'."
+        )
+
+    def __str__(self) -> str:
+        return self.in_words(f"{self.labels[0]}, which stands first,")
+
+    def drawn(self, says: str) -> str:
+        """Its picture: see `still`."""
+        return still(self, says)
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """What every head of a model gives the first token, as bars; `even` is an even share of it.
+
+    A bar is as high as there is room where a head gives `full` or more.
+    """
+
+    shares: Float[np.ndarray, "layer head"]
+    even: float
+    full: float = 0.5
+
+    def __str__(self) -> str:
+        layer, head = np.unravel_index(self.shares.argmax(), self.shares.shape)
+        return (
+            f"head {head} of layer {layer} gives the first token most, {self.shares.max():.2f} of "
+            f"its attention; looking evenly would give it {self.even:.2f}."
+        )
+
+    def drawn(self, says: str) -> str:
+        """An `svg` element: a bar for each head, layers side by side, and a line at `even`."""
+        layers, heads = self.shares.shape
+        of_layer = (heads + 0.8) * CELL
+        full, floor = layers * of_layer, TALL + 12
+        size = {"viewBox": f"0 0 {full:g} {floor + 36:g}", "width": f"{full:g}"}
+        root = ElementTree.Element(
+            "svg", {"class": "map", "role": "img", "aria-label": says, **size}
+        )
+        for (layer, head), share in np.ndenumerate(self.shares):
+            x = layer * of_layer + (head + 0.4) * CELL
+            high = TALL * min(share / self.full, 1.0)
+            _rect(root, "ground", x + 1, 12, CELL - 2, TALL)
+            _rect(root, "cell", x + 1, floor - high, CELL - 2, high)
+            _text(root, "other", x + CELL / 2, floor + 13, "middle", str(head))
+            if share == self.shares.max():
+                _text(root, "title", x + CELL / 2, floor - high - 3, "middle", f"{share:.2f}")
+        for layer in range(layers):
+            _text(root, "title", (layer + 0.5) * of_layer, floor + 29, "middle", f"layer {layer}")
+        _dotted(root, 0.0, full, floor - TALL * self.even / self.full)
+        return (
+            '<p class="lab-title">Attention on the first token, a bar for each head</p>'
+            f"{ElementTree.tostring(root, encoding='unicode')}"
+            f'<p class="lab-small">A bar that fills its place is {self.full:g} or more. Dotted: '
+            "looking evenly.</p>"
         )
 
 
@@ -83,10 +136,7 @@ def still(reading: Reading, says: str) -> str:
         kind = "first" if n == 0 else kind
         _rect(root, f"bar {kind}", x - 0.35 * CELL, floor - high, 0.7 * CELL, high)
     _text(root, "title", 0.0, side + 38, "start", "How long the value is that it finds there")
-    ordinary = f"{floor - BARS / 2:g}"
-    ends = {"x1": f"{LEFT:g}", "x2": f"{LEFT + side:g}", "y1": ordinary, "y2": ordinary}
-    look = {"stroke": OTHER, "stroke-dasharray": "2 3"}
-    ElementTree.SubElement(root, "line", {"class": "ordinary", **ends, **look})
+    _dotted(root, LEFT, LEFT + side, floor - BARS / 2)
     return (
         '<p class="lab-title">Where each character looks, a row for each</p>'
         f"{ElementTree.tostring(root, encoding='unicode')}"
@@ -111,28 +161,31 @@ def _text(
     ElementTree.SubElement(root, "text", {"class": kind, **where, **look}).text = words
 
 
+def _dotted(root: ElementTree.Element, x1: float, x2: float, y: float) -> None:
+    ends = {"x1": f"{x1:g}", "x2": f"{x2:g}", "y1": f"{y:g}", "y2": f"{y:g}"}
+    look = {"stroke": OTHER, "stroke-dasharray": "2 3"}
+    ElementTree.SubElement(root, "line", {"class": "ordinary", **ends, **look})
+
+
 @dataclass(frozen=True)
 class Choice:
-    """Readings of which a page shows the one that its reader chooses; the first one to begin with.
+    """Readings, or heads, of which a page shows those that its reader chooses; the first at first.
 
     `asks` says what is chosen, the names of `readings` stand on the buttons. Without a style sheet
     all are shown, one below the other. Raises `SinkbookError` for fewer than two.
     """
 
     asks: str
-    readings: Mapping[str, Reading]
+    readings: Mapping[str, Reading | Heads]
 
     def __post_init__(self):
         if len(self.readings) < 2:
             raise SinkbookError(f"{len(self.readings)} readings are no choice. Give two or more.")
 
     def _repr_html_(self) -> str:
-        told = [
-            f"{name}: {reading.in_words(f'{reading.labels[0]}, which stands first,')}"
-            for name, reading in self.readings.items()
-        ]
+        told = [f"{name}: {reading}" for name, reading in self.readings.items()]
         pictures = [
-            f'<div class="chosen">{still(reading, says)}<p>{escape(says)}</p></div>'
+            f'<div class="chosen">{reading.drawn(says)}<p>{escape(says)}</p></div>'
             for reading, says in zip(self.readings.values(), told, strict=True)
         ]
         group = f"c{hashlib.sha256(''.join(pictures).encode()).hexdigest()[:8]}"

@@ -117,9 +117,28 @@ def test_on_a_phone_no_words_along_an_axis_touch(draw):
             shown = [label for label in labels if label.get_text() and label.get_visible()]
             if across == 0 and shown and shown[0].get_rotation() == 45:
                 continue
-            boxes = (label.get_window_extent().get_points() for label in shown)
-            ends = sorted(tuple(box[:, across]) for box in boxes)
-            assert all(a[1] <= b[0] + 0.5 for a, b in zip(ends, ends[1:], strict=False)), axes
+            rows = {}  # by the end next to the axis
+            for label in shown:
+                box = label.get_window_extent().get_points()
+                rows.setdefault(round(box[1, 1 - across]), []).append(tuple(box[:, across]))
+            for ends in map(sorted, rows.values()):
+                assert all(a[1] <= b[0] + 0.5 for a, b in zip(ends, ends[1:], strict=False)), axes
+
+
+def test_every_letter_of_a_large_map_is_written_and_where_some_are_not_the_rest_have_marks():
+    many_letters()
+    figure = plt.gcf()
+    phone.legible(figure, 6.0)
+    axes = figure.axes[0]
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [label.get_text() for label in axis.get_ticklabels()] == [
+            chr(60 + i) for i in range(67)
+        ]
+    phone.rearrange(figure)
+    figure.canvas.draw()
+    written = [label.get_text() for label in axes.get_yticklabels()]
+    marked = [tick.tick1line.get_visible() for tick in axes.yaxis.get_major_ticks()]
+    assert 10 < sum(map(bool, written)) < 67 and marked == list(map(bool, written))
 
 
 def test_panels_that_stood_side_by_side_keep_what_they_shared():

@@ -1,12 +1,13 @@
 """Pictures of which a reader chooses one, in Chromium: by keys, by touch, and without a script."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sinkbook.errors import SinkbookError
-from sinkbook.pages.still import Choice, Reading
+from sinkbook.pages.still import Choice, Heads, Reading
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +70,15 @@ def test_each_picture_is_told_in_words_to_those_who_do_not_see_it():
     assert (
         "no <s>" not in html and "no &lt;s&gt;: the ordinary characters of this text give x" in html
     )
+
+
+def test_every_head_has_a_bar_as_high_as_what_it_gives_and_the_strongest_is_named():
+    shares = np.array([[0.1, 0.2, 0.05], [0.25, 0.0, 0.9]])
+    html = Choice("When?", {"late": Heads(shares, even=0.04), "early": Heads(shares / 10, 0.04)})
+    late = html._repr_html_().split('<div class="chosen">')[1]
+    assert "late: head 2 of layer 1 gives the first token most, 0.90 of its attention" in late
+    drawn = re.findall(r'class="cell"[^>]*height="([\d.e-]+)"', late)
+    np.testing.assert_allclose(list(map(float, drawn)), 240 * np.minimum(shares, 0.5).ravel())
 
 
 def test_one_reading_is_no_choice():
