@@ -86,7 +86,7 @@ class Heads:
         for (layer, head), share in np.ndenumerate(self.shares):
             x = layer * of_layer + (head + 0.4) * CELL
             high = TALL * min(share / self.full, 1.0)
-            _rect(root, "ground", x + 1, 12, CELL - 2, TALL)
+            _rect(root, "ground", x + 1, 12.0, CELL - 2, TALL)
             _rect(root, "cell", x + 1, floor - high, CELL - 2, high)
             _text(root, "other", x + CELL / 2, floor + 13, "middle", str(head))
             if share == self.shares.max():
