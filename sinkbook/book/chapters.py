@@ -108,6 +108,10 @@ class Chapter(Settings):
             text = f"Kept: {made} on {facts['device']}, by: {facts['command']}. {text}"
         return Line(text)
 
+    def line(self, text: str) -> "Line":
+        """A sentence in small print."""
+        return Line(text)
+
     def table(self, rows: pd.DataFrame) -> "Table":
         """Rows as a table that fits the page."""
         return Table(rows)

@@ -72,7 +72,7 @@ def life_of_a_head(head: xr.Dataset) -> list[Axes]:
     return list(axes.flat)
 
 
-CONTROLS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#777777")
+CONTROLS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777")
 
 
 def controls(heads: dict[str, xr.Dataset]) -> list[Axes]:

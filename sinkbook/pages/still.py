@@ -39,14 +39,24 @@ class Reading:
     triggers: list[bool]
 
     def in_words(self, first: str) -> str:
-        """What the first token gets of the others' attention, and its value; `first` names it."""
+        """What the first token gets of the others' attention, and its value; `first` names it.
+
+        The same of the token that gets most, where that is another one.
+        """
         ordinary = [not trigger for trigger in self.triggers[1:]]
-        sink = self.weights[1:, 0][ordinary].mean()
-        drain = self.values[0] / self.values[1:].mean()
-        return (
-            f"the ordinary characters of this text give {first} {sink:.2f} of their attention; "
-            f"its value is {drain:.2f} times as long as the others'."
+        gets = self.weights[1:][ordinary].mean(axis=0)
+        drains = self.values / ((self.values.sum() - self.values) / (len(self.values) - 1))
+        most = int(gets.argmax())
+        words = (
+            f"the ordinary characters of this text give {first} {gets[0]:.2f} of their attention; "
+            f"its value is {drains[0]:.2f} times as long as the others'."
         )
+        if most:
+            words += (
+                f" Most of it, {gets[most]:.2f}, goes to {self.labels[most]} at position {most}, "
+                f"whose value is {drains[most]:.2f} times as long."
+            )
+        return words
 
     def __str__(self) -> str:
         return self.in_words(f"{self.labels[0]}, which stands first,")

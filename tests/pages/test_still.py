@@ -81,6 +81,16 @@ def test_every_head_has_a_bar_as_high_as_what_it_gives_and_the_strongest_is_name
     np.testing.assert_allclose(list(map(float, drawn)), 240 * np.minimum(shares, 0.5).ravel())
 
 
+def test_who_gets_most_is_named_where_it_is_not_the_first():
+    assert "Most of it" not in reading(0.75).in_words("<s>")
+    weights = np.eye(4)
+    weights[2:, :2] = [[0.1, 0.8], [0.1, 0.7]]
+    looks = Reading(weights, np.array([1.0, 2.0, 4.0, 5.0]), list("abcd"), [False] * 4)
+    said = looks.in_words("a")
+    assert "give a 0.07 of their attention; its value is 0.27 times" in said
+    assert said.endswith("0.83, goes to b at position 1, whose value is 0.60 times as long.")
+
+
 def test_one_reading_is_no_choice():
     with pytest.raises(SinkbookError, match="1 readings are no choice"):
         Choice("Choose.", {"alone": reading(0.5)})
