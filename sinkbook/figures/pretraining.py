@@ -167,14 +167,13 @@ def beside_olmo(head: xr.Dataset, olmo: xr.Dataset) -> list[Axes]:
     ]
     _, axes = plt.subplots(2, len(rows), figsize=(9.2, 4.6))
     for column, (label, ours, name, colour) in enumerate(rows):
-        over_training({label: (ours, colour)}, axes[0, column], ylabel="", logx=False, title=label)
+        over_training({label: (ours, colour)}, axes[0, column], ylabel="", logx=False)
         theirs = olmo[name].dropna("step")
         axes[1, column].plot(theirs.step / 1000, theirs, "o-", color="black", mfc="white", ms=4.5)
         axes[1, column].set(xlabel="step (thousands)", xlim=(0, None))
-        for row in range(2):
+        for row, whose in enumerate(("ours", "OLMo-7B")):  # on a phone a panel may stand alone
+            axes[row, column].set_title(f"{label}, {whose}", fontsize=9)
             axes[row, column].set_ylim(min(0, axes[row, column].get_ylim()[0]), None)
-    axes[0, 0].set_ylabel("ours")
-    axes[1, 0].set_ylabel("paper, OLMo-7B")
     return list(axes.flat)
 
 
@@ -196,8 +195,10 @@ def levers(curves: Float[xr.DataArray, "run step"], *, even: float, counted: flo
             ax.axhline(level, color=OTHER, lw=0.8, ls=look)
         ax.plot(reference.step, reference, "--", color=OTHER, lw=1.2, label=names[0])
         of_lever = curves.isel(run=curves.lever.values == name)
-        for of_seed, colour in zip(of_lever, (SINK, *SEEDS[1:]), strict=False):
-            ax.plot(of_seed.step, of_seed, color=colour, lw=1.6, label=f"seed {int(of_seed.seed)}")
+        for of_seed in of_lever:
+            seed = int(of_seed.seed)
+            colour = (SINK, *SEEDS[1:])[seed % len(SEEDS)]
+            ax.plot(of_seed.step, of_seed, color=colour, lw=1.6, label=f"seed {seed}")
         ax.set(title=name, xlim=(0, None), ylim=(0, 1 if curves.max() > 0.6 else 0.6))
         ax.xaxis.set_major_formatter(_short)
         if of_lever.sizes["run"] > 1:

@@ -92,7 +92,7 @@ def number_line(of: Card) -> str:
     for at, bound, side in zip(
         map(place, bounds), bounds, _sides(*map(place, bounds)), strict=True
     ):
-        parts.append(_bound(at, number(bound), side))
+        parts.append(_bound(at, f"{bound:,g}", side))
     levels = _apart([place(value) for value, _ in dots])
     for (value, met), level in zip(dots, levels, strict=True):
         parts.append(

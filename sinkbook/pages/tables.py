@@ -21,7 +21,12 @@ def of_rows(rows: pd.DataFrame) -> str:
 
     >>> of_rows(pd.DataFrame({"height": ["62", ""], "who": ["AdamW", "SGD"]})).count("number")
     3
+    >>> rows = pd.DataFrame({"sink": ["0.21"]}, index=pd.Index(["as it is"], name="setting"))
+    >>> of_rows(rows).count("<tr>")  # a heading and a row
+    2
     """
+    if rows.index.nlevels == 1 and rows.columns.nlevels == 1:  # in the row of the other names
+        rows = rows.rename_axis(index=None, columns=rows.index.name)
     root = ElementTree.fromstring(rows.to_html(border=0))  # nosec B314: written by pandas
     head = root.findall("./thead/tr")
     for row in head:
