@@ -139,11 +139,12 @@ class _Reached:
         return name in self._module(module).bindings or name in self._module(module).imports
 
     def _path(self, name: str) -> Path | None:
+        if not is_ours(name):
+            return None
         if name not in self.paths:
             place = self.folder.joinpath(*name.split(".")[1:])
             candidates = (place / "__init__.py", place.parent / f"{place.name}.py")
-            there = (path for path in candidates if is_ours(name) and path.is_file())
-            self.paths[name] = next(there, None)
+            self.paths[name] = next(filter(Path.is_file, candidates), None)
         return self.paths[name]
 
     def _module(self, name: str) -> Module:

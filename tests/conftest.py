@@ -7,6 +7,8 @@ lives on them, without the book. What loads models of transformers is marked `we
 Limits of time end what would never end, and nothing else: a machine a fifth as fast stays below.
 """
 
+import gc
+import importlib
 import os
 import random
 import shutil
@@ -21,8 +23,23 @@ from tiny_book import Repository
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
+# Before the package: while one of its modules is imported under the hook of jaxtyping, whatever
+# that imports is looked for under the hook's own name for bytecode, and compiled from source.
+for _library in (
+    "beartype",
+    "matplotlib.pyplot",
+    "peft",
+    "scipy.optimize",
+    "scipy.stats",
+    "transformers.modeling_utils",
+    "xarray",
+):
+    importlib.import_module(_library)
+
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("chapters", "site", "doctests", "package", "repository", "faults", "weights")
+# While two chapters compute, beside them what mostly waits, for kernels and for commands; what
+# computes itself comes last, beside pages in a browser.
+LAYERS = ("chapters", "site", "repository", "faults", "doctests", "package", "weights")
 CHAPTER_SECONDS = 3600.0
 BOOK_SECONDS = 3 * 3600  # the first test of the book waits for all chapters
 
@@ -41,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The book's tests first and in one process, since they take longest; beside them fast ones."""
+    """The book's tests first and in one process, since they take longest."""
 
     def layer(item: pytest.Item) -> int:
         if not item.path.is_relative_to(ROOT / "tests"):
@@ -59,6 +76,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(BOOK_SECONDS))
         if item.path.parent.name in ("pages", "site"):
             item.add_marker(pytest.mark.site)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now, stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,13 @@ def keys(users: dict) -> dict:
     return {name: key() for name, key in users.items()}
 
 
+@cache
+def unedited(copied: Path) -> tuple[dict, dict]:
+    """All keys by a copy of the package as it is before each edit, and after it."""
+    assert copied == dependencies.FOLDER
+    return keys(TRAINED), keys(MEASURED)
+
+
 @pytest.fixture(autouse=True)
 def texts(monkeypatch):
     """Texts for those whose keys count them, without a download."""
@@ -264,8 +272,8 @@ def texts(monkeypatch):
     shakespeare_pretraining.character_ids.cache_clear()
 
 
-def test_an_edit_of_the_probe_measures_everything_again_and_trains_nothing(edit):
-    trained, measured = keys(TRAINED), keys(MEASURED)
+def test_an_edit_of_the_probe_measures_everything_again_and_trains_nothing(edit, copied):
+    trained, measured = unedited(copied)
     edit("probe/measure", "measure")
     assert keys(TRAINED) == trained
     now = keys(MEASURED)
@@ -289,9 +297,9 @@ def test_an_edit_of_the_probe_measures_everything_again_and_trains_nothing(edit)
     ],
 )
 def test_an_edit_changes_the_keys_of_what_it_decides_and_of_nothing_else(
-    module, function, trained, measured, edit
+    module, function, trained, measured, edit, copied
 ):
-    before = keys(TRAINED), keys(MEASURED)
+    before = unedited(copied)
     edit(module, function)
     now = keys(TRAINED), keys(MEASURED)
     assert {name for name in TRAINED if now[0][name] != before[0][name]} >= trained

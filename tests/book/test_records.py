@@ -1,8 +1,12 @@
 """Records say where they come from, and making one again is one command."""
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,7 +91,24 @@ def elsewhere(tmp_path, monkeypatch):
     (tmp_path / "book").mkdir()
     monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(kept, "repository", lambda: tmp_path)
+    # Trained in this process, where the patches are; others would import torch for a few steps.
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Callable[[str, Path], None]:
+    """Makes a small record in a test's folder: once, and copies it with its runs from then on."""
+    whole = tmp_path_factory.mktemp("made")
+
+    def make(name: str, folder: Path) -> None:
+        if (whole / name).exists():
+            shutil.copytree(whole / name, folder, dirs_exist_ok=True)
+        else:
+            makers.make(name)
+            shutil.copytree(folder, whole / name)
+
+    return make
 
 
 @pytest.fixture
@@ -115,8 +136,6 @@ def small(elsewhere, monkeypatch):
     groups = {name: smaller(of_name) for name, of_name in paper_scale.GROUPS.items()}
     for name, of_name in groups.items():
         monkeypatch.setitem(paper_scale.GROUPS, name, of_name)
-    # In this process, where the patches are.
-    monkeypatch.setattr(makers, "train_all", partial(training.train_all, way="sequence"))
     monkeypatch.setattr(paper_scale, "cuts", lambda run: xr.Dataset())
     monkeypatch.setattr(paper_scale, "transplants", lambda run: xr.Dataset())
     return elsewhere
@@ -155,18 +174,6 @@ def test_what_is_missing_is_made_in_order_and_what_is_there_is_left_alone(small)
     assert not records.path_of("loop").exists()
 
 
-def test_a_record_gives_back_the_run_that_its_weights_are_of(small):
-    makers.make("one-layer")
-    config = paper_scale.GROUPS["one-layer"]()["softmax"][0]
-    run, whole = records.run_of("one-layer", "softmax"), training.train(config)
-    for name, weight in whole.model.state_dict().items():
-        np.testing.assert_allclose(run.model.state_dict()[name], weight, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(
-        run.measurements.value_norm, whole.measurements.value_norm, rtol=1e-5
-    )
-    assert run.config == config and run.seconds > 0
-
-
 def test_records_of_unlike_structures_stand_in_one_table(small):
     makers.make("structures")
     record = records.load("structures")
@@ -176,10 +183,21 @@ def test_records_of_unlike_structures_stand_in_one_table(small):
 
 
 @pytest.fixture
-def begun(small):
+def begun(small, made):
     """A small record of one layer, and its first steps."""
-    makers.make("one-layer")
+    made("one-layer", small)
     return small
+
+
+def test_a_record_gives_back_the_run_that_its_weights_are_of(begun):
+    config = paper_scale.GROUPS["one-layer"]()["softmax"][0]
+    run, whole = records.run_of("one-layer", "softmax"), training.train(config)
+    for name, weight in whole.model.state_dict().items():
+        np.testing.assert_allclose(run.model.state_dict()[name], weight, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        run.measurements.value_norm, whole.measurements.value_norm, rtol=1e-5
+    )
+    assert run.config == config and run.seconds > 0
 
 
 def test_a_training_begun_again_meets_its_record(begun):
@@ -421,7 +439,7 @@ def test_a_long_lever_begun_again_meets_its_record_and_an_altered_number_is_foun
 
 
 @pytest.fixture
-def shakespeare(elsewhere, monkeypatch):
+def shakespeare(elsewhere, monkeypatch, made):
     """The record of the pretrainings on Shakespeare, small, with one control."""
     groups = experiments.pretrainings()
     sizes = {"length": 16, "width": 16, "batch_size": 4, "steps": 6, "evaluation_size": 4}
@@ -432,7 +450,7 @@ def shakespeare(elsewhere, monkeypatch):
     }
     for module in (makers, spot_checks):
         monkeypatch.setattr(module, "pretrainings", lambda: small)
-    makers.make("shakespeare")
+    made("shakespeare", elsewhere)
     return elsewhere
 
 
