@@ -1,6 +1,6 @@
 # make book    run every chapter and render the book; prints the path of its first page
 # make test    check everything: package, models, chapters, pages, tooling
-# make torture kill the commands 500 times at random moments, where make test does so 8 times
+# make torture kill the commands 500 times at random moments, where make test does so 50 times
 # make bench   time the probe and the training against plain references: build/bench.json
 # make house   draw the picture of the packages in CONTRIBUTING.md from their imports
 # make dist    wheel and sdist in build/dist, each installed and tried in an environment of its own

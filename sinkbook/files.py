@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,20 +54,65 @@ def _whole_path(variable: str, written: str) -> Path:
         ) from error
 
 
+def check_is_file(path: Path) -> None:
+    """Raise `OSError` where there is no file, as a pipe would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("it is no file")
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, such as a link in a circle, which `exists` does not see.
+
+    What it is, shows when it is read. Raises `SinkbookError` where nobody may look.
+    """
+    with _looking(path):
+        return path.lstat() is not None
+    return False
+
+
+def files_in(folder: Path, ending: str) -> list[Path]:
+    """What has names with an ending in a folder, by name; of a folder that is not there, nothing.
+
+    Raises `SinkbookError` where nobody may look, or it is no folder.
+    """
+    with _looking(folder):
+        return sorted(path for path in folder.iterdir() if path.name.endswith(ending))
+    return []
+
+
+@contextmanager
+def _looking(path: Path) -> Iterator[None]:
+    """Nothing happens in the body where there is nothing; another refusal is one message."""
+    try:
+        yield
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SinkbookError(
+            f"cannot look for {path}: {reason}. Make its folder one that you can read, or put "
+            "another in its place."
+        ) from error
+
+
 _whole: set[tuple[Path, int, int, str]] = set()
 
 
 def is_whole(path: Path, sha256: str) -> bool:
-    """Whether `path` is there and has this sha256. An unchanged file is read once per process."""
-    if not path.is_file():
+    """Whether `path` is there and has this sha256. An unchanged file is read once per process.
+
+    Raises `SinkbookError` for what is there and may not be read.
+    """
+    if not is_there(path) or not path.is_file():
         return False
-    status = path.stat()
-    stamp = (path, status.st_size, status.st_mtime_ns, sha256)
-    if stamp not in _whole:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                return False
-        _whole.add(stamp)
+    with reading(path, "Let its owner make it readable, or name another cache in SINKBOOK_CACHE"):
+        status = path.stat()
+        stamp = (path, status.st_size, status.st_mtime_ns, sha256)
+        if stamp not in _whole:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return False
+            _whole.add(stamp)
     return True
 
 
@@ -117,9 +163,11 @@ def reading(what: object, advice: str, *, named: bool = False) -> Iterator[None]
     """In the body a user's file is read, by whatever library; what that raises is one sentence.
 
     Raises `SinkbookError`: what cannot be read, why, and `advice`, what to do about it. What is one
-    already passes as it is, unless what it says has to be `named`.
+    already passes as it is, unless what it says has to be `named`. A pipe would be waited for.
     """
     try:
+        if isinstance(what, Path):
+            check_is_file(what)
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise

@@ -1,6 +1,7 @@
 """On what, with what and when something was computed, and where the book's sources are."""
 
 import json
+import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,8 @@ def repository(start: Path | None = None) -> Path | None:
     beside_package = Path(__file__).resolve().parent.parent
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents, beside_package):
-        if (folder / "_toc.yml").is_file() and (folder / "book" / "claims.yml").is_file():
+        # Whatever has these names: what is wrong with one is said when it is read.
+        if all(os.path.lexists(folder / name) for name in ("_toc.yml", "book/claims.yml")):
             return folder
     return None
 

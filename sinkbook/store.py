@@ -29,7 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sinkbook.errors import SinkbookError
-from sinkbook.files import NOTICES, cache_folder, chosen_folder, write
+from sinkbook.files import (
+    NOTICES,
+    cache_folder,
+    check_is_file,
+    chosen_folder,
+    is_there,
+    write,
+)
 
 # Writes netCDF 3, which is read in a twentieth of the time of netCDF 4.
 ENGINE = "scipy"
@@ -125,15 +132,20 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], int]:
     """The last checkpoint's tensors and its step; none and 0 where there is no checkpoint.
 
     Raises `DamagedError` for a file that does not hold what `save_checkpoint` wrote, or whose
-    checksum leaves out the step, as those of earlier versions do.
+    checksum leaves out the step, as those of earlier versions do; `SinkbookError` for one that may
+    not be read.
     """
     path = folder / "checkpoint.safetensors"
-    if not path.exists():
+    if not is_there(path):
         return {}, 0
     try:
+        check_is_file(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         tensors = load_file(path)
+    except PermissionError:
+        with _refusals(folder):
+            raise
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedError(f"{path.name}: {error}") from error
     checksum, step = metadata.pop("sha256", None), metadata.get("step", "")
@@ -235,12 +247,14 @@ def save_run(
 def load_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
     """Weights, measurements and facts of a finished run; None if it is not finished.
 
-    Raises `DamagedError` if any of its files is not what `save_run` wrote.
+    Raises `DamagedError` if any of its files is not what `save_run` wrote, and `SinkbookError` if
+    one may not be read: another user's is not damaged.
     """
     path = folder / "run.json"
-    if not path.exists():
+    if not is_there(path):
         return None
     try:
+        check_is_file(path)
         record = json.loads(path.read_text())
         facts = record["facts"]
         if record["sha256"] != _sha256_of(facts) or facts["run"] != folder.name:
@@ -252,6 +266,9 @@ def load_run(folder: Path) -> tuple[dict[str, Tensor], xr.Dataset, dict] | None:
                 raise DamagedError(f"{name}: its checksum differs")
         weights = load_file(folder / "weights.safetensors")
         measurements = _with_wide_integers(xr.load_dataset(folder / "measurements.nc"))
+    except PermissionError:
+        with _refusals(folder):
+            raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise DamagedError(f"{type(error).__name__}: {error}") from error
     return weights, measurements, facts
@@ -364,6 +381,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 
 def _sha256(path: Path) -> str:
+    check_is_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -85,14 +85,20 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List the claims whose verdict depends on the machine: measured, and no reason to be red."""
-    reports = [report for found in terminalreporter.stats.values() for report in found]
-    lines = [
-        text
-        for report in reports
-        for name, text in getattr(report, "user_properties", ())
-        if name == "sensitive claim" and report.when == "call"
+    """List the claims whose verdict depends on the machine: measured, and no reason to be red.
+
+    And count the kills.
+    """
+    properties = [
+        known
+        for found in terminalreporter.stats.values()
+        for report in found
+        if getattr(report, "when", "") == "call"
+        for known in report.user_properties
     ]
+    if kills := sum(number for name, number in properties if name == "kills"):
+        terminalreporter.write_line(f"{kills} kills struck a command that had not ended.")
+    lines = [text for name, text in properties if name == "sensitive claim"]
     if lines:
         terminalreporter.section("claims whose verdict depends on the machine: a debt")
         for line in lines:

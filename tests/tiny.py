@@ -1,7 +1,8 @@
-"""Tiny random models, a tokenizer of a few words, and a hub that has them."""
+"""Tiny random models, a tokenizer of a few words, a hub that has them, and a wheel."""
 
 import hashlib
 import os
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sinkbook.data.sources import Wheel
 from sinkbook.models import LanguageModel
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 
@@ -156,6 +158,23 @@ def write_tiny_gguf(path: Path, model: PreTrainedModel, about=lambda writer: Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def make_wheel(folder: Path, package: str, files: dict[str, str]) -> Wheel:
+    """A wheel that pip takes, version 1.0, and its pin. The first file is the one that is read."""
+    folder.mkdir(exist_ok=True)
+    module = package.replace("-", "_")
+    path = folder / f"{module}-1.0-py3-none-any.whl"
+    about = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+    tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+        archive.writestr(f"{module}-1.0.dist-info/METADATA", about)
+        archive.writestr(f"{module}-1.0.dist-info/WHEEL", tags)
+        archive.writestr(f"{module}-1.0.dist-info/RECORD", "")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Wheel(package, "1.0", sha256, data=next(iter(files)))
 
 
 class Hub:

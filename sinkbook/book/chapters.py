@@ -23,7 +23,7 @@ import xarray as xr
 from sinkbook.arguments import check_kind
 from sinkbook.book import claims
 from sinkbook.book.settings import Settings
-from sinkbook.files import cache_folder, reading
+from sinkbook.files import cache_folder, files_in, reading
 from sinkbook.pages.tables import of_rows, scrolling
 from sinkbook.provenance import device, of_trainings, repository, versions
 
@@ -267,7 +267,7 @@ def status() -> Status:
     Raises `SinkbookError` for what was kept of one and cannot be read.
     """
     records = []
-    for path in status_folder().glob("*.json"):
+    for path in files_in(status_folder(), ".json"):
         with reading(path, "Delete it, and run the chapter again.", named=True):
             records.append(json.loads(path.read_text("utf-8")))
             for cell in _cells(records[-1]):

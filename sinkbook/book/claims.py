@@ -27,7 +27,7 @@ from sinkbook.book.notebooks import titles
 from sinkbook.book.settings import check_profile
 from sinkbook.criteria import in_words, limits, satisfies
 from sinkbook.errors import SinkbookError
-from sinkbook.files import cache_folder, reading, write_json
+from sinkbook.files import cache_folder, is_there, reading, write_json
 from sinkbook.pages import claim_cards, claim_ledger
 from sinkbook.provenance import repository, versions
 
@@ -324,7 +324,7 @@ def verdicts() -> list[Verdict]:
     found = []
     for claim in known().values():
         path = ledger_folder() / f"{claim.id}.json"
-        if path.exists():
+        if is_there(path):
             with reading(path, f"Delete it, and run {claim.chapter} again.", named=True):
                 record = json.loads(path.read_text(encoding="utf-8"))
                 check_kind("measured", record["measured"], list)

@@ -21,6 +21,7 @@ from sinkbook.book.chapters import Table
 from sinkbook.book.records import paper_scale
 from sinkbook.book.records.kept import NAMES, path_of, whole_file
 from sinkbook.book.settings import Settings
+from sinkbook.files import is_there
 from sinkbook.llm.shakespeare_pretraining import PretrainingConfig
 from sinkbook.models.losses import next_token_loss
 from sinkbook.toy.runs import TrainingConfig
@@ -145,7 +146,7 @@ def measured_table() -> Table:
     """
     rows = []
     for name, groups in paper_scale.GROUPS.items():
-        if not path_of(name).exists():
+        if not is_there(path_of(name)):
             continue
         facts = paper_scale.finished(whole_file(name)).values()
         configs = [config for of_label in groups().values() for config in of_label]
@@ -170,7 +171,7 @@ def records_table() -> Table:
     """
     rows = []
     for name in NAMES:
-        if not path_of(name).exists():
+        if not is_there(path_of(name)):
             continue
         facts = whole_file(name).attrs
         rows.append(

@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sinkbook.errors import SinkbookError
+from sinkbook.files import check_is_file
 
 
 def tags(cell: dict) -> list[str]:
@@ -65,9 +66,10 @@ def read_notebook(path: Path) -> dict:
 def read_content(path: Path) -> tuple[bytes, dict]:
     """What a file holds, as it is and as `read_notebook` has it."""
     try:
+        check_is_file(path)
         content = path.read_bytes()
     except OSError as error:
-        raise SinkbookError(f"{path} cannot be read: {error.strerror}.") from error
+        raise SinkbookError(f"{path} cannot be read: {error.strerror or error}.") from error
     return content, parse_notebook(content, path)
 
 

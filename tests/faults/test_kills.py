@@ -1,6 +1,6 @@
 """Kills at random moments: nothing lives on, nothing stays behind, the next run ends as any does.
 
-`make torture` kills 500 times.
+50 times, and `make torture` 500: only those count that strike a command which has not ended.
 """
 
 import errno
@@ -18,9 +18,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
+import typer
 import xarray as xr
 
-from sinkbook import children
+from sinkbook import children, cli
 from sinkbook.book.build import SCRATCH
 from sinkbook.book.notebooks import Execution
 from sinkbook.children import lifeline
@@ -29,9 +30,11 @@ from tiny import Hub, tiny_model, tiny_tokenizer
 from tiny_book import Repository
 
 HERE = Path(__file__).parent
-KILLS = int(os.environ.get("SINKBOOK_KILLS", "8"))
+KILLS = int(os.environ.get("SINKBOOK_KILLS", "50"))
+# Where each begins with a kernel or a renderer, which takes seconds: fewer, unless for torture.
+OF_CHAPTERS = 4 if KILLS <= 50 else KILLS // 2
 CHANCE = random.Random()  # other moments each time, whatever the tests draw
-IN_A_ROW = 3  # at most, before a run that nobody interrupts
+IN_A_ROW = 16  # at most, before each command is run that nobody interrupts
 LONG = "600"  # seconds, which nobody waits for
 # By which a process is known, with all that it started: they inherit it.
 FAMILY = "SINKBOOK_TEST_FAMILY"
@@ -146,9 +149,10 @@ def forking_in(world: World) -> Iterator[Callable[..., Forked]]:
     for seed, revision in enumerate(("main", "step0", "step1000-tokens4B")):
         hub.add("someone/tiny", revision, seed)
     environment = world.environment | {"HF_HUB_CACHE": str(hub.cache), "OMP_NUM_THREADS": "1"}
+    environment |= {"PIP_FIND_LINKS": str(world.folder / "index"), "PIP_CONFIG_FILE": os.devnull}
     environment.pop(FAMILY)
     with subprocess.Popen(
-        [sys.executable, HERE / "forked.py", world.family],
+        [sys.executable, HERE / "forked.py", world.family, world.folder / "index"],
         cwd=root,
         env=environment,
         stdin=subprocess.PIPE,
@@ -160,83 +164,102 @@ def forking_in(world: World) -> Iterator[Callable[..., Forked]]:
         forking.stdin.close()
 
 
-def kill_in_a_row(
-    world: World, start: Callable, command: tuple[str, ...], took: float, kills: int
-) -> None:
-    """Start a command and kill it at a random moment, several times."""
-    for _ in range(kills):
-        process = start(*command)
-        time.sleep(CHANCE.uniform(0, took))
-        process.kill()
-        process.wait()
-        all_end(world.family)
+def strike(world: World, start: Callable, command: tuple[str, ...], took: float) -> bool:
+    """Start a command and kill it at a random moment; whether it had not ended by then."""
+    process = start(*command)
+    time.sleep(CHANCE.uniform(0, took))
+    process.kill()
+    struck = process.wait() == -signal.SIGKILL
+    all_end(world.family)
+    return struck
 
 
-def rows(kills: int) -> Iterator[int]:
-    """How many kills follow each other before a run that nobody interrupts."""
-    while kills > 0:
-        now = min(kills, CHANCE.randint(1, IN_A_ROW))
-        kills -= now
-        yield now
+def rows(commands: Sequence[tuple[str, ...]], kills: int) -> Iterator[list[tuple[str, ...]]]:
+    """What to kill, each as often as the others, until something is run that nobody interrupts."""
+    left = [commands[number % len(commands)] for number in range(kills)]
+    CHANCE.shuffle(left)
+    while left:
+        length = CHANCE.randint(1, IN_A_ROW)
+        yield left[:length]
+        del left[:length]
+
+
+class Torture:
+    """Commands of one world, by how long each takes, and what there is once all have ended."""
+
+    def __init__(self, world: World, start: Callable, commands: Sequence[tuple[str, ...]]):
+        self.world, self.start, self.took = world, start, {}
+        self.run(commands)
+        self.expected = world.files()
+
+    def run(self, commands: Sequence[tuple[str, ...]]) -> None:
+        for command in commands:
+            began = time.monotonic()
+            assert self.start(*command).wait() == 0, command
+            self.took[command] = time.monotonic() - began
+
+    def kill(self, kills: int, made: Sequence[str] = ()) -> int:
+        """Kill commands in rows, each before all is run; returns how many kills have struck.
+
+        `made` is what is taken away before each row and after each kill that has come too late, so
+        that commands have to make it.
+        """
+        struck = 0
+        for row in rows([*self.took], kills):
+            self.take_away(made)
+            for command in row:
+                while not strike(self.world, self.start, command, self.took[command]):
+                    self.take_away(made)
+                struck += 1
+            self.run([*self.took])
+            assert self.world.files() == self.expected
+        all_end(self.world.family)
+        return struck
+
+    def take_away(self, made: Sequence[str]) -> None:
+        for name in made:
+            shutil.rmtree(self.world.folder / name, ignore_errors=True)
+            (self.world.folder / name).unlink(missing_ok=True)
 
 
 @linux
 @pytest.mark.timeout(60 * KILLS + 1800)
-def test_a_run_or_a_build_that_was_killed_ends_as_ever_the_next_time(world):
+def test_a_run_or_a_build_that_was_killed_ends_as_ever_the_next_time(world, record_property):
     """Kills of chapters whose trainings have processes, and of the renderer."""
-    began = time.monotonic()
-    assert world.start("build").wait() == 0
-    took = time.monotonic() - began
-    expected = world.files()
-    commands = [("run", "01"), ("build",)] + [("build", "--fresh")] * (KILLS >= 50)
-    for command in commands:
-        for kills in rows(round(KILLS * 0.5 / len(commands))):
-            kill_in_a_row(world, world.start, command, took, kills)
-            assert [*world.repository.output.glob("*html-quick*")], "the old pages or the new ones"
-            began = time.monotonic()
-            assert world.start(*command).wait() == 0
-            took = time.monotonic() - began
-            assert world.files() == expected
-    all_end(world.family)
+
+    def start(*command: str) -> subprocess.Popen:
+        pages = [*world.repository.output.glob("*html-quick*")]
+        assert pages or not world.repository.output.exists(), "the old pages or the new ones"
+        return world.start(*command)
+
+    torture = Torture(world, start, [("build",), ("build", "--fresh"), ("run", "01")])
+    record_property("kills", torture.kill(OF_CHAPTERS))
 
 
 ON_A_TEXT = ("--text", "hamlet.txt", "--texts", "1", "--force", "--out")
-COMMANDS = [  # with their status
-    (("probe", "model", "--length", "32", *ON_A_TEXT, "report"), 0),
-    (("compare", "model", "--int8-b", "tensor", "--length", "32", *ON_A_TEXT, "compared.html"), 0),
-    (("checkpoints", "someone/tiny", "--length", "9", *ON_A_TEXT, "sweep.nc"), 0),
-    (("record", "loop"), 0),
-    (("claims",), 0),
-    (("fetch", "wikipedia"), 1),  # without a network
+COMMANDS = [
+    ("probe", "model", "--length", "32", *ON_A_TEXT, "report"),
+    ("compare", "model", "--int8-b", "tensor", "--length", "32", *ON_A_TEXT, "compared.html"),
+    ("checkpoints", "someone/tiny", "--length", "9", *ON_A_TEXT, "sweep.nc"),
+    ("record", "loop"),
+    ("fetch", "wikipedia"),
+    ("claims",),
 ]
-
-
-IN_THE_STORE = ("checkpoints", "record")  # what these keep there
+# What they do not make anew where it is.
+KEPT = ("cache/runs", "repository/book/records/loop.nc", "cache/sources/wikipedia")
 
 
 @linux
 @pytest.mark.timeout(60 * KILLS + 1800)
-def test_a_command_that_was_killed_ends_as_ever_the_next_time(world):
-    commands = CHANCE.sample(COMMANDS, min(len(COMMANDS), max(3, KILLS // 8)))  # others each time
+def test_a_command_that_was_killed_ends_as_ever_the_next_time(world, record_property):
     with forking_in(world) as start:
-        took = {}
-        for command, status in commands:
-            began = time.monotonic()
-            assert start(*command).wait() == status, command
-            took[command] = time.monotonic() - began
-        expected = world.files()
-        for command, status in commands:
-            for kills in rows(max(1, round(KILLS * 0.5 / len(commands)))):
-                again = [command]
-                if command[0] in IN_THE_STORE:  # from the beginning, with nothing to take from it
-                    shutil.rmtree(world.folder / "cache" / "runs")
-                    made = world.repository.root / "book" / "records" / "loop.nc"
-                    made.unlink(missing_ok=True)
-                    again = [other for other, _ in commands if other[0] in IN_THE_STORE]
-                kill_in_a_row(world, start, command, took[command], kills)
-                assert {start(*each).wait() for each in again} == {status}
-                assert world.files() == expected
-    all_end(world.family)
+        torture = Torture(world, start, COMMANDS)
+        record_property("kills", torture.kill(KILLS - OF_CHAPTERS, made=KEPT))
+
+
+def test_every_command_is_among_those_that_are_killed():
+    killed = {name for name, *_ in COMMANDS} | {"build", "run"}
+    assert killed == {*typer.main.get_command(cli.app).commands}
 
 
 @linux

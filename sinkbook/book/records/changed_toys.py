@@ -20,7 +20,7 @@ from sinkbook.book.experiments import bigram_backcopy, toy
 from sinkbook.book.settings import Settings
 from sinkbook.dependencies import code_hash
 from sinkbook.errors import SinkbookError
-from sinkbook.files import cache_folder, reading, write_netcdf
+from sinkbook.files import cache_folder, is_there, reading, write_netcdf
 from sinkbook.provenance import of_record, provenance
 from sinkbook.theory import changed_toys as toys
 from sinkbook.theory import two_sinks
@@ -131,7 +131,7 @@ def _trained(changed: ChangedToy, config: TrainingConfig) -> xr.Dataset:
     code = code_hash("sinkbook.theory.changed_toys")
     digest = hashlib.sha256("\n".join([described, code, torch.__version__]).encode())
     path = cache_folder() / "changed-toys" / f"{digest.hexdigest()[:16]}.nc"
-    if path.exists():
+    if is_there(path):
         with reading(path, "Delete it, and the training is made again.", named=True):
             found = xr.load_dataset(path, engine="h5netcdf")
             check_number("seconds", float(found.attrs["seconds"]), 0)

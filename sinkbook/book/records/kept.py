@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sinkbook.arguments import check_kind, check_known, check_number
 from sinkbook.book.records import changed_toys, long_levers, paper_scale
 from sinkbook.errors import SinkbookError
-from sinkbook.files import reading, write_netcdf
+from sinkbook.files import is_there, reading, write_netcdf
 from sinkbook.provenance import of_trainings, repository
 from sinkbook.toy.runs import Run
 from sinkbook.toy.transformer import Transformer
@@ -90,7 +90,7 @@ def whole_file(name: str) -> xr.Dataset:
     Raises `SinkbookError` if it has not been made, naming the command that makes it.
     """
     path = path_of(name)
-    if not path.exists():
+    if not is_there(path):
         raise SinkbookError(f"the record {name!r} is not there. Make it: sinkbook record {name}")
     with reading(path, f"{FROM_A_CLONE}, or make it again: sinkbook record {name}", named=True):
         found = xr.load_dataset(path, engine="h5netcdf")
@@ -143,7 +143,7 @@ def load(name: str) -> xr.Dataset:
 
 def is_finished(name: str) -> bool:
     """Whether a record is there with all of its trainings."""
-    if not path_of(name).exists():
+    if not is_there(path_of(name)):
         return False
     count, wanted = _counts(name)
     return count == wanted
@@ -151,7 +151,7 @@ def is_finished(name: str) -> bool:
 
 def about(name: str) -> str:
     """One line on a record: when and on what it was made, how long that took, what is missing."""
-    if not path_of(name).exists():
+    if not is_there(path_of(name)):
         return f"{name}: not made yet"
     facts = whole_file(name).attrs
     count, wanted = _counts(name)
@@ -182,7 +182,7 @@ def run_of(name: str, training: str) -> Run:
     Raises `SinkbookError` if the record has no weights, or none of that training.
     """
     groups = paper_scale.GROUPS[name]() if name in WITH_WEIGHTS else {}
-    if training not in groups or not weights_path(name).exists():
+    if training not in groups or not is_there(weights_path(name)):
         raise SinkbookError(
             f"the record {name!r} has no weights of {training!r}. Known: "
             f"{', '.join(groups) or 'none'}. Make them: sinkbook record {name}"

@@ -39,7 +39,7 @@ from sinkbook.book.records.kept import (
 )
 from sinkbook.book.settings import Settings
 from sinkbook.devices import device_of
-from sinkbook.files import write
+from sinkbook.files import is_there, write
 from sinkbook.mitigations.registry import MITIGATIONS, under_mitigations, under_slot_controls
 from sinkbook.provenance import of_record
 from sinkbook.toy.measurements import measure_toy
@@ -113,7 +113,7 @@ def _small_llama() -> xr.Dataset:
 def _long_levers(until: float = math.inf) -> xr.Dataset:
     """The longer pretraining under each lever, the record written anew as each ends."""
     name = long_levers.NAME
-    made = long_levers.trainings(whole_file(name)) if path_of(name).exists() else {}
+    made = long_levers.trainings(whole_file(name)) if is_there(path_of(name)) else {}
     for record in long_levers.growing(made, until=until):
         path_of(name).parent.mkdir(exist_ok=True)
         _write(name, record)
@@ -228,7 +228,7 @@ def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
     if name not in paper_scale.GROUPS:
         return _write(name, MAKERS[name]())
     groups = paper_scale.GROUPS[name]()
-    finished = paper_scale.trainings(whole_file(name)) if path_of(name).exists() else {}
+    finished = paper_scale.trainings(whole_file(name)) if is_there(path_of(name)) else {}
     labels = {config: label for label, configs in groups.items() for config in configs}
     missing = [config for config in labels if (labels[config], config.seed) not in finished]
     time_is_up = None
@@ -258,7 +258,7 @@ def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
 def _keep_weights(name: str, weights: dict[str, dict[str, Tensor]]) -> None:
     """Add the weights of trainings, in 16 bits, to those that stand beside a record."""
     path = weights_path(name)
-    halves = load_file(path) if path.exists() else {}
+    halves = load_file(path) if is_there(path) else {}
     for label, of_training in weights.items():
         for parameter, tensor in of_training.items():
             halves[f"{label}/{parameter}"] = tensor.half().contiguous()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sinkbook.book.records.kept import FROM_A_CLONE, check_facts, write_packed
 from sinkbook.book.settings import KEEP
 from sinkbook.errors import SinkbookError
-from sinkbook.files import reading
+from sinkbook.files import is_there, reading
 from sinkbook.provenance import provenance, repository
 
 FACTS = ("date", "device", "seconds", "versions", "command")
@@ -67,7 +67,7 @@ def kept(
         path = folder / f"{name}-{digest.hexdigest()[:12]}.nc"
         if os.environ.get(KEEP):
             _keep(path, name, lambda: measure(*arguments, **keywords))
-        elif not path.exists():
+        elif not is_there(path):
             return measure(*arguments, **keywords)
         with reading(path, f"{FROM_A_CLONE}.", named=True):
             found = xr.load_dataset(path, engine="h5netcdf")
