@@ -90,8 +90,8 @@ def _looking(path: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SinkbookError(
-            f"cannot look for {path}: {reason}. Make its folder one that you can read, or put "
-            "another in its place."
+            f"cannot look for {path}: {reason}. Make its folder one that you can read. What is no "
+            "part of the book may lie elsewhere: set SINKBOOK_CACHE, or SINKBOOK_RUNS."
         ) from error
 
 

@@ -84,13 +84,13 @@ def shared(monkeypatch) -> Iterator[Path]:
 def fill(folder: Path) -> dict[str, Callable[[], object]]:
     """Keep one of each kind in a shared folder, and say how each is read."""
     (folder / "text").write_text("to be or not to be the " * 20)
+    (folder / "text").chmod(0o644)
     tiny_model(max_position_embeddings=48).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     for path in (folder / "model").iterdir():
         files.readable_by_others(path)
     claims.keep(FOUND)
     train(CONFIG)
-    files.write_json(folder / "cache" / "status" / "quick" / "01_good.json", {})
     probe = ("probe", folder / "model", "--text", folder / "text", "--length", 9, "--texts", 1)
     return {
         "the claims": lambda: command("claims"),
