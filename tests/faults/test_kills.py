@@ -34,7 +34,7 @@ KILLS = int(os.environ.get("SINKBOOK_KILLS", "50"))
 # Where each begins with a kernel or a renderer, which takes seconds: fewer, unless for torture.
 OF_CHAPTERS = 4 if KILLS <= 50 else KILLS // 2
 CHANCE = random.Random()  # other moments each time, whatever the tests draw
-IN_A_ROW = 16  # at most, before each command is run that nobody interrupts
+IN_A_ROW = 32  # at most, before each command is run that nobody interrupts
 LONG = "600"  # seconds, which nobody waits for
 # By which a process is known, with all that it started: they inherit it.
 FAMILY = "SINKBOOK_TEST_FAMILY"
