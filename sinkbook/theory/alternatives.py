@@ -4,13 +4,14 @@ Each function changes one thing that an account says matters. We know these acco
 their authors say of them in their abstracts; the tests are ours.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int
+import xarray as xr
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
 from sinkbook.arguments import check_token_ids
@@ -18,9 +19,10 @@ from sinkbook.models.losses import next_token_loss
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.toy.attention import KERNELS, relu_weights, scores_and_mask
 from sinkbook.toy.optimizers import OPTIMIZERS
+from sinkbook.toy.program import in_precision
 from sinkbook.toy.runs import EVALUATION_SEED, TrainingConfig
-from sinkbook.toy.tasks import Task, generator_at, task
-from sinkbook.toy.training_loop import descend, train_steps
+from sinkbook.toy.tasks import Risks, Task, generator_at, task
+from sinkbook.toy.training_loop import descend, schedule, train_measured, train_steps
 from sinkbook.toy.transformer import SelfAttention, Transformer, TransformerConfig
 
 
@@ -236,9 +238,44 @@ def changed_training(
     batches = task(config.task).batches(config.batch_size, config.seed, range(config.steps))
 
     def loss(texts: Int[Tensor, "text position"]) -> Tensor:
-        return next_token_loss(model(texts[:, :-1]), texts)
+        with in_precision(config.precision, texts.device):
+            logits = model(texts[:, :-1])
+        return next_token_loss(logits, texts)
 
     return model, descend(optimizer, loss), batches
+
+
+def isolated_seeds(configs: Sequence[TrainingConfig], position: int) -> xr.Dataset:
+    """Trainings in which a position sees itself alone, along `seed`; else they are as configured.
+
+    - `attention`, over (seed, step, key): `attention_on` the position, and on `<s>` (key 0).
+    - `excess_risk`, over (seed, step): nats over the rules of the language, mean over positions.
+    """
+    found = []
+    for config in configs:
+        made = task(config.task)
+        model, step, batches = changed_training(
+            config, partial(with_isolated_position, position=position)
+        )
+        measured = schedule(config.steps, config.measurements)
+        look = partial(_looks, model, made, config.evaluation_tokens, (position, 0))
+        found.append(train_measured(step, batches, look, measured=measured))
+    return xr.concat(found, xr.Variable("seed", [config.seed for config in configs]))
+
+
+@torch.no_grad()
+def _looks(
+    model: Transformer, task: Task, tokens: Int[Tensor, "text position"], keys: tuple[int, ...]
+) -> xr.Dataset:
+    excess = excess_risk(task.risks(model(tokens), tokens), task.at_triggers(tokens))
+    attention = ("key", attention_on(model, task, tokens, keys))
+    return xr.Dataset({"attention": attention, "excess_risk": excess}, {"key": [*keys]})
+
+
+def excess_risk(risks: Risks, triggers: Bool[Tensor, "text position"]) -> float:
+    """The risk over that of the language's own rules, mean over all positions, in nats."""
+    share = triggers.float().mean()
+    return (share * risks.backcopy_excess + (1 - share) * risks.bigram_excess).item()
 
 
 def attention_on(

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinkbook.arguments import check_token_ids
-from sinkbook.theory.alternatives import changed_training
+from sinkbook.theory.alternatives import changed_training, excess_risk
 from sinkbook.toy.attention import scores_and_mask
 from sinkbook.toy.runs import TrainingConfig
 from sinkbook.toy.tasks import Task, task
@@ -166,18 +166,14 @@ def watched(model: Transformer, made: Task, tokens: Int[Tensor, "text position"]
         "query_key_norm": [v.form for v in seen],
     }
     norms = [state.norm(dim=-1) for state in states]
-    share = triggers.float().mean()
-    excess = {
-        "excess_risk": share * risks.backcopy_excess + (1 - share) * risks.bigram_excess,
-        "backcopy_excess": risks.backcopy_excess,
-        "bigram_excess": risks.bigram_excess,
-    }
     return xr.Dataset(
         {
             **{name: ("visit", [float(v) for v in values]) for name, values in found.items()},
             "residual_norm": ("residual_visit", [n[:, 0].mean().item() for n in norms]),
             "other_residual_norm": ("residual_visit", [n[:, 1:].median().item() for n in norms]),
-            **{name: value.item() for name, value in excess.items()},
+            "excess_risk": excess_risk(risks, triggers),
+            "backcopy_excess": risks.backcopy_excess.item(),
+            "bigram_excess": risks.bigram_excess.item(),
         }
     )
 

@@ -1,12 +1,14 @@
 """The changed models change one thing, and the averaging task asks for what it says."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from sinkbook.theory import alternatives
-from sinkbook.toy.runs import TrainingConfig
+from sinkbook.toy.runs import TrainingConfig, seeds_of
 from sinkbook.toy.tasks import Task, TaskConfig
 from sinkbook.toy.training import train
 from sinkbook.toy.transformer import Transformer, TransformerConfig
@@ -87,3 +89,29 @@ def test_a_changed_training_without_a_change_is_the_training():
     unchanged = alternatives.train_changed(config, lambda model: model)
     for ours, theirs in zip(unchanged.parameters(), train(config).model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_an_isolated_position_is_watched_while_it_learns():
+    config = TrainingConfig(
+        task=TaskConfig(length=12),
+        model=TransformerConfig(length=12, width=8),
+        batch_size=4,
+        steps=4,
+        evaluation_size=4,
+        measurements=2,
+    )
+    found = alternatives.isolated_seeds(seeds_of(config, 2), 5)
+    assert found.step.values.tolist() == [0, 1, 4] and found.key.values.tolist() == [5, 0]
+    second = replace(config, seed=config.seed + 1)
+    trained = alternatives.train_changed(
+        second, lambda model: alternatives.with_isolated_position(model, 5)
+    )
+    made, tokens = Task(config.task), config.evaluation_tokens
+    ends = found.sel(seed=second.seed).isel(step=-1)
+    np.testing.assert_allclose(
+        ends.attention, alternatives.attention_on(trained, made, tokens, (5, 0)), rtol=1e-5
+    )
+    oracle = made.oracle(tokens)
+    surprise = -(oracle * trained(tokens).log_softmax(-1)).sum(-1)
+    excess = (surprise - torch.special.entr(oracle).sum(-1)).mean()
+    np.testing.assert_allclose(ends.excess_risk, excess, rtol=1e-4)
