@@ -12,6 +12,7 @@ import xarray as xr
 from sinkbook.book.records import families, kept
 from sinkbook.errors import SinkbookError
 from sinkbook.figures.components import sinks_by_beginning
+from sinkbook.mitigations.quantization import largest_and_error
 from tiny import LETTER_TEXTS, assert_close, letter_reader, losses_of
 
 SMALL = {"texts": 2, "length": 12, "inside": 3, "ordinary": 6, "after": 5}
@@ -108,6 +109,20 @@ def test_a_file_that_is_not_the_one_that_was_measured_is_refused(made, tmp_path,
         families.record()
 
 
+def test_eight_bits_are_asked_of_every_family_in_groups_of_texts(made, small, monkeypatch):
+    monkeypatch.setattr(families, "texts", lambda domain, count: LETTER_TEXTS)
+    for name, size in {"texts": 2, "length": 8, "groups": 2}.items():
+        monkeypatch.setitem(families.EIGHT_BITS, name, size)
+    found = families.in_eight_bits()
+    assert found.model.values.tolist() == ["SmolLM2", "other"] and found.sizes["seed"] == 2
+    assert np.isfinite(found.error.sel(model="SmolLM2")).all()
+    assert found.error.sel(model="other").notnull().all(("seed", "ranges")).sum() == 2  # layers
+    (second,) = families.eight_bits_windows(small)[1:]
+    alone = largest_and_error(small.model, second)
+    assert_close(found.largest.sel(model="SmolLM2", seed=1), alone.largest)
+    assert json.loads(found.attrs["config"])["other"]["file"] == "other.gguf"
+
+
 def test_what_is_measured_again_meets_the_record_and_an_altered_number_is_found(made, small):
     assert "of these numbers are" in families.again(made, small)
     assert "another model" in families.again(made, replace(small, name="other"))
@@ -161,3 +176,5 @@ def test_the_record_is_of_the_files_and_sizes_of_today():
     config = json.loads(kept.whole_file("families").attrs["config"])
     of_files = {name: asdict(family) for name, family in families.FAMILIES.items()}
     assert config == families.SIZES | of_files
+    of_eight_bits = json.loads(kept.whole_file("families-in-eight-bits").attrs["config"])
+    assert of_eight_bits == families.EIGHT_BITS | of_files

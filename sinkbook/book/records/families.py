@@ -22,9 +22,11 @@ from sinkbook.data.corpora import texts
 from sinkbook.errors import SinkbookError
 from sinkbook.files import cache_folder, is_whole
 from sinkbook.llm.components import writes
+from sinkbook.mitigations.quantization import largest_and_error
 from sinkbook.models import load
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.pretrained import LanguageModel
+from sinkbook.models.token_windows import of_texts
 from sinkbook.probe.measure import measure
 from sinkbook.probe.metrics import THRESHOLD, residual_peak_ratio, sink_rate, value_drain_ratio
 from sinkbook.provenance import of_record, provenance
@@ -114,6 +116,33 @@ def _of_family(family: Family) -> xr.Dataset:
         rows = [measured_at(reader.model, tokens, sink) for tokens, sink in begun.values()]
         of_domains.append(xr.concat(rows, xr.Variable("beginning", list(begun))))
     return xr.concat(of_domains, xr.Variable("domain", SIZES["domains"]))
+
+
+EIGHT_BITS = {"domain": "prose-en", "from": 48, "texts": 12, "length": 64, "groups": 3}
+
+
+def eight_bits_windows(reader: LanguageModel) -> list[Tokens]:
+    """The groups of texts, begun as the model begins any text, that are rounded to eight bits."""
+    read = texts(EIGHT_BITS["domain"], EIGHT_BITS["from"])
+    sizes = {"count": EIGHT_BITS["texts"], "length": EIGHT_BITS["length"]}
+    return [*of_texts(reader, read, **sizes).chunk(EIGHT_BITS["groups"])]
+
+
+def in_eight_bits() -> xr.Dataset:
+    """The record of what `largest_and_error` finds, over (model, seed): seeds are groups of texts.
+
+    Layers that a model has not are NaN. Raises `SinkbookError` if a file is not there or another.
+    """
+    start = time.monotonic()
+    paths = [_path(family) for family in FAMILIES.values()]
+    found = []
+    for path in paths:
+        reader = load(path, device="cpu")
+        of_groups = [largest_and_error(reader.model, w) for w in eight_bits_windows(reader)]
+        found.append(xr.concat(of_groups, xr.Variable("seed", range(len(of_groups)))))
+    together = xr.concat(found, xr.Variable("model", list(FAMILIES)), join="outer")
+    config = EIGHT_BITS | {name: asdict(family) for name, family in FAMILIES.items()}
+    return together.assign_attrs(of_record(config, provenance(), time.monotonic() - start))
 
 
 def passages(domain: str) -> list[str]:

@@ -35,6 +35,7 @@ EARLIER = (  # than those at the paper's scale, or of other models
     "stand-ins",
     "largest-magnitude",
     "families",
+    "families-in-eight-bits",
 )
 NAMES = (*paper_scale.GROUPS, *EARLIER)  # in the order in which they are needed
 

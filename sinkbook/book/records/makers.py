@@ -148,6 +148,13 @@ def _families() -> xr.Dataset:
     return families.record()
 
 
+def _families_in_eight_bits() -> xr.Dataset:
+    """What eight bits lose in the same families."""
+    from sinkbook.book.records import families
+
+    return families.in_eight_bits()
+
+
 def _shakespeare() -> xr.Dataset:
     """Pretrainings on Shakespeare and their controls, all of the same length."""
     from sinkbook.llm import copying_head, shakespeare_pretraining
@@ -211,6 +218,7 @@ MAKERS: dict[str, Callable[..., xr.Dataset]] = {
     "stand-ins": _stand_ins,
     "largest-magnitude": _largest_magnitude,
     "families": _families,
+    "families-in-eight-bits": _families_in_eight_bits,
 }
 
 
