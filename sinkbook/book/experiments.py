@@ -137,7 +137,7 @@ THE_PAPER = {
     "length T": 256,
     "vocabulary V": 67,
     "texts in a batch": 512,
-    "steps": "10,000",
+    "steps": "10,000 (some runs 100,000)",
     "rate of AdamW": 3e-4,
     "seeds": "42",
 }
