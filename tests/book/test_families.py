@@ -121,6 +121,11 @@ def test_eight_bits_are_asked_of_every_family_in_groups_of_texts(made, small, mo
     alone = largest_and_error(small.model, second)
     assert_close(found.largest.sel(model="SmolLM2", seed=1), alone.largest)
     assert json.loads(found.attrs["config"])["other"]["file"] == "other.gguf"
+    again = [largest_and_error(small.model, w) for w in families.eight_bits_windows(small)]
+    assert "of these numbers are" in families.eight_bits_again(found, again)
+    again[1]["outlier"] = again[1].outlier * 1.01
+    with pytest.raises(SinkbookError, match="outlier differs by"):
+        families.eight_bits_again(found, again)
 
 
 def test_what_is_measured_again_meets_the_record_and_an_altered_number_is_found(made, small):

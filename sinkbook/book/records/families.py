@@ -145,6 +145,15 @@ def in_eight_bits() -> xr.Dataset:
     return together.assign_attrs(of_record(config, provenance(), time.monotonic() - start))
 
 
+def eight_bits_again(record: xr.Dataset, found: list[xr.Dataset]) -> str:
+    """How far what `largest_and_error` found of SmolLM2, by group of texts, is from the record.
+
+    Raises `SinkbookError` where more than rounding is between them.
+    """
+    here = xr.concat(found, record.seed)
+    return measured.meet(here, record.sel(model="SmolLM2", layer=here.layer).drop_vars("model"))
+
+
 def passages(domain: str) -> list[str]:
     """The texts of a domain that are read."""
     return texts(domain, SIZES["texts"], SIZES["minimum_characters"])
