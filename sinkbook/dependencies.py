@@ -172,6 +172,8 @@ class _Reached:
 
     def _imported_by(self, targets: Iterable[tuple[str, str | None]]) -> None:
         for module, attribute in targets:
+            if not is_ours(module):
+                continue
             self.imported(module)
             if attribute == "*":
                 self.whole(module)
@@ -247,7 +249,8 @@ class _Reached:
             for bound, target in read.imports:
                 if bound == first:
                     self.target(module, bound, target, tuple(rest))
-            if first in module.bindings or first in module.imports:
+            known = first in module.bindings or first in module.imports
+            if known and (module.name, chain) not in self.followed:
                 self.name(module.name, chain)
             if chain[-1] in _UNKNOWN and (len(chain) == 1 or chain[-1] not in ("eval", "exec")):
                 self.whole(ROOT)
