@@ -108,3 +108,12 @@ def test_a_place_that_a_phone_does_not_keep_is_noticed(text):
 def test_panels_are_called_by_what_they_show_or_by_their_order(path):
     shown = [text for text in sentences(path, described=False) if BESIDE.search(text)]
     assert shown == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_table_is_torn_by_an_empty_line(path):
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            blocks = "".join(cell["source"]).split("\n\n")
+            tables = [block for block in blocks if block.startswith("|")]
+            assert all(re.match(r"\|.*\|\n\|[-:| ]+\|", table) for table in tables), tables
