@@ -159,11 +159,11 @@ class TypedLab {
     const rows = order.map((t) => ({ name: name(t), share: Math.exp(logits[t]), mark: oracle[t] }));
     const rule = this.task.isTrigger[current]
       ? `${name(current)} is a trigger: the language repeats the character before it`
-      : "an ordinary character: the language goes on as Shakespeare's letters do";
+      : "After an ordinary character the language goes on as Shakespeare's letters do";
     this.next.replaceChildren(
       html("p", { class: "lab-title" }, `What it expects after ${name(current)}`),
       shareBars(rows),
-      html("p", { class: "lab-small" }, `The line marks the true chance: ${rule}.`),
+      html("p", { class: "lab-small" }, `The line marks the true chance. ${rule}.`),
     );
   }
 

@@ -150,7 +150,7 @@ def still(reading: Reading, says: str) -> str:
     return (
         '<p class="lab-title">Where each character looks, a row for each</p>'
         f"{ElementTree.tostring(root, encoding='unicode')}"
-        '<p class="lab-small">Pink: triggers repeat the character before.</p>'
+        '<p class="lab-small">Pink: triggers.</p>'
     )
 
 
