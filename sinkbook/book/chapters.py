@@ -232,7 +232,7 @@ class Status:
         for record in self.records:
             cells = _cells(record)
             rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-        titles = ("chapter", "profile", "seed", "seconds", "device", "torch", "transformers", "run")
+        titles = ("chapter", "run", "seconds", "profile", "seed", "device", "torch", "transformers")
         head = "".join(f"<th>{title}</th>" for title in titles)
         return scrolling(
             f'<table class="sinkbook-status"><thead><tr>{head}</tr></thead>'
@@ -251,13 +251,13 @@ def _cells(record: dict) -> tuple[str, ...]:
     ran_with = record["versions"]
     return (
         record["chapter"],
+        record["date"],
+        f"{record['seconds']:.0f}",
         record["profile"],
         str(record["seed"]),
-        f"{record['seconds']:.0f}",
         record["device"],
         ran_with["torch"],
         ran_with["transformers"],
-        record["date"],
     )
 
 

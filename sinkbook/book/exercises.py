@@ -285,7 +285,7 @@ FORMULAS = {
                 lambda rises: rises.mean() / rises.std() * np.sqrt(len(rises))
             ),
         },
-        "it counts texts as much as it counts the effect.",
+        "it grows with the number of texts as well.",
     ),
 }
 

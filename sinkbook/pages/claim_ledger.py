@@ -81,8 +81,8 @@ def _debts(cards: Sequence[Card]) -> str:
         for of in owed
     )
     return (
-        f'<details class="debts"><summary>Debts ({len(owed)}): what our size cannot decide, '
-        f"or another machine may turn</summary><ul>{items}</ul></details>"
+        f'<details class="debts"><summary>Debts ({len(owed)}): what is not decided here, and what '
+        f"would decide it</summary><ul>{items}</ul></details>"
     )
 
 

@@ -100,9 +100,11 @@ class Heads:
             _rect(root, "cell", x + 1, floor - high, CELL - 2, high)
             _text(root, "other", x + CELL / 2, floor + 13, "middle", str(head))
             if share == self.shares.max():
-                _text(root, "title", x + CELL / 2, floor - high - 3, "middle", f"{share:.2f}")
+                most = x + CELL / 2, floor - high - 3
         for layer in range(layers):
             _text(root, "title", (layer + 0.5) * of_layer, floor + 29, "middle", f"layer {layer}")
+        # After all bars, so that none of them covers it.
+        _text(root, "title", *most, "middle", f"{self.shares.max():.2f}")
         _dotted(root, 0.0, full, floor - TALL * self.even / self.full)
         return (
             '<p class="lab-title">Attention on the first token, a bar for each head</p>'
