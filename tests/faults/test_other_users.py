@@ -76,7 +76,9 @@ def shared(monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("SINKBOOK_CACHE", str(folder / "cache"))
     monkeypatch.setenv("SINKBOOK_RUNS", str(folder / "runs"))
+    before = os.umask(0o022)
     monkeypatch.chdir(Repository(folder / "repository").root)
+    os.umask(before)
     yield folder
     shutil.rmtree(folder)
 
@@ -116,7 +118,6 @@ def test_what_is_not_shared_is_one_message_that_names_it(shared):
         readers = fill(shared)
     finally:
         os.umask(before)
-    (shared / "repository").chmod(0o755)
     for what, read in readers.items():
         read()
         outcome, said = as_nobody(read)
