@@ -65,7 +65,7 @@ def is_there(path: Path) -> bool:
 
     What it is, shows when it is read. Raises `SinkbookError` where nobody may look.
     """
-    with _looking(path):
+    with _looking(path, FileNotFoundError, NotADirectoryError):
         return path.lstat() is not None
     return False
 
@@ -75,17 +75,17 @@ def files_in(folder: Path, ending: str) -> list[Path]:
 
     Raises `SinkbookError` where nobody may look, or it is no folder.
     """
-    with _looking(folder):
+    with _looking(folder, FileNotFoundError):
         return sorted(path for path in folder.iterdir() if path.name.endswith(ending))
     return []
 
 
 @contextmanager
-def _looking(path: Path) -> Iterator[None]:
-    """Nothing happens in the body where there is nothing; another refusal is one message."""
+def _looking(path: Path, *nothing: type[OSError]) -> Iterator[None]:
+    """The body ends where there is `nothing`; another refusal is one message."""
     try:
         yield
-    except FileNotFoundError:
+    except nothing:
         return
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
