@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from tempfile import mkdtemp
@@ -149,6 +150,9 @@ def test_where_another_user_may_not_write_is_one_message_that_names_it(shared):
         "a training": lambda: train(other),
     }
     command(*probe)
+    import_module(
+        "sinkbook.book.build"
+    )  # nobody may not read it where a clone is its owner's alone
     for what, write in writers.items():
         outcome, said = as_nobody(write)
         assert outcome == "refused", (what, said)
