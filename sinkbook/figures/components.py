@@ -11,13 +11,18 @@ import xarray as xr
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Affine2D
 
 from sinkbook.figures.basic import axes_or_new, by_layer, share_map
 from sinkbook.figures.style import DRAIN, MAP, OTHER, PEAK, SINK, TRIGGER
 
 PART_COLOURS = {"attention": SINK, "mlp": PEAK}
 PART_NAMES = {"attention": "attention", "mlp": "MLP"}
+
+CELL = Outline.unit_rectangle().transformed(Affine2D().translate(-0.5, -0.5))  # of a map, at 0, 0
 
 
 def log_map(
@@ -239,9 +244,13 @@ def kind_map(
     ax = axes_or_new(ax, figsize=(7, 1.6 + 0.18 * heads))
     colours = ["#EEEEEE", SINK, DRAIN, TRIGGER, PEAK]
     for kind, colour in enumerate(colours, start=-1):
-        # Bars, since a map of colours would be turned round in the dark, and the legend not.
-        layer, head = np.nonzero((kinds == kind).transpose("layer", "head").values)
-        ax.bar(layer, 1, 1, bottom=head - 0.5, color=colour, ec=colour, lw=0.4)
+        # An outline of its own, since a map of colours would be turned round in the dark, and the
+        # legend not; one for all heads of a kind, which keeps the page light.
+        heads_of = np.argwhere((kinds == kind).transpose("layer", "head").values)
+        if len(heads_of):
+            squares = [CELL.transformed(Affine2D().translate(*at)) for at in heads_of]
+            outline = Outline.make_compound_path(*squares)
+            ax.add_patch(PathPatch(outline, fc=colour, ec=colour, lw=0.4))
     ax.set(xlim=(-0.5, layers - 0.5), ylim=(-0.5, heads - 0.5))
     labels = ["none of these", *names]
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
