@@ -58,9 +58,8 @@ def by_optimizer(table: xr.Dataset, labels: dict[str, str]) -> list[Axes]:
             values = table[name].sel(optimizer=optimizer).transpose("seed", "step")
             alone = optimizer in ("AdamW", "SGD, momentum")
             look = {"lw": 1.6, "zorder": 3} if alone else {"lw": 0.9, "alpha": 0.8}
-            look["ls"] = (
-                "--" if optimizer == "SGD" else "-"
-            )  # beside the other SGD, which is grey too
+            if optimizer == "SGD":  # grey as well, beside the other one
+                look["ls"] = "--"
             for number, line in enumerate(values if alone else [values.mean("seed")]):
                 drawn = ax.plot(line.step, line, color=OPTIMIZER_COLOURS[optimizer], **look)
                 drawn[0].set_label(None if number else optimizer)

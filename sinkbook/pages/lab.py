@@ -23,7 +23,7 @@ from torch import Tensor
 from sinkbook import store
 from sinkbook.errors import SinkbookError
 from sinkbook.pages.scripts import carried
-from sinkbook.pages.still import Reading, still
+from sinkbook.pages.still import Reading
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.probe.measure import measure
 from sinkbook.toy.runs import Run, TrainingConfig
@@ -47,7 +47,7 @@ class Lab:
     def _repr_html_(self) -> str:
         return (
             f'<div class="sinkbook-lab" data-lab="{self.kind}">'
-            f'<div class="lab-still">{still(self.reading, self.says)}'
+            f'<div class="lab-still">{self.reading.drawn(self.says)}'
             f'<p class="lab-says">{escape(self.says)}</p></div>'
             f'<script type="application/json">{carried(self.about)}</script></div>'
         )

@@ -62,8 +62,35 @@ class Reading:
         return self.in_words(f"{self.labels[0]}, which stands first,")
 
     def drawn(self, says: str) -> str:
-        """Its picture: see `still`."""
-        return still(self, says)
+        """An `svg` element: the attention map, rows are queries, over the values of its keys.
+
+        Colours are those of `_static/lab/lab.css`; `says` is for those who do not see it.
+        """
+        count = len(self.labels)
+        side = count * CELL
+        floor = side + 46 + BARS
+        root = _picture(LEFT + side, floor + 2, says)
+        for n, row in enumerate(self.weights):
+            _rect(root, "ground", LEFT, n * CELL, (n + 1) * CELL - 1, CELL - 1)
+            for key, weight in enumerate(row[: n + 1]):
+                cell = _rect(root, "cell", LEFT + key * CELL, n * CELL, CELL - 1, CELL - 1)
+                cell.set("fill-opacity", f"{min(max(weight, 0.0), 1.0):.3f}")
+        others = float(self.values[1:].mean() if count > 1 else self.values[0])
+        for n, (label, value) in enumerate(zip(self.labels, self.values.tolist(), strict=True)):
+            kind = "first" if label == "<s>" else "trigger" if self.triggers[n] else "other"
+            x, y = LEFT + (n + 0.5) * CELL, (n + 0.5) * CELL
+            _text(root, kind, LEFT - 5, y + 4, "end", label)
+            _text(root, kind, x, side + 14, "middle", label)
+            high = max(min(value / others / 2, 1.0) * BARS, 0.5)
+            kind = "first" if n == 0 else kind
+            _rect(root, f"bar {kind}", x - 0.35 * CELL, floor - high, 0.7 * CELL, high)
+        _text(root, "title", 0.0, side + 38, "start", "How long the value is that it finds there")
+        _dotted(root, LEFT, LEFT + side, floor - BARS / 2)
+        return (
+            '<p class="lab-title">Where each character looks, a row for each</p>'
+            f"{ElementTree.tostring(root, encoding='unicode')}"
+            '<p class="lab-small">Pink: triggers.</p>'
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +104,12 @@ class Heads:
     even: float
     full: float = 0.5
 
+    @property
+    def _strongest(self) -> tuple[int, int]:
+        return divmod(int(self.shares.argmax()), self.shares.shape[1])
+
     def __str__(self) -> str:
-        layer, head = np.unravel_index(self.shares.argmax(), self.shares.shape)
+        layer, head = self._strongest
         return (
             f"head {head} of layer {layer} gives the first token most, {self.shares.max():.2f} of "
             f"its attention; looking evenly would give it {self.even:.2f}."
@@ -86,25 +117,22 @@ class Heads:
 
     def drawn(self, says: str) -> str:
         """An `svg` element: a bar for each head, layers side by side, and a line at `even`."""
-        layers, heads = self.shares.shape
+        (layers, heads), most = self.shares.shape, self.shares.max()
         of_layer = (heads + 0.8) * CELL
         full, floor = layers * of_layer, TALL + 12
-        size = {"viewBox": f"0 0 {full:g} {floor + 36:g}", "width": f"{full:g}"}
-        root = ElementTree.Element(
-            "svg", {"class": "map", "role": "img", "aria-label": says, **size}
-        )
+        root = _picture(full, floor + 36, says)
         for (layer, head), share in np.ndenumerate(self.shares):
             x = layer * of_layer + (head + 0.4) * CELL
             high = TALL * min(share / self.full, 1.0)
             _rect(root, "ground", x + 1, 12.0, CELL - 2, TALL)
             _rect(root, "cell", x + 1, floor - high, CELL - 2, high)
             _text(root, "other", x + CELL / 2, floor + 13, "middle", str(head))
-            if share == self.shares.max():
-                most = x + CELL / 2, floor - high - 3
         for layer in range(layers):
             _text(root, "title", (layer + 0.5) * of_layer, floor + 29, "middle", f"layer {layer}")
+        layer, head = self._strongest
+        x, high = layer * of_layer + (head + 0.9) * CELL, TALL * min(most / self.full, 1.0)
         # After all bars, so that none of them covers it.
-        _text(root, "title", *most, "middle", f"{self.shares.max():.2f}")
+        _text(root, "title", x, floor - high - 3, "middle", f"{most:.2f}")
         _dotted(root, 0.0, full, floor - TALL * self.even / self.full)
         return (
             '<p class="lab-title">Attention on the first token, a bar for each head</p>'
@@ -114,46 +142,9 @@ class Heads:
         )
 
 
-def still(reading: Reading, says: str) -> str:
-    """An `svg` element: the attention map, rows are queries, over the values of its keys.
-
-    Colours are those of `_static/lab/lab.css`; `says` is for those who do not see it.
-    """
-    count = len(reading.labels)
-    side = count * CELL
-    floor = side + 46 + BARS
-    full, height = LEFT + side, floor + 2
-    root = ElementTree.Element(
-        "svg",
-        {
-            "class": "map",
-            "role": "img",
-            "aria-label": says,
-            "viewBox": f"0 0 {full:g} {height:g}",
-            "width": f"{full:g}",
-        },
-    )
-    for n, row in enumerate(reading.weights):
-        _rect(root, "ground", LEFT, n * CELL, (n + 1) * CELL - 1, CELL - 1)
-        for key, weight in enumerate(row[: n + 1]):
-            cell = _rect(root, "cell", LEFT + key * CELL, n * CELL, CELL - 1, CELL - 1)
-            cell.set("fill-opacity", f"{min(max(weight, 0.0), 1.0):.3f}")
-    others = float(reading.values[1:].mean() if count > 1 else reading.values[0])
-    for n, (label, value) in enumerate(zip(reading.labels, reading.values.tolist(), strict=True)):
-        kind = "first" if label == "<s>" else "trigger" if reading.triggers[n] else "other"
-        x, y = LEFT + (n + 0.5) * CELL, (n + 0.5) * CELL
-        _text(root, kind, LEFT - 5, y + 4, "end", label)
-        _text(root, kind, x, side + 14, "middle", label)
-        high = max(min(value / others / 2, 1.0) * BARS, 0.5)
-        kind = "first" if n == 0 else kind
-        _rect(root, f"bar {kind}", x - 0.35 * CELL, floor - high, 0.7 * CELL, high)
-    _text(root, "title", 0.0, side + 38, "start", "How long the value is that it finds there")
-    _dotted(root, LEFT, LEFT + side, floor - BARS / 2)
-    return (
-        '<p class="lab-title">Where each character looks, a row for each</p>'
-        f"{ElementTree.tostring(root, encoding='unicode')}"
-        '<p class="lab-small">Pink: triggers.</p>'
-    )
+def _picture(width: float, height: float, says: str) -> ElementTree.Element:
+    size = {"viewBox": f"0 0 {width:g} {height:g}", "width": f"{width:g}"}
+    return ElementTree.Element("svg", {"class": "map", "role": "img", "aria-label": says} | size)
 
 
 def _rect(

@@ -233,7 +233,9 @@ def test_a_run_or_a_build_that_was_killed_ends_as_ever_the_next_time(world, reco
         return world.start(*command)
 
     torture = Torture(world, start, [("build",), ("build", "--fresh"), ("run", "01")])
-    record_property("kills", torture.kill(OF_CHAPTERS))
+    struck = torture.kill(OF_CHAPTERS)
+    assert struck == OF_CHAPTERS and not living(world.family)
+    record_property("kills", struck)
 
 
 ON_A_TEXT = ("--text", "hamlet.txt", "--texts", "1", "--force", "--out")
@@ -254,7 +256,9 @@ KEPT = ("cache/runs", "repository/book/records/loop.nc", "cache/sources/wikipedi
 def test_a_command_that_was_killed_ends_as_ever_the_next_time(world, record_property):
     with forking_in(world) as start:
         torture = Torture(world, start, COMMANDS)
-        record_property("kills", torture.kill(KILLS - OF_CHAPTERS, made=KEPT))
+        struck = torture.kill(KILLS - OF_CHAPTERS, made=KEPT)
+    assert struck == KILLS - OF_CHAPTERS and not living(world.family)
+    record_property("kills", struck)
 
 
 def test_every_command_is_among_those_that_are_killed():

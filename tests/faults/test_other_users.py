@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -80,6 +80,16 @@ def command(*arguments: object) -> str:
     return shown.getvalue()
 
 
+@contextmanager
+def leaving(umask: int) -> Iterator[None]:
+    """In the body files are made with this umask."""
+    before = os.umask(umask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 @pytest.fixture
 def shared(monkeypatch) -> Iterator[Path]:
     """A folder that everybody may enter, with a repository, a cache and a store in it."""
@@ -88,9 +98,8 @@ def shared(monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setenv("SINKBOOK_CACHE", str(folder / "cache"))
     monkeypatch.setenv("SINKBOOK_RUNS", str(folder / "runs"))
-    before = os.umask(0o022)
-    monkeypatch.chdir(Repository(folder / "repository").root)
-    os.umask(before)
+    with leaving(0o022):
+        monkeypatch.chdir(Repository(folder / "repository").root)
     yield folder
     shutil.rmtree(folder)
 
@@ -114,22 +123,16 @@ def fill(folder: Path) -> dict[str, Callable[[], object]]:
 
 
 def test_what_is_shared_is_read_by_whoever_may(shared):
-    before = os.umask(0o022)
-    try:
+    with leaving(0o022):
         readers = fill(shared)
-    finally:
-        os.umask(before)
     for what, read in readers.items():
         ours = str(read())  # which also imports what nobody may read
         assert as_nobody(read) == ("done", ours), what
 
 
 def test_what_is_not_shared_is_one_message_that_names_it(shared):
-    before = os.umask(0o077)
-    try:
+    with leaving(0o077):
         readers = fill(shared)
-    finally:
-        os.umask(before)
     for what, read in readers.items():
         read()
         outcome, said = as_nobody(read)

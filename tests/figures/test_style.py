@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
+from colours import contrast
 from sinkbook import book, figures
 from sinkbook.figures import style
 
@@ -49,17 +50,7 @@ def test_more_attention_is_darker_in_any_style():
     assert much < little
 
 
-def contrast(ink: np.ndarray, ground: np.ndarray) -> float:
-    """How much lighter one colour is than another, as WCAG counts it."""
-    linear = [
-        np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for c in (ink, ground)
-    ]
-    high, low = sorted((float(c @ (0.2126, 0.7152, 0.0722)) for c in linear), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
 @pytest.mark.parametrize("share", np.linspace(0, 1, 51).tolist())
 def test_letters_on_a_map_stand_out_on_every_cell(share):
-    ground = np.array(plt.get_cmap(style.MAP)(share)[:3])
-    ink = np.array(to_rgb(style.on_map(share)))
-    assert contrast(ink, ground) >= 4.5, share
+    ground, ink = plt.get_cmap(style.MAP)(share)[:3], to_rgb(style.on_map(share))
+    assert contrast(255 * np.array(ink), 255 * np.array(ground)) >= 4.5, share

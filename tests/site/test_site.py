@@ -6,6 +6,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from colours import contrast
 from sinkbook.figures.style import ON_MAP
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,7 +220,8 @@ def test_the_letters_of_every_figure_stand_out(visit, name, view):
         words
         for _, ink, words in page["letters"]
         # What has the colour of the page or `ON_MAP` is written on the cells of a map.
-        if ink not in (page["paper"], on_map) and contrast(ink, page["paper"]) < 4.5
+        if ink not in (page["paper"], on_map)
+        and contrast(channels(ink), channels(page["paper"])) < 4.5
     }
     assert faint == set()
 
@@ -265,18 +267,10 @@ def test_the_first_page_leads_to_the_book(pages, browser):
 
 
 def brightness(colour: str) -> float:
-    """Mean of the channels of a CSS colour such as `rgb(20, 24, 30)`, 0 to 255."""
-    channels = [float(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3]]
-    return sum(channels) / 3
+    """Mean of the channels of a CSS colour."""
+    return sum(channels(colour)) / 3
 
 
-def contrast(ink: str, paper: str) -> float:
-    """How much lighter one CSS colour is than another, as WCAG counts it: from 1 to 21."""
-
-    def luminance(colour: str) -> float:
-        channels = [float(part) / 255 for part in re.findall(r"[\d.]+", colour)[:3]]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(ink), luminance(paper)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
+def channels(colour: str) -> list[float]:
+    """The channels of a CSS colour such as `rgb(20, 24, 30)`, 0 to 255."""
+    return [float(part) for part in re.findall(r"[\d.]+", colour)[:3]]

@@ -13,6 +13,14 @@ from sinkbook.toy.tasks import Task, TaskConfig
 from sinkbook.toy.training import train
 from sinkbook.toy.transformer import Transformer, TransformerConfig
 
+SMALL = TrainingConfig(
+    task=TaskConfig(length=12),
+    model=TransformerConfig(length=12, width=8),
+    batch_size=4,
+    steps=5,
+    evaluation_size=4,
+)
+
 
 @pytest.fixture
 def task():
@@ -79,27 +87,13 @@ def test_a_head_learns_to_be_silent_with_a_sink_and_a_drained_value():
 
 
 def test_a_changed_training_without_a_change_is_the_training():
-    config = TrainingConfig(
-        task=TaskConfig(length=12),
-        model=TransformerConfig(length=12, width=8),
-        batch_size=4,
-        steps=5,
-        evaluation_size=4,
-    )
-    unchanged = alternatives.train_changed(config, lambda model: model)
-    for ours, theirs in zip(unchanged.parameters(), train(config).model.parameters(), strict=True):
+    unchanged = alternatives.train_changed(SMALL, lambda model: model)
+    for ours, theirs in zip(unchanged.parameters(), train(SMALL).model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 def test_an_isolated_position_is_watched_while_it_learns():
-    config = TrainingConfig(
-        task=TaskConfig(length=12),
-        model=TransformerConfig(length=12, width=8),
-        batch_size=4,
-        steps=4,
-        evaluation_size=4,
-        measurements=2,
-    )
+    config = replace(SMALL, steps=4, measurements=2)
     found = alternatives.isolated_seeds(seeds_of(config, 2), 5)
     assert found.step.values.tolist() == [0, 1, 4] and found.key.values.tolist() == [5, 0]
     second = replace(config, seed=config.seed + 1)

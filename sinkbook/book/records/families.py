@@ -5,7 +5,7 @@ and nobody needs them to read it. What is kept of them are the numbers measured 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -77,6 +77,7 @@ SIZES = {
     "ordinary": 48,  # the position of the control
     "after": 70,  # the last tokens of a text, the same words under every beginning: their loss
 }
+EIGHT_BITS = {"domain": "prose-en", "from": 48, "texts": 12, "length": 64, "groups": 3}
 AGAIN = {"model": "SmolLM2", "beginning": "own token first", "domain": "prose-en"}
 # What is compared when it is measured again: no counts of heads, which a rounding may tip over.
 STEADY = ("sink_attention", "residual_peak_ratio", "written", "loss", "largest")
@@ -87,12 +88,27 @@ def record() -> xr.Dataset:
 
     Layers that a model has not are NaN. Raises `SinkbookError` if a file is not there or another.
     """
+    return _of_all(_under_each_beginning, SIZES)
+
+
+def in_eight_bits() -> xr.Dataset:
+    """The record of what `largest_and_error` finds, over (model, seed): seeds are groups of texts.
+
+    Layers that a model has not are NaN. Raises `SinkbookError` if a file is not there or another.
+    """
+    return _of_all(_group_by_group, EIGHT_BITS)
+
+
+def _of_all(measured_in: Callable[[LanguageModel, Family], xr.Dataset], sizes: dict) -> xr.Dataset:
+    """A record of what is measured in each family, of these sizes, along `model`."""
     start = time.monotonic()
-    for family in FAMILIES.values():
-        _path(family)  # all are there, before the first is measured
-    found = [_of_family(family) for family in FAMILIES.values()]
+    paths = [_path(family) for family in FAMILIES.values()]  # all are there, before the first
+    found = [
+        measured_in(load(path, device="cpu"), family)
+        for path, family in zip(paths, FAMILIES.values(), strict=True)
+    ]
     together = xr.concat(found, xr.Variable("model", list(FAMILIES)), join="outer")
-    config = SIZES | {name: asdict(family) for name, family in FAMILIES.items()}
+    config = sizes | {name: asdict(family) for name, family in FAMILIES.items()}
     return together.assign_attrs(of_record(config, provenance(), time.monotonic() - start))
 
 
@@ -107,8 +123,7 @@ def _path(family: Family):
     return path
 
 
-def _of_family(family: Family) -> xr.Dataset:
-    reader = load(_path(family), device="cpu")
+def _under_each_beginning(reader: LanguageModel, family: Family) -> xr.Dataset:
     own = reader.tokenizer.convert_tokens_to_ids(family.first_token)
     of_domains = []
     for domain in SIZES["domains"]:
@@ -118,9 +133,6 @@ def _of_family(family: Family) -> xr.Dataset:
     return xr.concat(of_domains, xr.Variable("domain", SIZES["domains"]))
 
 
-EIGHT_BITS = {"domain": "prose-en", "from": 48, "texts": 12, "length": 64, "groups": 3}
-
-
 def eight_bits_windows(reader: LanguageModel) -> list[Tokens]:
     """The groups of texts, begun as the model begins any text, that are rounded to eight bits."""
     read = texts(EIGHT_BITS["domain"], EIGHT_BITS["from"])
@@ -128,21 +140,9 @@ def eight_bits_windows(reader: LanguageModel) -> list[Tokens]:
     return [*of_texts(reader, read, **sizes).chunk(EIGHT_BITS["groups"])]
 
 
-def in_eight_bits() -> xr.Dataset:
-    """The record of what `largest_and_error` finds, over (model, seed): seeds are groups of texts.
-
-    Layers that a model has not are NaN. Raises `SinkbookError` if a file is not there or another.
-    """
-    start = time.monotonic()
-    paths = [_path(family) for family in FAMILIES.values()]
-    found = []
-    for path in paths:
-        reader = load(path, device="cpu")
-        of_groups = [largest_and_error(reader.model, w) for w in eight_bits_windows(reader)]
-        found.append(xr.concat(of_groups, xr.Variable("seed", range(len(of_groups)))))
-    together = xr.concat(found, xr.Variable("model", list(FAMILIES)), join="outer")
-    config = EIGHT_BITS | {name: asdict(family) for name, family in FAMILIES.items()}
-    return together.assign_attrs(of_record(config, provenance(), time.monotonic() - start))
+def _group_by_group(reader: LanguageModel, _: Family) -> xr.Dataset:
+    found = [largest_and_error(reader.model, windows) for windows in eight_bits_windows(reader)]
+    return xr.concat(found, xr.Variable("seed", range(len(found))))
 
 
 def eight_bits_again(record: xr.Dataset, found: list[xr.Dataset]) -> str:
@@ -151,7 +151,8 @@ def eight_bits_again(record: xr.Dataset, found: list[xr.Dataset]) -> str:
     Raises `SinkbookError` where more than rounding is between them.
     """
     here = xr.concat(found, record.seed)
-    return measured.meet(here, record.sel(model="SmolLM2", layer=here.layer).drop_vars("model"))
+    kept = record.sel(model=AGAIN["model"], layer=here.layer, drop=True)
+    return measured.meet(here, kept)
 
 
 def passages(domain: str) -> list[str]:
