@@ -239,6 +239,8 @@ def make(name: str, *, device: str = "auto", until: float = math.inf) -> Path:
     finished = paper_scale.trainings(whole_file(name)) if is_there(path_of(name)) else {}
     labels = {config: label for label, configs in groups.items() for config in configs}
     missing = [config for config in labels if (labels[config], config.seed) not in finished]
+    # The longest first: side by side, none is then left to run alone at the end.
+    missing.sort(key=lambda config: -config.steps * config.model.layers)
     time_is_up = None
     try:
         train_all(missing, device=device, until=until)
