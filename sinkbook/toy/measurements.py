@@ -240,14 +240,13 @@ def attention_by_key(runs: list[Run], *, layer: int | Int[np.ndarray, " seed"] =
 
 
 def attention_by_role(
-    runs: list[Run], *, layer: int | Int[np.ndarray, " seed"] = 0
+    attention: Float[xr.DataArray, "seed key"], made: Task
 ) -> dict[str, Float[np.ndarray, " seed"]]:
-    """The same, by what the keys are for: position 0, `<s2>`, `<d>`, triggers, line break, others.
+    """The `attention_by_key` by what keys are for: position 0, `<s2>`, `<d>`, triggers and so on.
 
     Roles that the task does not have are left out; the others add up to 1.
     """
-    attention, made = attention_by_key(runs, layer=layer).attention, runs[0].task
-    roles = {"position 0": attention.key.values[:1].tolist()}
+    roles = {"position 0": ["first" if made.start is None else "<s>"]}
     if made.config.starts == 2:
         roles["<s2>"] = ["<s2>"]
     if made.config.delimiter_probability:
