@@ -65,14 +65,15 @@ def facts(made: SinkTask, head: nn.Module) -> dict[str, float]:
 
     For either role `..._first` and `..._register` are mean weights on these tokens, `..._error` is
     the mean squared distance from what is to be written and `..._norm` the mean norm of what is;
-    `trigger_error` is the error after triggers. NaN where a task has no such position, or no
-    register.
+    `..._rank` is the `stable_rank` of what one text has written at these positions, mean over the
+    texts. `trigger_error` is the error after triggers. NaN where a task has no such position,
+    or no register.
     """
     texts = made.batch_at(64, EVALUATION_SEED, 0)
     vectors = made.vectors(texts)
     query, key = (w(vectors).unsqueeze(1) for w in (head.wq, head.wk))
     weights = scores_and_mask(query, key, None, head.scaling).softmax(dim=-1)[:, 0]
-    errors, written = made.errors(head, texts), head(vectors).norm(dim=-1)
+    errors, written = made.errors(head, texts), head(vectors)
     found = {"trigger_error": errors[texts == made.trigger].mean().item()}
     roles = {"announcing": made.announces(texts), "silent": made.is_silent(texts)}
     for role, there in roles.items():
@@ -81,14 +82,34 @@ def facts(made: SinkTask, head: nn.Module) -> dict[str, float]:
             f"{role}_first": weights[..., made.first][there].mean().item(),
             f"{role}_register": on_register[there].mean().item(),
             f"{role}_error": errors[there].mean().item(),
-            f"{role}_norm": written[there].mean().item(),
+            f"{role}_norm": written[there].norm(dim=-1).mean().item(),
+            f"{role}_rank": stable_rank(written * there.unsqueeze(-1)).mean().item(),
         }
     return found
 
 
+def stable_rank(states: Float[Tensor, "*batch state width"]) -> Float[Tensor, "*batch"]:
+    """The sum of the squared singular values over the largest; NaN if there is nothing.
+
+    It is 1 if one direction carries all, whatever the length. The mean is not subtracted, since
+    what is always the same counts; states that are zero do not.
+
+    >>> stable_rank(torch.tensor([[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]])).item()
+    2.0
+    """
+    squares = torch.linalg.svdvals(states).square()
+    return squares.sum(-1) / squares[..., 0]
+
+
 def trained(asks: str, kind: str, *, steps: int, batch_size: int, seed: int) -> dict[str, float]:
-    """The `facts` of a head: what is asked of it by a name in `ANNOUNCING`, its kind in `HEADS`."""
+    """The `facts` of a head: what is asked of it by a name in `ANNOUNCING`, its kind in `HEADS`.
+
+    `..._rank_before` are the ranks of the same head before its first step.
+    """
     made = SinkTask(ANNOUNCING[asks], register=HEADS[kind].get("register", False))
     changes = {"gate": HEADS[kind].get("gate", "none"), "length": LENGTH + made.first}
-    sizes = {"steps": steps, "batch_size": batch_size, "seed": seed}
-    return facts(made, train_averaging(made, "softmax", **sizes, **changes))
+    sizes = {"batch_size": batch_size, "seed": seed} | changes
+    untrained, head = (
+        facts(made, train_averaging(made, "softmax", steps=n, **sizes)) for n in (0, steps)
+    )
+    return head | {f"{name}_before": untrained[name] for name in untrained if "_rank" in name}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import xarray as xr
 
 from sinkbook.theory import changed_toys as toys
-from sinkbook.theory.two_sinks import ANNOUNCING, HEADS, SinkTask, facts, trained
+from sinkbook.theory.two_sinks import ANNOUNCING, HEADS, SinkTask, facts, stable_rank, trained
 from sinkbook.toy.runs import TrainingConfig
 from sinkbook.toy.tasks import TaskConfig, task
 from sinkbook.toy.transformer import SelfAttention, Transformer, TransformerConfig
@@ -198,3 +198,33 @@ def test_every_task_and_head_of_the_record_trains():
             found = trained(asks, kind, steps=2, batch_size=2, seed=0)
             assert np.isfinite(found["trigger_error"])
             assert np.isnan(found["silent_error"]) == (asks == "broadcast")
+            assert np.isnan(found["silent_rank_before"]) == (asks == "broadcast")
+
+
+def test_the_rank_of_what_is_written_is_that_of_each_text_where_it_has_to_be():
+    """The head writes the first token everywhere: one direction a text, though many over texts."""
+    made = SinkTask(4)
+    head = SelfAttention(TransformerConfig(width=made.vocab_size, length=32), 0)
+    head.forward = lambda vectors: vectors[:, :1].expand_as(vectors)
+    found = facts(made, head)
+    assert found["silent_rank"] == pytest.approx(1) == found["announcing_rank"]
+    head.forward = lambda vectors: vectors
+    texts = made.batch_at(64, 2**31, 0)
+    counts = torch.stack([(texts == symbol).sum(1) for symbol in range(4)], 1)
+    expected = (counts.sum(1) / counts.max(1).values).mean().item()  # symbols are orthogonal
+    assert facts(made, head)["announcing_rank"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rank_is_that_of_directions_and_not_of_lengths():
+    states = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(0))
+    found = stable_rank(states)
+    assert ((found > 1) & (found < 5)).all()
+    torch.testing.assert_close(stable_rank(1e-4 * states), found)
+    torch.testing.assert_close(stable_rank(F.pad(states, (0, 0, 0, 7))), found)
+    assert stable_rank(torch.zeros(4, 2)).isnan()
+
+
+def test_the_rank_before_is_that_of_the_head_before_its_first_step():
+    none, some = (trained("both", "gate", steps=n, batch_size=4, seed=1) for n in (0, 20))
+    assert none["silent_rank"] == none["silent_rank_before"] == some["silent_rank_before"]
+    assert some["silent_rank"] != some["silent_rank_before"]
