@@ -53,8 +53,8 @@ class Reading:
         )
         if most:
             words += (
-                f" Most of it, {gets[most]:.2f}, goes to {self.labels[most]} at position {most}, "
-                f"whose value is {drains[most]:.2f} times as long."
+                f" The largest share, {gets[most]:.2f}, goes to {self.labels[most]} at position "
+                f"{most}, whose value is {drains[most]:.2f} times as long."
             )
         return words
 

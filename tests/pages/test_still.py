@@ -82,7 +82,7 @@ def test_every_head_has_a_bar_as_high_as_what_it_gives_and_the_strongest_is_name
 
 
 def test_who_gets_most_is_named_where_it_is_not_the_first():
-    assert "Most of it" not in reading(0.75).in_words("<s>")
+    assert "largest share" not in reading(0.75).in_words("<s>")
     weights = np.eye(4)
     weights[2:, :2] = [[0.1, 0.8], [0.1, 0.7]]
     looks = Reading(weights, np.array([1.0, 2.0, 4.0, 5.0]), list("abcd"), [False] * 4)
