@@ -1,6 +1,7 @@
 """Figures that compare mitigations: by layer, along the loss, as points, as families."""
 
 import textwrap
+from collections.abc import Collection
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -72,10 +73,12 @@ def mitigation_points(
     xlabel: str,
     ylabel: str,
     log: str = "",
+    named: Collection[str] | None = None,
 ) -> Axes:
     """A point for each mitigation at the means over seeds, a thin line to each seed.
 
-    `x` and `y` carry the coordinates `label` and `family`; the control "softmax" is a star.
+    `x` and `y` carry the coordinates `label` and `family`; the control "softmax" is a star. Those
+    that are `named`, by default all, have their label beside them.
     """
     ax = axes_or_new(ax, figsize=(7.6, 5.4))
     for name in x.mitigation.values:
@@ -85,6 +88,8 @@ def mitigation_points(
         for seed in zip(across.values, up.values, strict=True):
             ax.plot(*zip(centre, seed, strict=True), color=colour, lw=0.6, alpha=0.6)
         ax.plot(*centre, "*" if name == "softmax" else "o", color=colour, ms=6)
+        if named is not None and name not in named:
+            continue
         line = {"arrowstyle": "-", "lw": 0.4, "color": colour}
         words = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 7}
         ax.annotate(across.label.item(), centre, (0, 9), color=colour, arrowprops=line,
