@@ -351,6 +351,8 @@ def _digest(*what: object) -> str:
 LOG = "SINKBOOK_LOG"
 # What warns of the machine (a folder that cannot be written, a disk without locks), not of numbers.
 ABOUT_THE_MACHINE = ("filelock", "matplotlib")
+# matplotlib says so where it took longer than a second, in the name of whoever draws.
+ABOUT_ITS_SPEED = 'Creating legend with loc="best" can be slow'
 
 
 def load_ipython_extension(shell: object) -> None:
@@ -365,7 +367,10 @@ def load_ipython_extension(shell: object) -> None:
     show = warnings.showwarning
 
     def show_or_log(message, category, filename, lineno, file=None, line=None):
-        if file is None and any(Path(filename).is_relative_to(folder) for folder in folders):
+        of_machine = str(message).startswith(ABOUT_ITS_SPEED) or any(
+            Path(filename).is_relative_to(folder) for folder in folders
+        )
+        if file is None and of_machine:
             logging.getLogger("py.warnings").warning("%s: %s", category.__name__, message)
         else:
             show(message, category, filename, lineno, file, line)

@@ -207,6 +207,15 @@ QUIET = {
     "from sinkbook.files import NOTICES\nNOTICES.warning('damaged')": "damaged",
     "import logging\nlogging.getLogger('matplotlib').warning('font cache')": "font cache",
     "import matplotlib.pyplot": "MPLCONFIGDIR",  # and a home that cannot be written
+    # A machine that takes more than a second for what takes milliseconds elsewhere.
+    "import itertools, types, matplotlib.legend, matplotlib.pyplot as plt\n"
+    "seconds = itertools.count(0, 2)\n"
+    "clock = types.SimpleNamespace(perf_counter=lambda: next(seconds))\n"
+    "matplotlib.legend.time = clock\n"
+    "plt.plot([0, 1], label='a')\n"
+    "plt.legend()\n"
+    "plt.gcf().canvas.draw()\n"
+    "plt.close()": "can be slow",
     # A disk without locks.
     "import errno, fcntl, pathlib, filelock\n"
     "def flock(*_): raise OSError(errno.ENOSYS, 'no locks')\n"
