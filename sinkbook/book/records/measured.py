@@ -157,8 +157,9 @@ def meet(again: Measurement, stored: Measurement) -> str:
                 "changed, and it is to be made again (sinkbook run CHAPTER --keep), or its "
                 "file has."
             )
-        furthest = max(furthest, both.max(initial=0.0))
+        furthest = max(furthest, (both / allowed).max(initial=0.0))
     if not count:
         raise SinkbookError("nothing was measured again. Give a part with numbers.")
-    how = f"as they were kept, but for {furthest:.0e} at most" if furthest else "the same"
+    apart = f"as they were kept: the largest difference is {furthest:.2f} of what rounding may make"
+    how = apart if furthest else "the same"
     return f"Measured again on this machine, {count:,} of these numbers are {how}."
