@@ -104,6 +104,7 @@ class _Reached:
     def __init__(self, folder: Path, without: tuple[str, ...]):
         self.folder, self.without = folder, without
         self.paths: dict[str, Path | None] = {}
+        self.folders: dict[str, bool] = {}
         self.modules: dict[str, Module] = {}
         self.definitions: dict[tuple[str, str], list[str]] = {}
         self.touched: set[str] = set()
@@ -142,10 +143,20 @@ class _Reached:
         if not is_ours(name):
             return None
         if name not in self.paths:
-            place = self.folder.joinpath(*name.split(".")[1:])
-            candidates = (place / "__init__.py", place.parent / f"{place.name}.py")
+            package, candidates = name.rpartition(".")[0], ()
+            if not package or self._is_folder(package):  # most names are of attributes
+                place = self._place(name)
+                candidates = (place / "__init__.py", place.parent / f"{place.name}.py")
             self.paths[name] = next(filter(Path.is_file, candidates), None)
         return self.paths[name]
+
+    def _place(self, name: str) -> Path:
+        return self.folder.joinpath(*name.split(".")[1:])
+
+    def _is_folder(self, name: str) -> bool:
+        if name not in self.folders:
+            self.folders[name] = self._place(name).is_dir()
+        return self.folders[name]
 
     def _module(self, name: str) -> Module:
         if name not in self.modules:

@@ -9,6 +9,7 @@ Limits of time end what would never end, and nothing else: a machine a fifth as 
 
 import gc
 import importlib
+import json
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 
@@ -37,9 +39,9 @@ for _library in (
     importlib.import_module(_library)
 
 ROOT = Path(__file__).resolve().parent.parent
-# While two chapters compute, beside them what mostly waits, for kernels and for commands; what
-# computes itself comes last, beside pages in a browser.
-LAYERS = ("chapters", "site", "repository", "faults", "doctests", "package", "weights")
+# While two chapters compute, beside them what mostly waits, for kernels and for commands; then what
+# computes itself, and the book's pages last: each may be opened by any process, so that none waits.
+LAYERS = ("chapters", "repository", "faults", "doctests", "package", "weights", "site")
 CHAPTER_SECONDS = 3600.0
 BOOK_SECONDS = 3 * 3600  # the first test of the book waits for all chapters
 
@@ -58,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The book's tests first and in one process, since they take longest."""
+    """The chapters first and in one process, since they take longest; a page's tests in one."""
 
     def layer(item: pytest.Item) -> int:
         if not item.path.is_relative_to(ROOT / "tests"):
@@ -72,8 +74,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name in ("chapters", "site"):
             item.add_marker(pytest.mark.book)
-            item.add_marker(pytest.mark.xdist_group("book"))
             item.add_marker(pytest.mark.timeout(BOOK_SECONDS))
+        if item.path.parent.name == "chapters":
+            item.add_marker(pytest.mark.xdist_group("chapters"))
+        elif item.path.parent.name == "site" and hasattr(item, "callspec"):
+            item.add_marker(pytest.mark.xdist_group(f"page {item.callspec.params['name']}"))
         if item.path.parent.name in ("pages", "site"):
             item.add_marker(pytest.mark.site)
 
@@ -116,13 +121,27 @@ def seeded() -> None:
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[], dict]], dict]:
+    """Does something in one process of the session; the others wait for what came of it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base if worker_id == "master" else base.parent
+
+    def made(name: str, make: Callable[[], dict]) -> dict:
+        path = folder / f"{name}.json"
+        with filelock.FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_text(json.dumps(make()), encoding="utf-8")
+            return json.loads(path.read_text(encoding="utf-8"))
+
+    return made
+
+
+@pytest.fixture(scope="session")
 def place():
-    """The repository at the quick profile, with an empty build folder of the tests' own."""
+    """The repository at the quick profile, with a build folder of the tests' own."""
     from sinkbook.book import build
 
-    output = ROOT / "build" / "test" / "book"
-    shutil.rmtree(output, ignore_errors=True)
-    return build.Workplace(ROOT, output, "quick")
+    return build.Workplace(ROOT, ROOT / "build" / "test" / "book", "quick")
 
 
 class Executions(dict):
@@ -136,23 +155,32 @@ class Executions(dict):
 
 
 @pytest.fixture(scope="session")
-def executions(place) -> Executions:
+def executions(place, once) -> Executions:
     """Every chapter of the book, executed once, by name. One that stops takes no other along."""
     from sinkbook.book import build
+    from sinkbook.book.notebooks import Execution
 
-    found = Executions()
-    done = build.run_chapters(
-        place=place,
-        jobs=min(2, os.cpu_count() or 1),
-        limit=CHAPTER_SECONDS,
-        failed=lambda name, error: found.failures.update({name: str(error)}),
-    )
-    found.update({execution.chapter: execution for execution in done})
+    def run() -> dict:
+        shutil.rmtree(place.output, ignore_errors=True)
+        failures = {}
+        done = build.run_chapters(
+            place=place,
+            jobs=min(2, os.cpu_count() or 1),
+            limit=CHAPTER_SECONDS,
+            failed=lambda name, error: failures.update({name: str(error)}),
+        )
+        return {"done": [(str(e.path), e.seconds) for e in done], "failures": failures}
+
+    made, found = once("executions", run), Executions()
+    found.failures = made["failures"]
+    for path, seconds in made["done"]:
+        execution = Execution(Path(path), seconds)
+        found[execution.chapter] = execution
     return found
 
 
 @pytest.fixture(scope="session")
-def pages(place, executions) -> Path:
+def pages(place, executions, once) -> Path:
     """The folder of the rendered book, made from the chapters that the tests executed.
 
     A chapter that stopped has a page that says so, for the others to link to.
@@ -160,15 +188,21 @@ def pages(place, executions) -> Path:
     from sinkbook.book import build
     from sinkbook.errors import SinkbookError
 
-    try:
-        build.install_scripts(ROOT)
-        build.stage(executions.values(), place)
-        for name in executions.failures:
-            (place.staged / "book" / f"{name}.md").write_text(f"# {name}\n\nIt did not run.\n")
-        return build.render(place).parent
-    except SinkbookError as error:
-        problem = str(error)
-    pytest.fail(problem, pytrace=False)
+    def render() -> dict:
+        try:
+            build.install_scripts(ROOT)
+            build.stage(executions.values(), place)
+            for name in executions.failures:
+                path = place.staged / "book" / f"{name}.md"
+                path.write_text(f"# {name}\n\nIt did not run.\n")
+            return {"pages": str(build.render(place).parent)}
+        except SinkbookError as error:
+            return {"problem": str(error)}
+
+    made = once("pages", render)
+    if "problem" in made:
+        pytest.fail(made["problem"], pytrace=False)
+    return Path(made["pages"])
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from sinkbook.book.notebooks import first_complaint
 from sinkbook.book.records.kept import is_finished
 
 ROOT = Path(__file__).resolve().parents[2]
+BOOK = ROOT / "book"
 NAMES = list(chapters(ROOT))
 STORIES = [name for name in NAMES if name not in APPENDICES]
 
@@ -67,3 +68,9 @@ def test_the_ledger_is_what_the_chapters_measured(executions):
     }
     rows = {verdict.claim.id: verdict.row() for verdict in claims.verdicts()}
     assert {name: rows[name]["measured"] for name in measured} == measured
+
+
+def test_the_chapters_are_rendered_with_all_other_pages(pages):
+    """Here, where the chapters have just run: the tests of single pages wait for it."""
+    rendered = {path.stem for path in (pages / "book").glob("*.html")}
+    assert rendered >= {path.stem for kind in ("*.md", "*.ipynb") for path in BOOK.glob(kind)}

@@ -21,7 +21,7 @@ from pathlib import Path
 IMPORTED = (
     *("sinkbook.book.claims", "sinkbook.data.corpora", "sinkbook.llm.checkpoints"),
     *("sinkbook.report.comparison_page", "sinkbook.report.report", "sinkbook.report.quantities"),
-    *("dask.distributed", "matplotlib.backends.backend_svg", "pydantic", "scipy.io"),
+    *("dask.array", "dask.distributed", "matplotlib.backends.backend_svg", "pydantic", "scipy.io"),
     *("transformers.models.llama.modeling_llama", "xarray.backends.h5netcdf_"),
 )
 

@@ -1,6 +1,8 @@
 """A pretraining on Shakespeare: its texts, its measurements on hand-made heads, and its store."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,23 @@ TINY = PretrainingConfig(
 @pytest.fixture(autouse=True)
 def run_store(tmp_path, monkeypatch):
     monkeypatch.setenv("SINKBOOK_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def store_with_a_run(tmp_path_factory) -> Path:
+    """A store in which `TINY` has been trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SINKBOOK_RUNS", str(folder))
+        shakespeare_pretraining.pretrain(TINY)
+    return folder
+
+
+@pytest.fixture
+def trained(run_store, store_with_a_run) -> shakespeare_pretraining.Pretraining:
+    """The run of `TINY`, in the test's own store."""
+    shutil.copytree(store_with_a_run, store.runs_folder(), dirs_exist_ok=True)
+    return shakespeare_pretraining.pretrain(TINY)
 
 
 def spelt(ids) -> str:
@@ -152,8 +171,8 @@ def test_a_mended_probe_measures_a_stored_run_again_and_trains_only_if_it_must(k
         assert torch.equal(again.model.state_dict()[name], weight)
 
 
-def test_a_damaged_run_is_set_aside_and_trained_again(caplog):
-    first = shakespeare_pretraining.pretrain(TINY)
+def test_a_damaged_run_is_set_aside_and_trained_again(trained, caplog):
+    first = trained
     weights = TINY.folder / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -179,8 +198,8 @@ def test_a_changed_config_is_another_run(change):
     assert store.runs_folder() in TINY.folder.parents
 
 
-def test_the_followed_head_is_the_one_with_the_highest_copying_score():
-    run = shakespeare_pretraining.pretrain(TINY)
+def test_the_followed_head_is_the_one_with_the_highest_copying_score(trained):
+    run = trained
     scores = run.measurements.copying.isel(step=-1).values
     layer, head = shakespeare_pretraining.copying_head(run.measurements)
     assert scores[layer, head] == scores.max()
@@ -199,8 +218,8 @@ def test_the_followed_head_is_the_one_with_the_highest_copying_score():
     )
 
 
-def test_attention_by_character_adds_up_and_is_that_of_the_weights():
-    run = shakespeare_pretraining.pretrain(TINY)
+def test_attention_by_character_adds_up_and_is_that_of_the_weights(trained):
+    run = trained
     found = copying_head.attention_by_character(run)
     assert float(found.attention.sum()) == pytest.approx(1, abs=1e-5)
     assert float(found.share.sum()) == pytest.approx(1, abs=1e-5)
@@ -216,8 +235,8 @@ def test_attention_by_character_adds_up_and_is_that_of_the_weights():
     )
 
 
-def test_at_the_distance_trained_on_the_two_ways_to_copy_look_at_the_same_token():
-    run = shakespeare_pretraining.pretrain(TINY)
+def test_at_the_distance_trained_on_the_two_ways_to_copy_look_at_the_same_token(trained):
+    run = trained
     found = copying_head.other_distances([run, run])
     assert found.distance.values.tolist() == [5, 6, 7, 8] and found.sizes["seed"] == 2
     usual = found.isel(distance=-1)
@@ -231,8 +250,8 @@ def test_at_the_distance_trained_on_the_two_ways_to_copy_look_at_the_same_token(
     assert not np.allclose(found.by_content[:, 0], found.by_place[:, 0], rtol=1e-4)
 
 
-def test_a_control_of_one_seed_stands_in_one_table_and_comes_out_as_it_went_in():
-    run = shakespeare_pretraining.pretrain(TINY)
+def test_a_control_of_one_seed_stands_in_one_table_and_comes_out_as_it_went_in(trained):
+    run = trained
     other = run._replace(config=replace(TINY, seed=1))
     record = copying_head.compared({"as it is": [run, other], "control": [other]})
     assert record.training.values.tolist() == ["as it is", "control"]
