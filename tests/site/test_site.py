@@ -49,8 +49,8 @@ READ_PAGE = """async () => {
 }"""
 
 
-# Rules of axe-core that a page breaks, with the places, where it would keep somebody out. It takes
-# the `color` of a figure's letters, which are painted in their `fill`: that is tested for itself.
+# Rules of axe-core that a page breaks, with the places, where it would keep somebody out. Letters
+# of a figure lie on an image, it says, and it cannot tell: their `fill` is tested below.
 BARRIERS = """async () => {
   axe.configure({ rules: [{ id: "color-contrast", selector: "*:not(text):not(tspan)" }] });
   document.querySelectorAll("details").forEach(folded => { folded.open = true; });
