@@ -210,7 +210,7 @@ def valley(
         "without it": (compressed.without_sink, OTHER),
     }
     by_layer(shares, right, ylabel="share of the first direction", log=False)
-    right.set(xlabel="after layer", ylim=(0, 1.02))
+    right.set(xlabel="residual layer", ylim=(0, 1.02))
     return left, right
 
 
