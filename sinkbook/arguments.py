@@ -1,8 +1,12 @@
 """Checks of arguments where they enter: each names what does not fit, its value, and what does.
 
-What begins with `check_` returns nothing and only refuses. Standing alone, with nothing called in
-its arguments, such a statement is no part of what decides a result: `syntax.py` leaves it out, so
-that a stored run is found again after its arguments are looked at more closely.
+What begins with `check_` only refuses. Standing alone, with nothing called in its arguments, such a
+statement is no part of what decides a result, nor is `@check_arguments` before a function:
+`syntax.py` leaves them out, so that a stored run is found again after its arguments are looked at
+more closely.
+
+What an argument *is*, its annotation says, and `annotations.py` reads it; how large it may be, and
+what goes with what, is said by the statements.
 """
 
 import math
@@ -16,11 +20,13 @@ from sinkbook.errors import SinkbookError
 # The seeds that there are. From the first one on that there is not, texts are held out.
 SEEDS = 2**31
 
+LARGEST = 2**63 - 1  # what the libraries beneath take for a whole number
+
 Number = int | float
 Limits = Number | tuple[Number, Number]  # the least value, or the least and the most
 
 
-def whole_number(name: str, value: object, least: int = 0, most: int | None = None) -> int:
+def whole_number(name: str, value: object, least: int = 0, most: int = LARGEST) -> int:
     """The value of an argument that must be a whole number, from `least` to `most`.
 
     >>> whole_number("window", 4.0, 1)
@@ -28,23 +34,25 @@ def whole_number(name: str, value: object, least: int = 0, most: int | None = No
     ...
     sinkbook.errors.SinkbookError: `window=4.0` is no whole number. Give one from 1 on.
     """
-    there = f"from {least} on" if most is None else f"from {least} to {most}"
+    there = f"from {least} on" if most == LARGEST else f"from {least} to {most}"
     try:
         if isinstance(value, bool):
             raise TypeError
         number = index(value)
     except TypeError:
         raise SinkbookError(
-            f"`{name}={_shown(value)}` is no whole number. Give one {there}."
+            f"`{name}={shown(value)}` is no whole number. Give one {there}."
         ) from None
-    if number < least or (most is not None and number > most):
-        size = "small" if number < least else "large"
-        instead = f"{least} or more" if most is None else f"one {there}"
-        raise SinkbookError(f"`{name}={value!r}` is too {size}. Give {instead}.")
+    if number < least:
+        instead = f"{least} or more" if most == LARGEST else f"one {there}"
+        raise SinkbookError(f"`{name}={shown(value)}` is too small. Give {instead}.")
+    if number > most:
+        instead = "less than 2**63" if most == LARGEST else f"one {there}"
+        raise SinkbookError(f"`{name}={shown(value)}` is too large. Give {instead}.")
     return number
 
 
-def check_whole_number(name: str, value: object, least: int = 0, most: int | None = None) -> None:
+def check_whole_number(name: str, value: object, least: int = 0, most: int = LARGEST) -> None:
     """Refuse what is no whole number from `least` to `most`."""
     whole_number(name, value, least, most)
 
@@ -73,9 +81,9 @@ def check_number(
     there = bounds.get((least > -math.inf, most < math.inf), "")
     real = isinstance(value, Real) and not isinstance(value, bool)
     if not real or math.isnan(value) or (math.isinf(value) and not infinite):
-        raise SinkbookError(f"`{name}={_shown(value)}` is no finite number. Give one{there}.")
+        raise SinkbookError(f"`{name}={shown(value)}` is no finite number. Give one{there}.")
     if not least <= value <= most:
-        raise SinkbookError(f"`{name}={_shown(value)}` is out of range. Give a number{there}.")
+        raise SinkbookError(f"`{name}={shown(value)}` is out of range. Give a number{there}.")
 
 
 def check_whole_numbers(config: object, **limits: Limits) -> None:
@@ -106,7 +114,7 @@ def check_known(kind: str, name: object, known: Iterable[object]) -> None:
     """
     known = list(known)
     if not isinstance(name, str) or name not in known:
-        raise SinkbookError(f"no {kind} named {_shown(name)}. Known: {', '.join(map(str, known))}.")
+        raise SinkbookError(f"no {kind} named {shown(name)}. Known: {', '.join(map(str, known))}.")
 
 
 def names_of(kind: str, given: object, known: Collection[str]) -> tuple[str, ...]:
@@ -116,13 +124,13 @@ def names_of(kind: str, given: object, known: Collection[str]) -> tuple[str, ...
     ('loss',)
     """
     instead = f"Give one, such as [{next(iter(known))!r}]."
-    several = f"`{kind}s={_shown(given)}` is no list of names. {instead}"
-    names = _items(given)
+    several = f"`{kind}s={shown(given)}` is no list of names. {instead}"
+    names = items_of(given)
     if names is None:
         raise SinkbookError(several)
     for name in names:
         if not isinstance(name, str) or name not in known:
-            raise SinkbookError(f"no {kind} {_shown(name)}. Known: {', '.join(known)}.")
+            raise SinkbookError(f"no {kind} {shown(name)}. Known: {', '.join(known)}.")
     if not names:
         raise SinkbookError(several)
     return tuple(names)
@@ -137,13 +145,13 @@ def texts_of(given: object) -> list[str]:
     sinkbook.errors.SinkbookError: texts is one string, 'one text'. Give a list: [text].
     """
     check_not_one_text(given)
-    texts = _items(given)
+    texts = items_of(given)
     if texts is None:
-        raise SinkbookError(f"texts is {_shown(given)}. Give a list of strings.")
+        raise SinkbookError(f"texts is {shown(given)}. Give a list of strings.")
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise SinkbookError(
-                f"texts has {_shown(text)} at place {number}, which is no string. Give a list of "
+                f"texts has {shown(text)} at place {number}, which is no string. Give a list of "
                 "strings."
             )
     if not texts:
@@ -166,12 +174,12 @@ def check_all(name: str, given: object, *kinds: type) -> None:
     sinkbook.errors.SinkbookError: `configs=5` is no list. Give a list of str.
     """
     wanted = " or ".join(kind.__name__ for kind in kinds)
-    if not isinstance(given, Collection) or (items := _items(given)) is None:
-        raise SinkbookError(f"`{name}={_shown(given)}` is no list. Give a list of {wanted}.")
+    if not isinstance(given, Collection) or (items := items_of(given)) is None:
+        raise SinkbookError(f"`{name}={shown(given)}` is no list. Give a list of {wanted}.")
     for place, value in enumerate(items):
         if not isinstance(value, kinds):
             raise SinkbookError(
-                f"`{name}` has {_shown(value)} at place {place}. Give a list of {wanted}."
+                f"`{name}` has {shown(value)} at place {place}. Give a list of {wanted}."
             )
 
 
@@ -185,11 +193,13 @@ def check_kind(name: str, given: object, kind: type | UnionType) -> None:
     """
     if not isinstance(given, kind):
         wanted = kind.__name__ if isinstance(kind, type) else str(kind).replace(" | ", " or ")
-        raise SinkbookError(f"`{name}={_shown(given)}` is no {wanted}. Give one.")
+        raise SinkbookError(f"`{name}={shown(given)}` is no {wanted}. Give one.")
 
 
-def check_token_ids(name: str, given: object) -> None:
+def check_token_ids(name: str, given: object, vocabulary: int | None = None) -> None:
     """Refuse what is no tensor of whole numbers over (text, position), as models read them.
+
+    Nor those of another vocabulary, of which the size is known: `check_tokens`.
 
     >>> check_token_ids("input_ids", [[1, 2], [3, 4]])
     Traceback (most recent call last):
@@ -199,18 +209,51 @@ def check_token_ids(name: str, given: object) -> None:
     """
     dtype, shape = str(getattr(given, "dtype", "")), getattr(given, "shape", ())
     if dtype not in ("torch.int64", "torch.int32") or len(shape) != 2 or not all(shape):
-        shown = f"{dtype} of shape {tuple(shape)}" if dtype.startswith("torch.") else _shown(given)
+        seen = f"{dtype} of shape {tuple(shape)}" if dtype.startswith("torch.") else shown(given)
         raise SinkbookError(
-            f"`{name}={shown}` is no tensor of token ids over (text, position). Give one: "
+            f"`{name}={seen}` is no tensor of token ids over (text, position). Give one: "
             "torch.tensor([[1, 2], [3, 4]])."
         )
+    if vocabulary is not None:
+        check_tokens(name, given, vocabulary)
+
+
+def check_tokens(name: str, ids, vocabulary: int) -> None:
+    """Refuse a tensor of ids that are no tokens: negative ones, and those beyond the vocabulary.
+
+    Not while a model is compiled or mapped over others with `vmap`, where numbers are not known,
+    and not on a GPU, where everything would wait for them.
+    """
+    if ids.is_cuda or not ids.numel():
+        return
+    try:
+        least, most = int(ids.min()), int(ids.max())
+    except RuntimeError:  # those that `vmap` stands in the place of
+        return
+    if least < 0 or most >= vocabulary:
+        raise SinkbookError(
+            f"`{name}` has ids from {least} to {most}, and there are {vocabulary} tokens. Give ids "
+            f"from 0 to {vocabulary - 1}."
+        )
+
+
+def check_has(name: str, given: object, attribute: str) -> None:
+    """Refuse what has no attribute of a name."""
+    if not hasattr(given, attribute):
+        raise SinkbookError(f"`{name}={shown(given)}` has no {attribute}. Give one that has.")
+
+
+def check_some(name: str, given: Collection) -> None:
+    """Refuse a list with nothing in it, of which there would be nothing to say."""
+    if not len(given):
+        raise SinkbookError(f"`{name}={shown(given)}` is empty. Give one at least.")
 
 
 def check_layers(name: str, given: object, count: int) -> None:
     """Refuse what is no tuple of layers, of which there are `count`."""
     if not isinstance(given, tuple):
         raise SinkbookError(
-            f"`{name}={_shown(given)}` is no tuple of layers. Give one, such as (0,)."
+            f"`{name}={shown(given)}` is no tuple of layers. Give one, such as (0,)."
         )
     for layer in given:
         check_whole_number(name, layer, 0)
@@ -218,7 +261,7 @@ def check_layers(name: str, given: object, count: int) -> None:
             raise SinkbookError(f"{name} has layer {layer}, and there are {count}. Leave it out.")
 
 
-def _items(given: object) -> list | None:
+def items_of(given: object) -> list | None:
     """What somebody gives one after the other; None for a string, and for what gives nothing."""
     try:
         return None if isinstance(given, str | bytes) else list(given)
@@ -230,7 +273,7 @@ def _pair(limit: Limits) -> tuple[Number, ...]:
     return limit if isinstance(limit, tuple) else (limit,)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in a message: short, on one line, whatever its class does when it is asked."""
     try:
         shown = " ".join(repr(value).split())

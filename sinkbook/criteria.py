@@ -3,6 +3,7 @@
 import math
 import operator
 import re
+from numbers import Real
 
 from sinkbook.arguments import check_kind
 from sinkbook.errors import SinkbookError
@@ -40,6 +41,7 @@ def satisfies(criterion: str, value: float) -> bool:
     >>> satisfies(">= 0.7", 0.78), satisfies("in [0.3, 3]", 4.0), satisfies("< 1", float("nan"))
     (True, False, False)
     """
+    check_kind("value", value, Real)
     low, high = limits(criterion)
     if bound := _BOUND.fullmatch(criterion.strip()):
         return math.isfinite(value) and COMPARISONS[bound[1]](value, float(bound[2]))

@@ -27,6 +27,7 @@ CELLS = "cells"  # the name that a notebook's code goes by
 KEEPERS = tuple(
     f"{ROOT}.{name}"
     for name in (
+        "annotations",
         "arguments",
         "children",
         "dependencies",

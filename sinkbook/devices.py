@@ -8,6 +8,17 @@ if TYPE_CHECKING:  # the command line names devices without importing torch
     import torch
 
 
+def check_device(name: Union[str, "torch.device"]) -> None:
+    """Refuse a word that is the name of no device."""
+    import torch
+
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise SinkbookError(f"`device={name!r}` is no device ({reason}). Try 'cpu'.") from error
+
+
 def device_of(name: Union[str, "torch.device"] = "auto") -> "torch.device":
     """The device of that name; "auto" is CUDA where there is one, else the CPU.
 

@@ -7,6 +7,7 @@ import xarray as xr
 from jaxtyping import Float, Float64, Shaped
 from scipy import stats
 
+from sinkbook.annotations import check_arguments
 from sinkbook.errors import SinkbookError
 
 
@@ -20,6 +21,7 @@ class Fit(NamedTuple):
     r_squared: float
 
 
+@check_arguments
 def line(x: Shaped[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, seed: int = 0) -> Fit:
     """Least squares of `y` on `x`; the interval resamples the points 1,000 times.
 
@@ -39,6 +41,7 @@ def line(x: Shaped[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, see
     return Fit(*(float(number) for number in numbers))
 
 
+@check_arguments
 def log_slope(
     times: Float64[np.ndarray, " time"], values: Float64[np.ndarray, "time *rest"]
 ) -> np.float64 | np.ndarray:
@@ -70,6 +73,7 @@ def positive_times(times: Float64[np.ndarray, " time"]) -> Float64[np.ndarray, "
     return times
 
 
+@check_arguments
 def interval_of_mean(values: Float[np.ndarray, " text"]) -> tuple[float, float]:
     """The ends of the 95 % interval of a mean over texts, by Student's t."""
     low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
@@ -97,6 +101,7 @@ class Plateau(NamedTuple):
         return self.level - self.slope * np.maximum(missing, 0.0)
 
 
+@check_arguments
 def log_then_plateau(
     times: Shaped[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, seed: int = 0
 ) -> Plateau:
@@ -142,6 +147,7 @@ def _best_break(logs, y, breaks) -> tuple[float, float, float, float]:
     return slopes[best], breaks[best], levels[best], errors[best]
 
 
+@check_arguments
 def halfway(values: xr.DataArray) -> xr.DataArray:
     """The first measured step at which half of the way from the first value to the last is gone.
 
@@ -151,6 +157,7 @@ def halfway(values: xr.DataArray) -> xr.DataArray:
     return first_step((values - start) / (end - start) >= 0.5)
 
 
+@check_arguments
 def first_step(holds: xr.DataArray) -> xr.DataArray:
     """The first measured step from which on a condition holds; NaN where it never does.
 

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = "sinkbook"  # the package whose modules are read
-CHECKS = f"{ROOT}.arguments"  # what has `check_` before its name there can only refuse
+# What has `check_` before its name there can only refuse.
+CHECKS = (f"{ROOT}.arguments", f"{ROOT}.annotations", f"{ROOT}.devices")
 
 _NAMES = (ast.Name, ast.Tuple, ast.List, ast.Starred, ast.expr_context)
 
@@ -33,6 +34,8 @@ class Statement:
                 node.body = [
                     child for child in body if not (_is_text(child) or _refuses(child, checks))
                 ]
+            if hasattr(node, "decorator_list"):
+                node.decorator_list = [d for d in node.decorator_list if not _named(d, checks)]
             if isinstance(node, ast.Call):
                 node.keywords = [given for given in node.keywords if not _is_for_weights(given)]
         nodes = list(ast.walk(statement))
@@ -80,7 +83,7 @@ class Module:
         return frozenset(
             bound
             for bound, targets in self.imports.items()
-            if all(m == CHECKS and (a or "").startswith("check_") for m, a in targets)
+            if all(m in CHECKS and (a or "").startswith("check_") for m, a in targets)
         )
 
     def _add(self, statement: ast.stmt) -> None:
@@ -90,7 +93,9 @@ class Module:
                 runs = False
                 self.imported += [target for _, target in _imports(statement, self.package)]
             case ast.FunctionDef() | ast.AsyncFunctionDef():
-                runs = any(map(self._may_register, statement.decorator_list))
+                checks = self._checks()
+                others = [each for each in statement.decorator_list if not _named(each, checks)]
+                runs = any(map(self._may_register, others))
             case ast.ClassDef():
                 # A base or metaclass of the package may keep a list of those that derive from it.
                 bases = [*statement.bases, *(k.value for k in statement.keywords)]
@@ -152,7 +157,11 @@ def _refuses(node: ast.AST, checks: frozenset[str]) -> bool:
         return False
     given = [*node.value.args, *node.value.keywords]
     calls = any(isinstance(inner, _CALLING) for each in given for inner in ast.walk(each))
-    return isinstance(node.value.func, ast.Name) and node.value.func.id in checks and not calls
+    return _named(node.value.func, checks) and not calls
+
+
+def _named(node: ast.expr, names: frozenset[str]) -> bool:
+    return isinstance(node, ast.Name) and node.id in names
 
 
 def _is_for_weights(given: ast.keyword) -> bool:

@@ -131,7 +131,7 @@ def test_comments_docstrings_and_formatting_change_nothing(old, new, package):
 
 
 CHECKED = """
-from sinkbook.arguments import check_number, number
+from sinkbook.arguments import check_all, check_number, number
 
 class Config:
     rate = 1
@@ -151,6 +151,9 @@ class Config:
             False,
         ),
         ("load(self.rate)", "load(self.rate, weights_only=True)", False),
+        ("    def use", "    @check_all\n    def use", False),
+        ("    def use", "    @other\n    def use", True),
+        ("    def use", "    @check_all(1)\n    def use", True),
         ("        return", "        number(self.rate, 0)\n        return", True),
         ("        return", "        check_number(self.take())\n        return", True),
         ("        return", "        self.x = check_number(1)\n        return", True),

@@ -282,7 +282,7 @@ def judge(claim_id: str, values: Iterable[float], *, profile: str) -> Verdict:
     Raises `SinkbookError` for an id that is not in `book/claims.yml`, and for no values at all.
     """
     claims = known()
-    if claim_id not in claims:
+    if not isinstance(claim_id, str) or claim_id not in claims:
         raise SinkbookError(
             f"no claim is called {claim_id!r}. In {claims_file().name}: {', '.join(claims)}."
         )

@@ -5,6 +5,7 @@ The sizes themselves are in `experiments.py`, for pretrained models in `llm_expe
 
 from dataclasses import dataclass
 
+from sinkbook.annotations import check_fields
 from sinkbook.arguments import check_seed
 from sinkbook.errors import SinkbookError
 
@@ -41,6 +42,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_profile(self.profile)
+        check_fields(self)
         check_seed(self.seed)
 
     @property

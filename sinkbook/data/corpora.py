@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_whole_number
 from sinkbook.data import shakespeare
 from sinkbook.data.sources import SOURCES, fetch_source, wheel_path
@@ -33,6 +34,7 @@ class Domain:
     passages: Callable[[int], Iterable[str]]  # given the least number of characters wanted
 
 
+@check_arguments
 def texts(domain: str, count: int | None = None, minimum_characters: int = 600) -> list[str]:
     """The first `count` texts of a domain that are long enough; all of them if None.
 
@@ -66,6 +68,7 @@ def one_by_one(domain: str, minimum_characters: int) -> Iterator[str]:
     return (text for text in made if len(text) >= minimum_characters)
 
 
+@check_arguments
 def fetch(name: str, accept_license: bool = False) -> Path:
     """Make sure that a source, or what a domain needs, is in the cache and whole.
 

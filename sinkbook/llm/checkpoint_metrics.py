@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_seed, check_token_ids, check_whole_number
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_kind, check_seed, check_token_ids, check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.files import printable
 from sinkbook.probe.attention_maps import attention_maps
@@ -23,6 +24,7 @@ from sinkbook.probe.measure import measure
 from sinkbook.probe.metrics import residual_peak_ratio, value_drain_ratio
 
 
+@check_arguments
 def measure_checkpoint(
     model: nn.Module,
     tokens: Int[Tensor, "text position"],
@@ -46,6 +48,7 @@ def measure_checkpoint(
 
     Raises `SinkbookError` as the probe does, and for texts that are not longer than `prefix`.
     """
+    check_token_ids("tokens", tokens)
     check_whole_number("random_queries", random_queries)
     probed = measure(
         model,
@@ -80,6 +83,7 @@ def table_of_revisions(model: str, revisions: Iterable) -> Table:
     return rows
 
 
+@check_arguments
 def table(dataset: xr.Dataset) -> Table:
     """A row for each checkpoint: means over texts, the extremes over heads and layers."""
     rows = Table(
@@ -109,6 +113,7 @@ def table(dataset: xr.Dataset) -> Table:
 # --- Concentration of the sink logits --------------------------------------------------------
 
 
+@check_arguments
 @torch.no_grad()
 def random_query_logits(
     model: nn.Module,
@@ -125,8 +130,9 @@ def random_query_logits(
     softmax and after a soft cap, to each token before it. NaN in layers without softmax attention.
     Source: arXiv 2410.13835, Figure 10.
     """
+    check_kind("model", model, nn.Module)
     check_token_ids("tokens", tokens)
-    check_whole_number("count", count)
+    check_whole_number("count", count, 1)
     check_whole_number("prefix", prefix, 1)
     check_seed(seed)
     if tokens.shape[1] < prefix:
@@ -147,6 +153,7 @@ def random_query_logits(
     )
 
 
+@check_arguments
 def logit_spread(checkpoint: xr.Dataset, *, pool_heads: bool = False) -> xr.DataArray:
     """Standard deviation of each key's logits over random queries, and over heads if pooled.
 
@@ -158,6 +165,7 @@ def logit_spread(checkpoint: xr.Dataset, *, pool_heads: bool = False) -> xr.Data
     return np.sqrt(np.square(std).mean("head") + mean.var("head"))
 
 
+@check_arguments
 def concentration(checkpoint: xr.Dataset, *, pool_heads: bool = False) -> xr.DataArray:
     """The spread of the sink's logits over the mean spread of other keys': small if queries agree.
 
@@ -167,6 +175,7 @@ def concentration(checkpoint: xr.Dataset, *, pool_heads: bool = False) -> xr.Dat
     return spread.isel(key=0) / spread.isel(key=slice(1, None)).mean("key")
 
 
+@check_arguments
 def last_query_logits(
     model: nn.Module, tokens: Int[Tensor, "text position"]
 ) -> Float[Tensor, "text layer head key"]:

@@ -26,6 +26,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.file_download import repo_folder_name
 
 from sinkbook import store
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_all, check_kind, check_whole_number, texts_of
 from sinkbook.data import corpora
 from sinkbook.dependencies import code_hash
@@ -65,6 +66,7 @@ class Revision:
     tokens: int | None
 
 
+@check_arguments
 def revisions_of(model_id: str) -> list[Revision]:
     """The revisions of a hub model whose names tell a step, in the order of the steps.
 
@@ -81,6 +83,7 @@ def revisions_of(model_id: str) -> list[Revision]:
     return found
 
 
+@check_arguments
 def measure_checkpoints(
     model_id: str,
     revisions: Iterable[str | int] | None,
@@ -137,6 +140,7 @@ def measure_checkpoints(
     return _together(jobs, results)
 
 
+@check_arguments
 def texts_to_measure(domain: str, *, count: int, length: int) -> list[str]:
     """The first texts of a domain that give `length` tokens each.
 

@@ -14,8 +14,10 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import (
     check_all,
+    check_some,
     check_token_ids,
     check_whole_number,
     names_of,
@@ -36,6 +38,7 @@ Tokens = Int[Tensor, "batch position"]
 # --- What is written -------------------------------------------------------------------------
 
 
+@check_arguments
 @torch.no_grad()
 def writes(model: nn.Module, input_ids: Tokens, *, position: int = 0) -> xr.Dataset:
     """What each attention and each MLP adds to the residual state at one position, layer by layer.
@@ -124,6 +127,7 @@ def _part_writes(layer: Layer, written: dict[str, Tensor]) -> Iterator[None]:
         yield
 
 
+@check_arguments
 @torch.no_grad()
 def compression(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
     """How much of a text's residual states lies along one direction, layer by layer.
@@ -153,6 +157,7 @@ def compression(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
 # --- What is needed --------------------------------------------------------------------------
 
 
+@check_arguments
 def symptoms(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
     """Sinks, drain, peak and loss of every text, in one pass, heads averaged.
 
@@ -172,6 +177,7 @@ def symptoms(model: nn.Module, input_ids: Tokens) -> xr.Dataset:
     ).drop_vars("sink")
 
 
+@check_arguments
 def reads_peak(whole: xr.Dataset) -> xr.DataArray:
     """Which layers read the peak: those at whose input it has at least half its full height.
 
@@ -184,6 +190,7 @@ def reads_peak(whole: xr.Dataset) -> xr.DataArray:
     return (at_input >= at_input.max() / 2).drop_vars("residual_layer", errors="ignore")
 
 
+@check_arguments
 def cut_each(
     model: nn.Module,
     input_ids: Tokens,
@@ -207,6 +214,7 @@ def cut_each(
     if cuts is None:
         cuts = range(len(found))
     check_all("cuts", cuts, int, np.integer)
+    check_some("cuts", cuts)
     cuts = [whole_number("cuts", cut, 0, len(found) - 1) for cut in cuts]
     with kept(model) as outputs:
         whole = symptoms(model, input_ids)
@@ -229,6 +237,7 @@ def cut_each(
     return together.assign_coords(cut=cuts)
 
 
+@check_arguments
 def effects(cuts: xr.Dataset, whole: xr.Dataset) -> xr.Dataset:
     """What each cut of `cut_each` leaves, over (part, cut, batch), against the `whole` model.
 
@@ -253,6 +262,7 @@ def effects(cuts: xr.Dataset, whole: xr.Dataset) -> xr.Dataset:
     ).drop_vars("residual_layer")
 
 
+@check_arguments
 def effects_of_each(
     model: nn.Module,
     *groups: Int[Tensor, "_batch _position"],
@@ -274,6 +284,7 @@ def effects_of_each(
     return xr.concat(found, dim="batch")
 
 
+@check_arguments
 def in_its_place(
     model: nn.Module,
     input_ids: Tokens,
@@ -314,6 +325,7 @@ def in_its_place(
     return together.assign_coords(cut=layer)
 
 
+@check_arguments
 def matters_most(left: Float[xr.DataArray, "part cut batch"]) -> tuple[str, int]:
     """The part without which least is left of something, mean over texts: "mlp", 11 for example.
 

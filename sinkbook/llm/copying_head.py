@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 
+from sinkbook.annotations import check_arguments
 from sinkbook.data.shakespeare import SYMBOLS
 from sinkbook.llm.shakespeare_pretraining import (
     Characters,
@@ -17,6 +18,7 @@ from sinkbook.models.token_labels import token_label
 from sinkbook.probe.attention_maps import attention_weights
 
 
+@check_arguments
 def attention_by_character(run: Pretraining) -> xr.Dataset:
     """What a run's copying head looks at in plain held-out texts, over (character).
 
@@ -37,6 +39,7 @@ def attention_by_character(run: Pretraining) -> xr.Dataset:
     return xr.Dataset(found, coords={"character": np.array(names)})
 
 
+@check_arguments
 def other_distances(runs: list[Pretraining]) -> xr.Dataset:
     """What each run's copying head does where texts repeat after another distance, over (seed,
     distance).
@@ -73,6 +76,7 @@ def other_distances(runs: list[Pretraining]) -> xr.Dataset:
     return xr.concat(found, dim=seeds)
 
 
+@check_arguments
 def compared(groups: dict[str, list[Pretraining]]) -> xr.Dataset:
     """Pretrainings and their controls, over (training, seed); NaN for seeds that a control lacks.
 
@@ -87,6 +91,7 @@ def compared(groups: dict[str, list[Pretraining]]) -> xr.Dataset:
     return measured.merge(characters).merge(elsewhere)
 
 
+@check_arguments
 def of_training(record: xr.Dataset, name: str) -> xr.Dataset:
     """The seeds of one training of what `compared` gives."""
     return record.sel(training=name, drop=True).dropna("seed", how="all", subset=["copying"])

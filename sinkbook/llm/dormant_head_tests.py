@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float
 from scipy import stats
 
+from sinkbook.annotations import check_arguments
 from sinkbook.errors import SinkbookError
 from sinkbook.llm.dormant_heads import SIDES
 
@@ -24,6 +25,7 @@ MOST_RISE = 0.01  # nats, either way, in the dormant domain
 Changes = Float[xr.DataArray, "candidate domain text"]
 
 
+@check_arguments
 def evidence(candidates: pd.DataFrame, scanned: xr.Dataset, changes: Changes) -> pd.DataFrame:
     """What texts say about candidates that they did not choose: a row for each.
 
@@ -48,6 +50,7 @@ def evidence(candidates: pd.DataFrame, scanned: xr.Dataset, changes: Changes) ->
     return _judged(candidates, scanned, changes)
 
 
+@check_arguments
 def shortlist(
     candidates: pd.DataFrame, scanned: xr.Dataset, changes: Changes, count: int
 ) -> pd.DataFrame:
@@ -97,6 +100,7 @@ def _meet(gap: pd.Series, active: pd.Series, dormant: pd.Series) -> pd.Series:
     return (gap >= LEAST_GAP) & (active >= LEAST_RISE) & (dormant <= MOST_RISE)
 
 
+@check_arguments
 def at(
     values: xr.DataArray, candidates: pd.DataFrame, side: str
 ) -> Float[np.ndarray, "candidate text"]:
@@ -111,6 +115,7 @@ def at(
 # --- Having searched ---------------------------------------------------------------------------
 
 
+@check_arguments
 def corrected(p: np.ndarray | pd.Series | list[float]) -> Float[np.ndarray, " test"]:
     """P values corrected for there being many: Benjamini and Yekutieli's false discovery rate.
 
@@ -122,6 +127,7 @@ def corrected(p: np.ndarray | pd.Series | list[float]) -> Float[np.ndarray, " te
     return stats.false_discovery_control(p, method="by")
 
 
+@check_arguments
 def chance_gaps(
     scanned: xr.Dataset,
     *,
@@ -158,6 +164,7 @@ DETECTORS = {
 }
 
 
+@check_arguments
 def cases(candidates: pd.DataFrame, scanned: xr.Dataset, changes: Changes) -> pd.DataFrame:
     """Every candidate in each of its two domains: what detectors say, and what it is worth.
 
@@ -174,6 +181,7 @@ def cases(candidates: pd.DataFrame, scanned: xr.Dataset, changes: Changes) -> pd
     return pd.concat(rows, ignore_index=True)
 
 
+@check_arguments
 def agreement(found: pd.DataFrame, *, count: int = 2000, seed: int = 0) -> xr.DataArray:
     """Spearman's correlation of each detector with the effect, over (detector, draw).
 

@@ -20,7 +20,13 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_kind, check_token_ids, check_whole_number
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import (
+    check_known,
+    check_some,
+    check_token_ids,
+    check_whole_number,
+)
 from sinkbook.data import corpora
 from sinkbook.models import token_windows
 from sinkbook.models.interventions import check_ways, reading, replace, stand_in
@@ -48,6 +54,7 @@ BATCH = 8  # texts that run side by side
 # --- Texts -----------------------------------------------------------------------------------
 
 
+@check_arguments
 def domain_tokens(
     language_model: LanguageModel, *, count: int, length: int, seed: int = 0
 ) -> Int[xr.DataArray, "domain text position"]:
@@ -77,6 +84,7 @@ def domain_tokens(
     )
 
 
+@check_arguments
 def repeated(
     tokens: Int[Tensor, "text position"], *, keep: int = 1, times: int = 4
 ) -> Int[Tensor, "text position"]:
@@ -94,6 +102,7 @@ def repeated(
     return torch.cat([tokens[:, :keep], again], dim=1)
 
 
+@check_arguments
 def halves(tokens: xr.DataArray, seed: int = 0) -> tuple[xr.DataArray, xr.DataArray]:
     """Texts to choose heads on, and as many others to test them on, drawn by `seed`.
 
@@ -107,6 +116,7 @@ def halves(tokens: xr.DataArray, seed: int = 0) -> tuple[xr.DataArray, xr.DataAr
 # --- Looking at all heads --------------------------------------------------------------------
 
 
+@check_arguments
 def scan(model: nn.Module, tokens: Int[xr.DataArray, "domain text position"]) -> xr.Dataset:
     """Three signs of every head's work on every text, over (domain, text, layer, head).
 
@@ -114,7 +124,6 @@ def scan(model: nn.Module, tokens: Int[xr.DataArray, "domain text position"]) ->
     - `output_share`: the head's output norm over the mean of its layer's heads on the same text,
       the detector of arXiv 2504.03889.
     """
-    check_kind("tokens", tokens, xr.DataArray)
     variables = ("sink_attention", "head_output_norm")
     results = []
     with progress("scanning", tokens.sizes["domain"]) as show:
@@ -136,6 +145,7 @@ def _batches(model: nn.Module, tokens: Int[xr.DataArray, "text position"]) -> li
     return list(torch.as_tensor(tokens.values, device=device).split(BATCH))
 
 
+@check_arguments
 def gaps(
     scanned: xr.Dataset, by: str = "sink_attention", pair: tuple[str, str] | None = None
 ) -> pd.DataFrame:
@@ -147,6 +157,7 @@ def gaps(
     `pair` fixes the active and the dormant domain; then the gap can be negative. Heads that some
     domain has no value for are left out.
     """
+    check_known("variable `by`", by, scanned)
     means = scanned[by].mean("text").stack(row=("layer", "head")).transpose("row", "domain")
     work = means.to_pandas().dropna() * (-1 if by == "sink_attention" else 1)
     active, dormant = (work.idxmax(axis=1), work.idxmin(axis=1)) if pair is None else pair
@@ -157,6 +168,7 @@ def gaps(
     return found[["name", "layer", "head", "active", "dormant", "gap"]]
 
 
+@check_arguments
 def select(
     scanned: xr.Dataset,
     count: int,
@@ -178,6 +190,7 @@ def pooled(*candidates: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(candidates).drop_duplicates("name", ignore_index=True)
 
 
+@check_arguments
 def random_heads(
     scanned: xr.Dataset, count: int, *, without: pd.DataFrame, seed: int = 0
 ) -> pd.DataFrame:
@@ -199,6 +212,7 @@ def _chosen(found: pd.DataFrame, label: str, scanned: xr.Dataset) -> pd.DataFram
 # --- Taking heads away -----------------------------------------------------------------------
 
 
+@check_arguments
 @torch.no_grad()
 def loss_changes(
     model: nn.Module,
@@ -216,8 +230,8 @@ def loss_changes(
     has none. The layers below a head are not run again, where the model allows that.
     Raises `SinkbookError` for an unknown way, and for one text where others are needed.
     """
-    check_kind("tokens", tokens, xr.DataArray)
     check_ways([way])
+    check_some("heads", heads)
     resumes = can_resume(model, _batches(model, tokens)[0])
     return _loss_changes(model, tokens, [(*head, way) for head in heads], resumes, seed)
 
@@ -273,6 +287,7 @@ def _losses(model: nn.Module, ids: Int[Tensor, "text position"]) -> Float[Tensor
     )
 
 
+@check_arguments
 @torch.no_grad()
 def ablate(
     model: nn.Module,
@@ -291,9 +306,8 @@ def ablate(
     the first are tried on the rows `other_ways` alone (all rows if that is None), in their own two
     domains. Means and other texts are those of the same domain. Shows progress on a terminal.
     """
-    check_kind("tokens", tokens, xr.DataArray)
-    check_kind("candidates", candidates, pd.DataFrame)
     ways = [way] if isinstance(way, str) else list(way)
+    check_some("way", ways)
     check_ways(ways)
     coords = {"way": ways, "candidate": candidates.index}
     coords |= {"domain": tokens.domain.values, "text": tokens.text.values}
@@ -327,9 +341,7 @@ def ablate(
     return changes.isel(way=0, drop=True) if isinstance(way, str) else changes
 
 
-# --- Along one text --------------------------------------------------------------------------
-
-
+@check_arguments
 def running_texts(
     tokens: Int[xr.DataArray, "domain text position"], parts: Sequence[str], *, length: int
 ) -> Int[xr.DataArray, "text along"]:
@@ -338,6 +350,8 @@ def running_texts(
     A part is a domain, each time another text of it, or "again" for the part before once more.
     The coordinate `part` numbers them along the text; the first token belongs to part 0.
     """
+    check_whole_number("length", length, 1, tokens.sizes["position"] - 1)
+    check_some("parts", parts)
     segments, used = [], dict.fromkeys(parts, 0)
     for part in parts:
         if part != "again":
@@ -356,6 +370,7 @@ def running_texts(
     )
 
 
+@check_arguments
 def trace(
     model: nn.Module, tokens: Int[xr.DataArray, "text along"], candidates: pd.DataFrame
 ) -> xr.Dataset:
@@ -366,8 +381,6 @@ def trace(
 
     The first position, where all attention goes to the sink, and the last are left out.
     """
-    check_kind("tokens", tokens, xr.DataArray)
-    check_kind("candidates", candidates, pd.DataFrame)
     heads = list(candidates[["layer", "head"]].itertuples(index=False, name=None))
     variable = "sink_attention_by_query"
     batches = [measure(model, ids, (variable,))[variable] for ids in _batches(model, tokens)]

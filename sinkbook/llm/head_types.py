@@ -9,7 +9,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_kind, check_token_ids
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_kind, check_number, check_token_ids, check_whole_number
 from sinkbook.models.interventions import reading
 from sinkbook.models.layout import layers
 from sinkbook.models.pretrained import LanguageModel
@@ -24,6 +25,7 @@ Tokens = Int[Tensor, "text position"]
 KINDS = ("first token", "previous token", "induction", "delimiter")
 
 
+@check_arguments
 def random_repeated(
     language_model: LanguageModel, *, count: int, length: int, seed: int = 0
 ) -> Tokens:
@@ -32,6 +34,8 @@ def random_repeated(
     None of them is special and none occurs twice in a stretch. In the second one, only copying
     what came after the last occurrence predicts what comes next.
     """
+    check_whole_number("count", count, 1)
+    check_whole_number("length", length, 1, len(language_model.ordinary_tokens))
     generator = np.random.default_rng(seed)
     ordinary = language_model.ordinary_tokens
     drawn = torch.from_numpy(
@@ -41,6 +45,7 @@ def random_repeated(
     return torch.cat([first, drawn, drawn], 1)
 
 
+@check_arguments
 @torch.no_grad()
 def head_scores(
     language_model: LanguageModel, tokens: Tokens, repeated: Int[Tensor, "text _repeated"]
@@ -84,6 +89,7 @@ def head_scores(
     return found.sel(kind=list(KINDS))
 
 
+@check_arguments
 def kind_of_head(
     scores: Float[xr.DataArray, "kind layer head"], threshold: float = 0.3
 ) -> Int[xr.DataArray, "layer head"]:
@@ -99,6 +105,7 @@ def kind_of_head(
     return xr.where(work.max("kind") > threshold, work.argmax("kind") + 1, resting)
 
 
+@check_arguments
 @torch.no_grad()
 def writes_at_rest(model: nn.Module, tokens: Tokens, *, least: float = 0.5) -> xr.Dataset:
     """What each head writes while it looks at the first token: nothing, or always the same?
@@ -115,6 +122,8 @@ def writes_at_rest(model: nn.Module, tokens: Tokens, *, least: float = 0.5) -> x
     no query rests, and for layers without heads to take hold of. Source: the two kinds of sinks of
     arXiv 2606.08105, negligible values and outputs of low rank.
     """
+    check_token_ids("tokens", tokens)
+    check_number("least", least, 0, 1)
     known, found = heads(model), layers(model)
     readable = [n for n in range(len(found)) if not known[n].no_heads]
     with ExitStack() as hooks:
@@ -144,6 +153,7 @@ def writes_at_rest(model: nn.Module, tokens: Tokens, *, least: float = 0.5) -> x
     )
 
 
+@check_arguments
 def effective_rank(states: Float[Tensor, "*batch state width"]) -> Float[Tensor, "*batch"]:
     """Participation ratio of the squared singular values, `(sum s^2)^2 / sum s^4`.
 
@@ -159,6 +169,7 @@ def effective_rank(states: Float[Tensor, "*batch state width"]) -> Float[Tensor,
     return moment.diagonal(dim1=-2, dim2=-1).sum(-1).square() / moment.square().sum((-2, -1))
 
 
+@check_arguments
 def is_delimiter(language_model: LanguageModel, tokens: Tokens) -> Bool[Tensor, "text position"]:
     """Which tokens hold no letter and no digit: punctuation, spaces and line breaks."""
     check_kind("language_model", language_model, LanguageModel)

@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import (
     check_all,
     check_seed,
@@ -28,6 +29,7 @@ from sinkbook.probe.measure import measure
 from sinkbook.progress import progress
 
 
+@check_arguments
 @torch.no_grad()
 def unit_writes(
     model: nn.Module, input_ids: Tokens, *, layer: int, position: int = 0
@@ -64,6 +66,7 @@ def unit_writes(
     return xr.Dataset({name: (dims, values.cpu().numpy()) for name, values in found.items()})
 
 
+@check_arguments
 @torch.no_grad()
 def cut_units(
     model: nn.Module,
@@ -125,6 +128,7 @@ def _without_units(units: Tensor, _projection, inputs: tuple) -> tuple:
     return (read, *inputs[1:])
 
 
+@check_arguments
 def down_projection(model: nn.Module, input_ids: Tokens, layer: int) -> nn.Module:
     """The linear map that an MLP runs last, if it is as wide as what the MLP writes."""
     check_token_ids("input_ids", input_ids)

@@ -21,9 +21,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from sinkbook import store
+from sinkbook.annotations import check_arguments, check_fields
 from sinkbook.arguments import (
     check_known,
     check_multiple,
+    check_number,
     check_numbers,
     check_seed,
     check_token_ids,
@@ -85,6 +87,7 @@ class Config:
     held_out: str = "measured"  # which of SETS
 
     def __post_init__(self):
+        check_fields(self)
         check_whole_numbers(self, length=2, steps=1, measurements=0, measure_every=1)
         check_whole_numbers(self, evaluation_size=1)
         check_numbers(self, share=(0, 1), learning_rate=0, clip=0)
@@ -120,6 +123,7 @@ class Writer(NamedTuple):
     length: float  # of that write
 
 
+@check_arguments
 def find_writer(
     model: nn.Module, tokens: Int[Tensor, "text position"], *, share: float = 0.99
 ) -> Writer:
@@ -128,6 +132,8 @@ def find_writer(
     The MLP is chapter 12's: the one whose write at position 0 has the largest component along the
     peak. What a unit carries is its component along the MLP's write; mean over texts.
     """
+    check_token_ids("tokens", tokens)
+    check_number("share", share, 0, 1)
     along = components.writes(model, tokens).along.sel(part="mlp").mean("batch")
     layer = int(along.argmax("layer"))
     units = unit_writes(model, tokens, layer=layer).mean("batch")
@@ -138,6 +144,7 @@ def find_writer(
     return Writer(layer, tuple(chosen.tolist()), float(carried), float(units.along.sum("unit")))
 
 
+@check_arguments
 def cut_writer(
     model: nn.Module, tokens: Int[Tensor, "text position"], *, share: float = 0.99
 ) -> Writer:
@@ -161,6 +168,7 @@ def _output_weights(model: nn.Module, tokens: Tensor, layer: int) -> Tensor:
 
 
 @cache
+@check_arguments
 def passages(domain: str, length: int) -> dict[str, list[str]]:
     """The texts of a domain by what they are for: one of SETS, or "trained"."""
     found = corpora.texts(domain, minimum_characters=7 * length)
@@ -189,6 +197,7 @@ def held_out(reader: LanguageModel, config: Config) -> Int[Tensor, "text positio
 # --- Fine-tuning -----------------------------------------------------------------------------
 
 
+@check_arguments
 def measure_reemergence(
     model: nn.Module, tokens: Int[Tensor, "text position"], writer: Writer
 ) -> xr.Dataset:
@@ -315,17 +324,20 @@ def record(base: Config | None = None, seeds: int = 2) -> xr.Dataset:
     )
 
 
+@check_arguments
 def runs_of(measured: Measured, *conditions: str) -> Measured:
     """The runs under some of `CONDITIONS`, by label."""
     return measured.isel(run=np.flatnonzero(measured.condition.isin(conditions)))
 
 
+@check_arguments
 def before_and_after_the_cut(measured: Measured) -> tuple[Measured, Measured]:
     """What was measured of the whole model before fine-tuning, and right after the cut."""
     whole = runs_of(measured, WHOLE).isel(run=0, step=0, drop=True)
     return whole, runs_of(measured, *CUT).isel(run=0, step=0, drop=True)
 
 
+@check_arguments
 def above_the_cut(measured: xr.Dataset) -> xr.Dataset:
     """Loss, sink attention, value ratio and residual ratio, along the dimensions of the runs.
 
@@ -342,6 +354,7 @@ def above_the_cut(measured: xr.Dataset) -> xr.Dataset:
     return xr.Dataset({"loss": measured.loss.mean("domain")} | means)
 
 
+@check_arguments
 def recovered(measured: xr.Dataset) -> xr.Dataset:
     """Share of what the cut changed that is undone, over (run, step), runs that were cut.
 

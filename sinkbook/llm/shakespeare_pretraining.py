@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from sinkbook import store
+from sinkbook.annotations import check_arguments, check_fields
 from sinkbook.arguments import check_known, check_numbers, check_seed, check_whole_numbers
 from sinkbook.data import corpora
 from sinkbook.data.shakespeare import SYMBOLS
@@ -79,6 +80,7 @@ class PretrainingConfig:
     evaluation_size: int = 32  # held-out texts of each kind
 
     def __post_init__(self):
+        check_fields(self)
         check_whole_numbers(self, length=4, width=1, layers=1, heads=1, batch_size=1, steps=1)
         check_whole_numbers(self, measurements=1, measure_every=1, evaluation_size=1)
         check_numbers(self, repeated=(0, 1), learning_rate=0, weight_decay=0)
@@ -122,6 +124,7 @@ class PretrainingConfig:
 
 
 @cache
+@check_arguments
 def character_ids(held_out: bool) -> Int[Tensor, " character"]:
     """Shakespeare's scenes, one after the other, as ids of the 65 symbols; others are left out."""
     scenes = corpora.texts("shakespeare", minimum_characters=1)
@@ -170,6 +173,7 @@ class Characters:
         return F.pad(texts, (1, 0), value=START) if self.config.starts else texts
 
 
+@check_arguments
 def spell(text: Int[Tensor, " position"]) -> str:
     """The characters of a text, with line breaks shown."""
     ids = [token for token in text.tolist() if token != START]
@@ -230,6 +234,7 @@ class Pretraining(NamedTuple):
         return self.facts["seconds"]
 
 
+@check_arguments
 def pretrain(config: PretrainingConfig, *, device: str = "auto") -> Pretraining:
     """The run of a config: read from the store, or else trained and kept there.
 
@@ -253,6 +258,7 @@ def pretrain(config: PretrainingConfig, *, device: str = "auto") -> Pretraining:
     return Pretraining(config, model, measurements, facts)
 
 
+@check_arguments
 def pretrain_all(configs: list[PretrainingConfig]) -> list[Pretraining]:
     """The runs of several configs, in their order; on CPUs as many at a time as there are cores."""
     missing = [c for c in dict.fromkeys(configs) if not (c.folder / "run.json").exists()]
@@ -262,6 +268,7 @@ def pretrain_all(configs: list[PretrainingConfig]) -> list[Pretraining]:
     return [pretrain(config) for config in configs]
 
 
+@check_arguments
 def pretrain_groups(
     groups: dict[str, list[PretrainingConfig]],
 ) -> dict[str, list[Pretraining]]:
@@ -311,6 +318,7 @@ def _train(config: PretrainingConfig, device: str) -> None:
 # --- The head that learns to be dormant ------------------------------------------------------
 
 
+@check_arguments
 def together(runs: list[Pretraining]) -> xr.Dataset:
     """The measurements of several pretrainings, over seed."""
     seeds = xr.Variable("seed", [run.config.seed for run in runs])

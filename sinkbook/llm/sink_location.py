@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_token_ids
 from sinkbook.models.pretrained import LanguageModel
 from sinkbook.models.token_labels import token_label
@@ -32,6 +33,7 @@ class ChangedTexts(NamedTuple):
     first_token_at: int | None
 
 
+@check_arguments
 def changed_texts(
     language_model: LanguageModel, texts: Sequence[str], *, length: int, seed: int = 0
 ) -> dict[str, ChangedTexts]:
@@ -69,6 +71,7 @@ def changed_texts(
     return before | alone | changed | with_first
 
 
+@check_arguments
 def sinks_under_change(
     language_model: LanguageModel,
     conditions: dict[str, ChangedTexts],
@@ -114,6 +117,7 @@ def sinks_under_change(
 # --- Sinks elsewhere -------------------------------------------------------------------------
 
 
+@check_arguments
 def seen_by_all(model: nn.Module, tokens: Tokens) -> xr.Dataset:
     """How much attention each token draws and how long its residual state is, at any position.
 
@@ -137,6 +141,7 @@ def seen_by_all(model: nn.Module, tokens: Tokens) -> xr.Dataset:
     ).drop_vars("sink")
 
 
+@check_arguments
 def by_token(
     values: Float[xr.DataArray, "batch layer position"],
     tokens: Tokens,
@@ -165,6 +170,7 @@ def by_token(
     return xr.DataArray(means[strongest], dims=("token", "layer"), coords=coords)
 
 
+@check_arguments
 def labels(language_model: LanguageModel, tokens: Int[Tensor, " token"]) -> list[str]:
     """The text of each token for an axis: spaces and line breaks as signs that can be seen."""
     texts = language_model.tokenizer.batch_decode(tokens.cpu()[:, None])

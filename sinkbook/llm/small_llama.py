@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from sinkbook import store
+from sinkbook.annotations import check_arguments, check_fields
 from sinkbook.arguments import check_numbers, check_seed, check_whole_numbers
 from sinkbook.children import lifeline
 from sinkbook.data import corpora
@@ -74,6 +75,7 @@ class SmallLlama:
     seed: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         check_whole_numbers(self, vocabulary=300, length=2, width=1, layers=1, heads=1, warmup=0)
         check_whole_numbers(self, batch_size=1, steps=1, checkpoints=1)
         check_numbers(self, learning_rate=0, weight_decay=0)
@@ -363,6 +365,7 @@ def best_lever(levers: xr.Dataset) -> str:
     return str(levers.lever[int(strongest_sink(levers).values.argmax())].item())
 
 
+@check_arguments
 def long_run(lever: str, *, steps: int = 4_000, checkpoints: int = 24, seed: int = 0) -> SmallLlama:
     """The longer pretraining under a lever; the record `small-llama` has the `best_lever`."""
     return replace(SmallLlama(), steps=steps, checkpoints=checkpoints, seed=seed, **LEVERS[lever])

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_token_ids, check_whole_number, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
@@ -27,6 +28,7 @@ from sinkbook.progress import progress
 Tokens = Int[Tensor, "text position"]
 
 
+@check_arguments
 def eviction_losses(
     model: AnyModel,
     input_ids: Tokens,

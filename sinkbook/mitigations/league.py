@@ -15,6 +15,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from sinkbook import probe
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_kind, check_token_ids
 from sinkbook.mitigations.quantization import int8_error
 from sinkbook.mitigations.registry import FAMILIES, MITIGATIONS
@@ -68,11 +69,13 @@ AT_LOSS = {
 }
 
 
+@check_arguments
 def start_position(task: Task) -> int:
     """Where `<s>` stands, or would: 1 behind a random first character, else 0."""
     return int(task.config.random_first)
 
 
+@check_arguments
 @torch.no_grad()
 def standing(run: Run) -> xr.Dataset:
     """One training in all `COLUMNS`, on its evaluation texts.
@@ -132,6 +135,7 @@ def standing(run: Run) -> xr.Dataset:
     return xr.Dataset({name: found[name] for name in COLUMNS}).drop_vars("sink", errors="ignore")
 
 
+@check_arguments
 @torch.no_grad()
 def value_norms_before_gate(
     model: Transformer, tokens: Int[Tensor, "text position"]
@@ -162,6 +166,7 @@ def value_norms_before_gate(
     return xr.DataArray(torch.stack(norms, 1).numpy(), dims=("batch", "layer", "head", "position"))
 
 
+@check_arguments
 def table(runs: dict[str, list[Run]]) -> xr.Dataset:
     """The standings of all mitigations over (mitigation, seed), and where they are equally good.
 
@@ -201,6 +206,7 @@ def _at_loss(run: Run, loss: float) -> xr.Dataset:
     )
 
 
+@check_arguments
 def peak_writers(runs: list[Run]) -> xr.Dataset:
     """The highest peak of every run, and what is left of it without what writes below it at `<s>`.
 
@@ -242,6 +248,7 @@ def registry() -> pd.DataFrame:
 DESTINATIONS = ("<s>", "other tokens", "null slot")
 
 
+@check_arguments
 def destinations(runs: dict[str, dict[str, list[Run]]]) -> xr.DataArray:
     """Where one-layer runs look from tokens that are no triggers, by control and mitigation.
 
@@ -264,6 +271,7 @@ def destinations(runs: dict[str, dict[str, list[Run]]]) -> xr.DataArray:
     return found.assign_coords(label=("mitigation", labels))
 
 
+@check_arguments
 def families(standings: xr.Dataset) -> pd.DataFrame:
     """The criteria of `ranking` by family: each training over softmax with its seed, the median.
 
@@ -279,12 +287,14 @@ def families(standings: xr.Dataset) -> pd.DataFrame:
     return medians.loc[[family for family in FAMILIES if family in medians.index]]
 
 
+@check_arguments
 def depths(standings: dict[int, xr.Dataset]) -> xr.Dataset:
     """Tables of several depths as one, over `depth`; NaN for layers that the shallow ones lack."""
     dim = xr.Variable("depth", list(standings))
     return xr.concat(list(standings.values()), dim=dim, join="outer", coords="minimal")
 
 
+@check_arguments
 def rows(standings: xr.Dataset) -> pd.DataFrame:
     """All numbers of `depths` flat: a row for each training, a column for each layer of a quantity.
 
@@ -315,6 +325,7 @@ CRITERIA = {
 }
 
 
+@check_arguments
 def worst_layer(standings: xr.Dataset, column: str) -> Float[xr.DataArray, "mitigation seed"]:
     """A column of the table as one number for each training: that of its worst layer.
 
@@ -325,6 +336,7 @@ def worst_layer(standings: xr.Dataset, column: str) -> Float[xr.DataArray, "miti
     return getattr(values, how)([d for d in values.dims if "layer" in d]) if how else values
 
 
+@check_arguments
 def criteria(standings: xr.Dataset) -> xr.Dataset:
     """The `CRITERIA` of each training, one number each: those of its `worst_layer`."""
     return xr.Dataset(
@@ -335,6 +347,7 @@ def criteria(standings: xr.Dataset) -> xr.Dataset:
     )
 
 
+@check_arguments
 def agreement(standings: xr.Dataset, others: xr.Dataset) -> pd.Series:
     """How alike two tables order the mitigations: Spearman's rank correlation by criterion.
 
@@ -348,6 +361,7 @@ def agreement(standings: xr.Dataset, others: xr.Dataset) -> pd.Series:
     return pd.Series(found, name="rank correlation")
 
 
+@check_arguments
 def ranking(standings: xr.Dataset) -> pd.DataFrame:
     """The league table: a row for each mitigation, the best mean rank over `CRITERIA` first.
 

@@ -12,10 +12,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import (
     check_all,
     check_kind,
     check_number,
+    check_some,
     check_token_ids,
     check_whole_number,
 )
@@ -30,6 +32,7 @@ from sinkbook.progress import progress
 Tokens = Int[Tensor, "text position"]
 
 
+@check_arguments
 def head_orders(model: nn.Module, input_ids: Tokens) -> dict[str, Int[np.ndarray, " head"]]:
     """In which order to cut a model's heads, by what they do on some texts; heads layer by layer.
 
@@ -58,11 +61,13 @@ def _all_heads(model: nn.Module) -> tuple[Int[np.ndarray, " head"], int]:
     return np.concatenate(there), per_layer
 
 
+@check_arguments
 @contextmanager
 def without_heads(
     model: nn.Module, heads: Int[np.ndarray, " head"], per_layer: int
 ) -> Iterator[None]:
     """Cut heads, which are counted layer by layer, `per_layer` in each."""
+    check_whole_number("per_layer", per_layer, 1)
     most = len(heads_of(model)) * per_layer - 1
     for number in heads.tolist():
         check_whole_number("heads", number, 0, most)
@@ -73,6 +78,7 @@ def without_heads(
         yield
 
 
+@check_arguments
 def pruning_losses(
     model: PreTrainedModel,
     input_ids: Tokens,
@@ -88,6 +94,7 @@ def pruning_losses(
     "random", the mean over `draws` random ones. Layers without attention have no heads.
     """
     check_all("shares", shares, float)
+    check_some("shares", shares)
     for share in shares:
         check_number("shares", share, 0, 1)
     check_whole_number("draws", draws, 1)
@@ -113,6 +120,7 @@ def pruning_losses(
     )
 
 
+@check_arguments
 def pruning_across_domains(
     model: PreTrainedModel,
     texts: dict[str, Tokens],
@@ -127,10 +135,8 @@ def pruning_across_domains(
     `orders` are those of `head_orders` on other texts of each domain. One order more is
     "same, other domain": the first one of the domain that the texts are not from.
     """
-    check_kind("texts", texts, dict)
-    check_kind("orders", orders, dict)
     for tokens in texts.values():
-        check_token_ids("input_ids", tokens)
+        check_token_ids("texts", tokens)
     check_all("orders", [orders.get(domain) for domain in texts], dict)
     if len({len(tokens) for tokens in texts.values()}) > 1:
         counts = ", ".join(f"{len(tokens)} in {domain!r}" for domain, tokens in texts.items())
@@ -143,6 +149,7 @@ def pruning_across_domains(
     return xr.Dataset(losses)
 
 
+@check_arguments
 def without_early_or_late(
     model: PreTrainedModel,
     input_ids: Tokens,

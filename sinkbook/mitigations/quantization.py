@@ -20,7 +20,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_kind, check_known, check_token_ids, whole_number
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_known, check_token_ids, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.experts import check_by_text, compute_by_text
 from sinkbook.mitigations.matrices import Part, parts
@@ -76,6 +77,7 @@ def _wide(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
+@check_arguments
 def int8_error(
     hidden: Hidden, *, ranges: str = "tensor", first: int = 0
 ) -> Float[Tensor, "*batch"]:
@@ -95,7 +97,6 @@ def int8_error(
     >>> int8_error(hidden, first=1).item(), int8_error(hidden, ranges="token").item() < 1e-6
     (1.0, True)
     """
-    check_kind("hidden", hidden, Tensor)
     check_known("ranges", ranges, RANGES)
     if hidden.ndim < 2 or whole_number("first", first) >= hidden.shape[-2]:
         raise SinkbookError(
@@ -218,6 +219,7 @@ def split_error(errors: xr.DataArray) -> dict[str, xr.DataArray]:
     return {"token outliers": whole - token, "channel outliers": token - grain, "rounding": grain}
 
 
+@check_arguments
 @contextmanager
 def quantized(
     model: AnyModel, activations: str | None = "tensor", *, weights: bool = True

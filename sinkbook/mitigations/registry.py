@@ -8,6 +8,7 @@ needs a new kernel. `under_mitigations` applies them all to one training.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sinkbook.annotations import check_arguments
 from sinkbook.errors import SinkbookError
 from sinkbook.toy.runs import TrainingConfig, seeds_of
 from sinkbook.toy.tasks import task
@@ -115,6 +116,7 @@ MITIGATIONS: dict[str, Mitigation] = {
 }
 
 
+@check_arguments
 def under_mitigations(base: TrainingConfig, count: int) -> dict[str, list[TrainingConfig]]:
     """A training under every mitigation of the registry, with `count` seeds, by its name there."""
     return {name: seeds_of(m.applied_to(base), count) for name, m in MITIGATIONS.items()}
@@ -129,6 +131,7 @@ SLOT_CONTROLS = {
 }
 
 
+@check_arguments
 def under_slot_controls(
     groups: dict[str, list[TrainingConfig]],
 ) -> dict[str, dict[str, list[TrainingConfig]]]:

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinkbook.arguments import check_all, check_token_ids, check_whole_number, whole_number
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_token_ids, check_whole_number, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.rotation import (
     Rotation,
@@ -162,6 +163,7 @@ def _checked(window: int, kept: int | Sequence[int]) -> tuple[int, list[int]]:
     return window, list(range(whole_number("kept", kept)))
 
 
+@check_arguments
 @contextmanager
 def streaming(model: AnyModel, *, window: int, kept: int | Sequence[int] = 4) -> Iterator[None]:
     """Have every query see the last `window` tokens, itself included, and those kept for good.
@@ -316,6 +318,7 @@ def _streamed(
     return torch.cat(outputs, dim=2)
 
 
+@check_arguments
 def streaming_losses(
     model: AnyModel,
     input_ids: Tokens,
@@ -340,16 +343,13 @@ def streaming_losses(
     """
     check_token_ids("input_ids", input_ids)
     model, (window, _) = unwrapped(model), _checked(window, sinks)
-    check_all("sinks", sinks, int)
-    random, stride = whole_number("random", random), whole_number("stride", stride, 1)
-    sinks = [whole_number("sinks", count) for count in sinks]
+    check_whole_number("stride", stride, 1, window)
     length, most = input_ids.shape[1], max(sinks, default=0)
     if window - most < random or length <= window + most:
         raise SinkbookError(
             f"a window of {window}, texts of {length} tokens, {most} kept, {random} drawn. "
             "Give texts longer than window and kept tokens, and a window with room for the draw."
         )
-    check_whole_number("stride", stride, 1, window)
     generator = torch.Generator().manual_seed(seed)
     drawn = [
         (most + torch.randperm(window - most, generator=generator)[:random]).tolist()

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import Layer, layers
@@ -36,6 +37,7 @@ WAYS = ("zero", "mean", "shuffled")  # of taking a part away: what stands in its
 Numbers = SupportsIndex | Iterable[SupportsIndex]  # one or many: lists, ranges, arrays, tensors
 
 
+@check_arguments
 @contextmanager
 def replace(
     model: AnyModel,
@@ -99,6 +101,7 @@ def _not_run_again(model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
+@check_arguments
 def zero(
     model: AnyModel,
     part: str,
@@ -124,6 +127,7 @@ def _as_states(with_: float | Tensor) -> Tensor:
     return states
 
 
+@check_arguments
 @contextmanager
 def reading(model: nn.Module, part: str, *, layer: int) -> Iterator[list[Tensor]]:
     """Keep what a part of one layer writes, a tensor for each run of the model in the body.
@@ -171,6 +175,7 @@ def _note_terms(inside: Inside, terms: list[Term], written: list[Tensor], hooks:
         inside.change_output(term.module, partial(note, factor=term.factor), hooks)
 
 
+@check_arguments
 def stand_in(
     written: Float[Tensor, "text position *states"], way: str, *, seed: int = 0
 ) -> Float[Tensor, "text position *states"]:

@@ -9,6 +9,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_token_ids, whole_number
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import logits_of
@@ -47,6 +48,7 @@ def next_token_losses(
     return losses.unflatten(0, targets.shape)
 
 
+@check_arguments
 @torch.no_grad()
 def token_losses(
     model: AnyModel, input_ids: Tokens, *, last: int | None = None
@@ -86,6 +88,7 @@ def token_losses(
     return found
 
 
+@check_arguments
 def perplexity(losses: xr.DataArray, *, after: int = 0) -> xr.DataArray:
     """The exponential of the mean loss of each text's tokens from position `after` on."""
     return np.exp(losses.sel(position=slice(after, None)).mean("position"))

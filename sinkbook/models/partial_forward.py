@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_token_ids
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import blocks, of_transformers
@@ -79,6 +80,7 @@ def _release(block: int, lock, before: int | None) -> None:
     lock.release()
 
 
+@check_arguments
 def logits_of(
     model: nn.Module, tokens: Int[Tensor, "text position"]
 ) -> Float[Tensor, "text position vocab"]:
@@ -106,6 +108,7 @@ def logits_in(model: nn.Module, output: object) -> Float[Tensor, "text position 
     return logits
 
 
+@check_arguments
 def run_on(model: nn.Module, tokens: Int[Tensor, "text position"]) -> object:
     """What a model gives for texts, without a key-value cache."""
     check_token_ids("tokens", tokens)
@@ -195,6 +198,7 @@ def all_running(model: nn.Module) -> Iterator[None]:
             module.forward = stand_in
 
 
+@check_arguments
 @torch.no_grad()
 def can_resume(model: nn.Module, tokens: Int[Tensor, "text position"]) -> bool:
     """Whether the upper layers need nothing from the lower ones but the residual state.

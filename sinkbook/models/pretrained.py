@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_kind, check_not_one_text, texts_of, whole_number
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
@@ -101,6 +102,7 @@ class LanguageModel:
         """The ids of all tokens that are not special, in their order."""
         return np.setdiff1d(np.arange(len(self.tokenizer)), self.tokenizer.all_special_ids)
 
+    @check_arguments
     def tokenize(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The token ids of each text, those of `prefix` before them."""
         check_not_one_text(texts)
@@ -109,6 +111,7 @@ class LanguageModel:
             encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
             yield [*self.prefix, *encoded["input_ids"]]
 
+    @check_arguments
     def encode(self, texts: Sequence[str], length: int) -> Int[Tensor, "text position"]:
         """Token ids of each text, those of `prefix` included, cut to exactly `length` tokens.
 
@@ -154,6 +157,7 @@ def load(
     path = path_of(name)
     name, device = os.fspath(name), device_of(device)
     check_options(revision, dtype)
+    check_kind("trust_remote_code", trust_remote_code, bool)
     options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with quiet(), reading(repr(name), NO_MODEL):
         if name in KNOWN:

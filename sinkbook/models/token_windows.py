@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_kind, check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.pretrained import LanguageModel
@@ -20,6 +21,7 @@ Windows = Int[Tensor, "text position"]
 CHARACTERS_PER_TOKEN = 50
 
 
+@check_arguments
 def read_document(path: Path) -> str:
     """The text of a UTF-8 file. Raises SinkbookError if it cannot be read or holds no text."""
     try:
@@ -40,6 +42,7 @@ def read_document(path: Path) -> str:
     return text
 
 
+@check_arguments
 def of_document(language_model: LanguageModel, text: str, *, count: int, length: int) -> Windows:
     """The first windows of a document, one after the other, at most `count`.
 
@@ -67,6 +70,7 @@ def of_document(language_model: LanguageModel, text: str, *, count: int, length:
     return torch.tensor([[*prefix, *ids[start : start + step]] for start in starts])
 
 
+@check_arguments
 def of_texts(
     language_model: LanguageModel, texts: Iterable[str], *, count: int, length: int
 ) -> Windows:
@@ -74,6 +78,8 @@ def of_texts(
 
     Raises SinkbookError if there are fewer.
     """
+    check_whole_number("count", count, 1)
+    check_whole_number("length", length, 1)
     windows = []
     for ids in language_model.tokenize(texts):
         if len(ids) >= length:

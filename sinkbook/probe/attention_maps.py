@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import layers
@@ -23,6 +24,7 @@ class AttentionMap(NamedTuple):
     weights: Float[Tensor, "batch head query key"]
 
 
+@check_arguments
 def attention_weights(
     model: AnyModel,
     input_ids: TokenTable,
@@ -39,6 +41,7 @@ def attention_weights(
     return _map_of(model, input_ids, layer).weights
 
 
+@check_arguments
 def attention_logits(
     model: AnyModel,
     input_ids: TokenTable,
@@ -52,6 +55,7 @@ def attention_logits(
     return _map_of(model, input_ids, layer).logits
 
 
+@check_arguments
 @torch.no_grad()
 def attention_maps(
     model: AnyModel,

@@ -25,6 +25,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import names_of, texts_of, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
@@ -57,6 +58,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
 DEFAULT = ("sink_attention", "sink_logit", "value_norm", "residual_norm")
 
 
+@check_arguments
 @torch.no_grad()
 def measure(
     model: AnyModel,
@@ -120,6 +122,7 @@ def measure(
     return result
 
 
+@check_arguments
 def measure_texts(
     language_model,
     texts: Iterable[str],
@@ -144,8 +147,8 @@ def measure_texts(
     texts = texts_of(texts)
     if not hasattr(language_model, "tokenize"):
         raise SinkbookError(
-            f"a {type(language_model).__name__} has no tokenizer to read texts with. Give what "
-            "`sinkbook.load` returns, or token ids to `sinkbook.measure`."
+            f"`language_model` is a {type(language_model).__name__}, without a tokenizer to read "
+            "texts with. Give what `sinkbook.load` returns, or token ids to `sinkbook.measure`."
         )
     tokens = list(language_model.tokenize(texts))
     prefix = list(language_model.prefix)

@@ -5,6 +5,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_number
 from sinkbook.errors import SinkbookError
 
@@ -26,6 +27,7 @@ def check_measured(result: object, *names: str) -> None:
         )
 
 
+@check_arguments
 def sink_rate(result: xr.Dataset, threshold: float = THRESHOLD) -> xr.DataArray:
     """Share of a layer's heads whose mean attention on the sink exceeds `threshold`.
 
@@ -38,6 +40,7 @@ def sink_rate(result: xr.Dataset, threshold: float = THRESHOLD) -> xr.DataArray:
     return (attention > threshold).where(attention.notnull()).mean("head")
 
 
+@check_arguments
 def above_null(result: xr.Dataset, level: float = 0.95) -> xr.DataArray:
     """Whether a head gives the sink more than heads of its layer give any position as old.
 
@@ -53,6 +56,7 @@ def above_null(result: xr.Dataset, level: float = 0.95) -> xr.DataArray:
     That thresholds need an empirical null is argued in arXiv 2606.02378; this one is our own.
     """
     check_measured(result, "key_importance", "even_importance")
+    check_number("level", level, 0, 1)
     received = result.key_importance / result.even_importance
     age = result.position - result.sink
     length = result.key_importance.notnull().any(("layer", "head")).sum("position")
@@ -65,6 +69,7 @@ def above_null(result: xr.Dataset, level: float = 0.95) -> xr.DataArray:
     return above.where(at_sink.notnull() & known).transpose("batch", "layer", "head")
 
 
+@check_arguments
 def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
     """The sink's value norm over the mean of the other tokens': below 1 where it is drained.
 
@@ -80,6 +85,7 @@ def value_drain_ratio(result: xr.Dataset, others: xr.DataArray | None = None) ->
     return at_sink / elsewhere.mean("position")
 
 
+@check_arguments
 def residual_peak_ratio(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
     """The sink's residual norm over the median of the other tokens': (batch, residual_layer).
 
@@ -93,6 +99,7 @@ def residual_peak_ratio(result: xr.Dataset, others: xr.DataArray | None = None) 
     return at_sink / elsewhere.median("position")
 
 
+@check_arguments
 def residual_peak_height(result: xr.Dataset, others: xr.DataArray | None = None) -> xr.DataArray:
     """The sink's residual norm minus the mean of the other tokens': (batch, residual_layer).
 
@@ -111,6 +118,7 @@ def _apart(norm: xr.DataArray, others: xr.DataArray | None) -> tuple[xr.DataArra
     return norm.sel(position=norm.sink).drop_vars("position"), elsewhere
 
 
+@check_arguments
 def massive_activations(
     hidden: Hidden, floor: float = 100.0, factor: float = 1000.0
 ) -> Bool[Tensor, "*batch position width"]:
@@ -118,11 +126,14 @@ def massive_activations(
 
     Source: Sun et al., "Massive Activations in Large Language Models" (arXiv 2402.17762).
     """
+    check_number("floor", floor, 0)
+    check_number("factor", factor, 0)
     size = hidden.float().abs()
     median = size.flatten(-2).median(-1).values[..., None, None]
     return (size > floor) & (size > factor * median)
 
 
+@check_arguments
 def kurtosis_of_text(hidden: Hidden) -> Float[Tensor, "*batch"]:
     """Kurtosis of all entries of a text, positions and dimensions in one pool; 3 if Gaussian.
 
@@ -131,6 +142,7 @@ def kurtosis_of_text(hidden: Hidden) -> Float[Tensor, "*batch"]:
     return _kurtosis(hidden.double().flatten(-2)).float()
 
 
+@check_arguments
 def kurtosis_of_tokens(hidden: Hidden) -> Float[Tensor, "*batch position"]:
     """Kurtosis over the dimensions of each token; 3 if Gaussian.
 
@@ -140,6 +152,7 @@ def kurtosis_of_tokens(hidden: Hidden) -> Float[Tensor, "*batch position"]:
     return _kurtosis(hidden.double()).float()
 
 
+@check_arguments
 def kurtosis_of_dimensions(hidden: Hidden) -> Float[Tensor, "*batch"]:
     """Fourth over squared second moment of the dimensions' root mean squares; 1 if all equal.
 

@@ -40,6 +40,7 @@ from transformers.trainer_callback import (
 )
 from transformers.training_args import TrainingArguments
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_whole_number, whole_number
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import alone_with
@@ -56,6 +57,7 @@ Inputs = Tensor | Iterable
 Batch = tuple[Int[Tensor, "batch position"], Tensor | None]
 
 
+@check_arguments
 def sink_metrics(
     model: nn.Module,
     inputs: Inputs,
@@ -97,6 +99,7 @@ class SinkCallback(TrainerCallback):
     Raises `SinkbookError` for `every` below 1, texts without a tokenizer, inputs of another kind.
     """
 
+    @check_arguments
     def __init__(
         self,
         inputs: Inputs,

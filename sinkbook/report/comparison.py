@@ -19,7 +19,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sinkbook.arguments import check_known
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_known, check_some
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.quantization import RANGES, quantized
 from sinkbook.models.losses import token_losses
@@ -62,6 +63,7 @@ class Comparison:
     b: xr.Dataset
 
 
+@check_arguments
 def compare(
     a: str,
     b: str | None = None,
@@ -108,6 +110,7 @@ def compare(
     return Comparison(of_a, of_b)
 
 
+@check_arguments
 def measure_one(
     language_model: LanguageModel,
     tokens: Windows,
@@ -153,6 +156,7 @@ def _different(a: str, b: str, how: str) -> SinkbookError:
 # --- What differs ----------------------------------------------------------------------------
 
 
+@check_arguments
 def difference_table(comparison: Comparison) -> pd.DataFrame:
     """One row per quantity: means of A and B over texts, B - A, and its interval.
 
@@ -188,6 +192,7 @@ def _by_text(result: xr.Dataset, ratio: xr.DataArray) -> dict[str, Float[np.ndar
     return {name: values.values for name, values in found.items()}
 
 
+@check_arguments
 def bootstrap_interval(
     differences: Float[np.ndarray, " text"] | Sequence[float],
 ) -> tuple[float, float]:
@@ -198,6 +203,7 @@ def bootstrap_interval(
     >>> bootstrap_interval(np.zeros(8)), bootstrap_interval(np.ones(1))
     ((0.0, 0.0), (nan, nan))
     """
+    check_some("differences", differences)
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan"), float("nan")
@@ -206,6 +212,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+@check_arguments
 def head_changes(comparison: Comparison) -> xr.Dataset | None:
     """What of `CHANGES` each head has, mean over texts: (layer, head). NaN where A writes nothing.
 

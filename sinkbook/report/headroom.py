@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from sinkbook.annotations import check_arguments
 from sinkbook.mitigations.quantization import STEPS
 
 FLOAT16 = 65504.0  # the largest finite number
@@ -51,6 +52,7 @@ class Headroom:
         return asdict(self)
 
 
+@check_arguments
 def headroom(result: xr.Dataset) -> Headroom | None:
     """The headroom of a measurement with `residual_max_abs` and `token`.
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from sinkbook.annotations import check_arguments
 from sinkbook.figures import style
 from sinkbook.figures.svg import embedded
 from sinkbook.report import figures, headroom, summary
@@ -22,6 +23,7 @@ ROUTES = "fused and chunked: in the forward pass itself; eager: one layer at a t
 STYLE = Path(__file__).with_name("report.css")
 
 
+@check_arguments
 @style.applied()
 def html_page(result: xr.Dataset) -> str:
     """The report of what `report.probe` returns, as a page that opens offline."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_known
 from sinkbook.criteria import COMPARISONS
 from sinkbook.errors import SinkbookError
@@ -36,6 +37,7 @@ QUANTITIES = {
 _CONDITION = re.compile(r"\s*([\w-]+)\s*(<=|>=|<|>)\s*([-+.\w]+)\s*")
 
 
+@check_arguments
 def quantities(result: xr.Dataset) -> dict[str, float]:
     """A number for each name in `QUANTITIES`; NaN for what is not known."""
     heads = summary.head_table(result)
@@ -64,6 +66,7 @@ def _headrooms(room: Headroom | None):
     )
 
 
+@check_arguments
 def plain(result: xr.Dataset) -> dict:
     """A report as data that JSON can hold: model, texts, verdict, numbers, headroom, and how."""
     room, heads = headroom(result), summary.head_table(result)
@@ -123,6 +126,7 @@ class Condition:
         return f"{self.name}{self.comparison}{self.bound:g}"
 
 
+@check_arguments
 def condition(text: str) -> Condition:
     """Read a condition: a name in `QUANTITIES`, one of `<`, `<=`, `>`, `>=`, and a number.
 
@@ -145,6 +149,7 @@ def condition(text: str) -> Condition:
     return Condition(found[1], found[2], bound)
 
 
+@check_arguments
 def met(result: xr.Dataset, conditions: Iterable[Condition]) -> list[str]:
     """The conditions that a measurement meets, each with the number that does.
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sinkbook import files, provenance
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_token_ids, check_whole_number
 from sinkbook.data import corpora
 from sinkbook.errors import NotFiniteError, SinkbookError
@@ -70,6 +71,7 @@ class Reading:
         return cls(about, option, windows)
 
 
+@check_arguments
 def probe(
     model: str,
     *,
@@ -99,6 +101,7 @@ def probe(
     return result
 
 
+@check_arguments
 def measure_windows(language_model: LanguageModel, tokens: token_windows.Windows) -> xr.Dataset:
     """Measure a model on windows of tokens, a few at a time; shows progress.
 
@@ -148,6 +151,7 @@ def plain(text: str) -> Text:
     return Text(files.printable(text), style="bold")
 
 
+@check_arguments
 def terminal(result: xr.Dataset) -> Group:
     """The report as a table, a verdict, and the sinks at other tokens, to print with rich."""
     table = Table(
@@ -200,6 +204,7 @@ FILES = (
 )
 
 
+@check_arguments
 def check_folder(folder: Path, *, force: bool) -> None:
     """Refuse a folder that cannot be written to or, unless `force`, already holds a report."""
     otherwise = "Name another folder"
@@ -213,6 +218,7 @@ def check_folder(folder: Path, *, force: bool) -> None:
         )
 
 
+@check_arguments
 @style.applied()
 def write(result: xr.Dataset, folder: Path, *, force: bool = False) -> None:
     """Write `FILES` to a folder, which is made if need be: in one step, so that all are of one run.

@@ -11,6 +11,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from sinkbook.annotations import check_arguments
 from sinkbook.errors import NotFiniteError
 from sinkbook.probe.metrics import (
     THRESHOLD,
@@ -48,6 +49,7 @@ LAYER_COLUMNS = (
 )
 
 
+@check_arguments
 def head_table(result: xr.Dataset) -> pd.DataFrame:
     """One row per layer and head: means over texts of what `HEAD_COLUMNS` describes."""
     attention = result.sink_attention
@@ -77,6 +79,7 @@ def drained(result: xr.Dataset) -> pd.DataFrame:
     return table[table.value_drain_ratio > 0].reset_index(drop=True)
 
 
+@check_arguments
 def layer_table(result: xr.Dataset, strongest: int = 2) -> pd.DataFrame:
     """One row per layer.
 
@@ -114,6 +117,7 @@ def strongest_heads(row: pd.Series, separator: str) -> str:
     return separator.join(heads) or ("" if row.attends else "no softmax attention")
 
 
+@check_arguments
 def median_peak_ratio(result: xr.Dataset) -> Float[xr.DataArray, " residual_layer"]:
     """`residual_peak_ratio`, median over texts."""
     return residual_peak_ratio(result).astype(float).median("batch")
@@ -147,6 +151,7 @@ class Peak:
         return f"peaks at {_ratio(self.ratio)} times the median, {written} and {end}"
 
 
+@check_arguments
 def residual_peak(result: xr.Dataset) -> Peak | None:
     """The peak of the sink token's residual state; None where it has none or no norm is known."""
     ratio = median_peak_ratio(result).values
@@ -165,6 +170,7 @@ def residual_peak(result: xr.Dataset) -> Peak | None:
     )
 
 
+@check_arguments
 def sink_positions(result: xr.Dataset, count: int = 10) -> pd.DataFrame:
     """The tokens that are sinks of some head, the first one and others, most heads first.
 
@@ -247,6 +253,7 @@ def has_sinks(result: xr.Dataset) -> bool:
     return bool((result.sink_attention > THRESHOLD).any())
 
 
+@check_arguments
 def verdict(result: xr.Dataset) -> str:
     """Sinks, drain and peak in one sentence.
 

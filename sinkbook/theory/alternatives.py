@@ -14,7 +14,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_token_ids
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_some, check_token_ids, check_whole_number
 from sinkbook.models.losses import next_token_loss
 from sinkbook.probe.attention_maps import attention_weights
 from sinkbook.toy.attention import KERNELS, relu_weights, scores_and_mask
@@ -26,6 +27,7 @@ from sinkbook.toy.training_loop import descend, schedule, train_measured, train_
 from sinkbook.toy.transformer import SelfAttention, Transformer, TransformerConfig
 
 
+@check_arguments
 def with_damped_values(model: Transformer, factor: float) -> Transformer:
     """The same model, with the gradient through the value states multiplied by `factor`.
 
@@ -42,6 +44,7 @@ def with_damped_values(model: Transformer, factor: float) -> Transformer:
     return model
 
 
+@check_arguments
 def with_isolated_position(model: Transformer, position: int) -> Transformer:
     """The same model, with the query at `position` seeing itself alone, as position 0 does.
 
@@ -63,6 +66,7 @@ def with_isolated_position(model: Transformer, position: int) -> Transformer:
     return model
 
 
+@check_arguments
 def value_gradients(
     model: Transformer, task: Task, texts: Int[Tensor, "text position"]
 ) -> Float64[np.ndarray, "layer input"]:
@@ -85,6 +89,7 @@ def value_gradients(
     return np.stack([g.norm(dim=-1).mean(dim=0).double().numpy() for g in gradients])
 
 
+@check_arguments
 def variance_by_position(
     config: TransformerConfig, tokens: Int[Tensor, "text position"], seed: int
 ) -> Float64[np.ndarray, " position"]:
@@ -108,7 +113,10 @@ class AveragingTask:
     which every position has to repeat (the broadcast of arXiv 2606.08105).
     """
 
+    @check_arguments
     def __init__(self, length: int, symbols: int = 8, kinds: int = 4, announce: bool = False):
+        for name, size in {"length": length, "symbols": symbols, "kinds": kinds}.items():
+            check_whole_number(name, size, 1)
         self.length, self.symbols, self.kinds, self.announce = length, symbols, kinds, announce
         self.trigger = symbols
         self.vocab_size = symbols + 1 + kinds
@@ -150,6 +158,7 @@ class AveragingTask:
         return (head(self.vectors(texts)) - self.targets(texts)).square().sum(dim=-1)
 
 
+@check_arguments
 def train_averaging(
     task: AveragingTask, attention: str, *, steps: int, batch_size: int, seed: int, **changes
 ) -> SelfAttention:
@@ -157,6 +166,8 @@ def train_averaging(
 
     `changes` are other fields of its `TransformerConfig`.
     """
+    check_whole_number("steps", steps, 1)
+    check_whole_number("batch_size", batch_size, 1)
     torch.manual_seed(seed)
     sizes = {"width": task.vocab_size, "length": task.length} | changes
     head = SelfAttention(TransformerConfig(attention=attention, **sizes), layer_idx=0)
@@ -166,6 +177,7 @@ def train_averaging(
     return head.requires_grad_(False)
 
 
+@check_arguments
 def averaging_facts(task: AveragingTask, head: SelfAttention) -> dict[str, float]:
     """What the head does on 64 fresh texts, at positions that are no triggers and not the first.
 
@@ -194,6 +206,7 @@ def averaging_facts(task: AveragingTask, head: SelfAttention) -> dict[str, float
     }
 
 
+@check_arguments
 def averaging_heads(*, steps: int, batch_size: int, seed: int) -> dict[str, dict[str, float]]:
     """What three heads do that average after a trigger: `averaging_facts` of each, by its name.
 
@@ -245,6 +258,7 @@ def changed_training(
     return model, descend(optimizer, loss), batches
 
 
+@check_arguments
 def isolated_seeds(configs: Sequence[TrainingConfig], position: int) -> xr.Dataset:
     """Trainings in which a position sees itself alone, along `seed`; else they are as configured.
 
@@ -278,12 +292,16 @@ def excess_risk(risks: Risks, triggers: Bool[Tensor, "text position"]) -> float:
     return (share * risks.backcopy_excess + (1 - share) * risks.bigram_excess).item()
 
 
+@check_arguments
 def attention_on(
     model: Transformer, task: Task, tokens: Int[Tensor, "text position"], keys: tuple[int, ...]
 ) -> list[float]:
     """Mean attention in the first layer on each of these positions, from tokens that are no
     triggers and come after all of them."""
     check_token_ids("tokens", tokens)
+    check_some("keys", keys)
+    for key in keys:
+        check_whole_number("keys", key, 0, tokens.shape[1] - 1)
     weights = attention_weights(model, tokens, layer=0)[:, 0]
     queries = ~task.at_triggers(tokens)
     queries[:, : max(keys) + 1] = False

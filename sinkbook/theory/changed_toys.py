@@ -18,6 +18,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_token_ids
 from sinkbook.theory.alternatives import changed_training, excess_risk
 from sinkbook.toy.attention import scores_and_mask
@@ -45,6 +46,7 @@ def as_it_is(model: Transformer) -> Transformer:
     return _attending(model, lambda _, __, scores: scores.softmax(dim=-1))
 
 
+@check_arguments
 def without_oneself(model: Transformer) -> Transformer:
     """No query sees its own position, but for the first, which sees nothing else."""
 
@@ -56,6 +58,7 @@ def without_oneself(model: Transformer) -> Transformer:
     return _attending(model, weights)
 
 
+@check_arguments
 def without_first(model: Transformer) -> Transformer:
     """No query sees the first position, but for the first itself."""
 
@@ -67,6 +70,7 @@ def without_first(model: Transformer) -> Transformer:
     return _attending(model, weights)
 
 
+@check_arguments
 def with_own_logit(model: Transformer) -> Transformer:
     """A learned number for each head is added to the logit of every query on its own position."""
     for block in model.layers:
@@ -79,6 +83,7 @@ def with_own_logit(model: Transformer) -> Transformer:
     return _attending(model, weights)
 
 
+@check_arguments
 def with_own_key(model: Transformer) -> Transformer:
     """A learned key for each head, seen by every query at its own position beside the key there.
 
@@ -96,6 +101,7 @@ def with_own_key(model: Transformer) -> Transformer:
     return _attending(model, weights)
 
 
+@check_arguments
 def visited(model: Transformer, times: int) -> Transformer:
     """All layers in a loop: the same blocks, with the same weights, one round after the other."""
     model = as_it_is(model)
@@ -103,6 +109,7 @@ def visited(model: Transformer, times: int) -> Transformer:
     return model
 
 
+@check_arguments
 def with_linear_layers(model: Transformer, layers: tuple[int, ...]) -> Transformer:
     """Linear attention in some of the layers: `A[n, i] = phi(q_n) . phi(k_i) / (n + 1)`.
 
@@ -136,6 +143,7 @@ def _linear_attention(module, query, key, value, attention_mask=None, scaling=No
     return (weights @ value).transpose(1, 2), weights
 
 
+@check_arguments
 @torch.no_grad()
 def watched(model: Transformer, made: Task, tokens: Int[Tensor, "text position"]) -> xr.Dataset:
     """What a changed toy of one head a layer does on given texts, by `visit` of a layer.
@@ -226,6 +234,7 @@ def train_watched(config: TrainingConfig, change: Change) -> xr.Dataset:
     )
 
 
+@check_arguments
 def at_equal_loss(found: xr.Dataset) -> xr.Dataset:
     """Trainings over (training, seed) when each first has the excess risk that all of them reach.
 

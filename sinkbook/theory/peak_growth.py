@@ -17,11 +17,13 @@ from jaxtyping import Float64
 from scipy.integrate import solve_ivp
 from scipy.optimize import brentq
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_number, check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.fits import positive_times
 
 
+@check_arguments
 def peak_flow(
     times: Float64[np.ndarray, " time"], start: float, c: float = 0.0
 ) -> Float64[np.ndarray, " time"]:
@@ -29,7 +31,7 @@ def peak_flow(
 
     Raises `SinkbookError` for times before 1 or not increasing, where log t gives no sink.
     """
-    _check(times, start)
+    _check(times, start, c)
 
     def velocity(log_time, state):
         m = state[0]
@@ -45,6 +47,7 @@ def peak_flow(
     return solution.y[0]
 
 
+@check_arguments
 def peak_closed_form(
     times: Float64[np.ndarray, " time"], start: float, c: float = 0.0
 ) -> Float64[np.ndarray, " time"]:
@@ -52,26 +55,30 @@ def peak_closed_form(
 
     m(t) = (start⁴ + 2·(1 - c²)·log² t)^¼, the paper's (2·log² t)^¼ where start and c are small.
     """
-    _check(times, start)
+    _check(times, start, c)
     return (start**4 + 2 * (1 - c * c) * np.log(times) ** 2) ** 0.25
 
 
+@check_arguments
 def peak_coefficient(c: float = 0.0) -> float:
     """The limit of m² / log t under gradient flow: the root k of k² = 2·s·exp(s / 2k), s = 1 - c².
 
     The loss is not exactly 1/t: cos stays below 1 by s/2m², and m² grows no faster than log t. So
     the limit is not the sqrt(2·s) of `peak_closed_form`, but the law sqrt(log t) is the same.
     """
+    check_number("c", c, -0.99, 0.99)
     s = 1 - c * c
     return brentq(lambda k: k * k - 2 * s * np.exp(s / (2 * k)), 0.1, 10)
 
 
+@check_arguments
 def peak_steps(
     optimizer: Callable[..., torch.optim.Optimizer], steps: int, start: float, c: float = 0.0
 ) -> Float64[np.ndarray, " step"]:
     """m after each of so many steps of an optimizer, made by `optimizer([m])`."""
     check_whole_number("steps", steps, 1)
     check_number("start", start, 0)
+    check_number("c", c, -1, 1)
     m = torch.tensor(start, dtype=torch.float64, requires_grad=True)
     made, path = optimizer([m]), []
     for step in range(1, steps + 1):
@@ -83,8 +90,9 @@ def peak_steps(
     return np.array(path)
 
 
-def _check(times, start: float) -> None:
+def _check(times, start: float, c: float) -> None:
     check_number("start", start, 0)
+    check_number("c", c, -1, 1)
     first, *_ = np.ravel(times)[:1].tolist() or [1]
     if isinstance(first, float | int) and first >= 1:
         positive_times(times)  # a row of finite numbers that increase

@@ -20,7 +20,8 @@ from jaxtyping import Float64, Int64
 from scipy.integrate import solve_ivp
 from scipy.special import expit
 
-from sinkbook.arguments import check_whole_number, names_of
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_number, check_whole_number, names_of
 from sinkbook.errors import SinkbookError
 from sinkbook.fits import positive_times
 from sinkbook.toy.tasks import Task
@@ -150,6 +151,7 @@ def check_finite(name: str, values: np.ndarray, shape: tuple[int, ...]) -> None:
         )
 
 
+@check_arguments
 def asymptotic_sink_logits(
     model: ReducedModel, times: Float64[np.ndarray, " time"]
 ) -> Float64[np.ndarray, "time row"]:
@@ -166,6 +168,7 @@ def asymptotic_sink_logits(
     return 0.5 * np.log(2 * rates * times[:, None])
 
 
+@check_arguments
 def adam_sink_logits(
     model: ReducedModel,
     steps: Float64[np.ndarray, " step"],
@@ -185,6 +188,8 @@ def adam_sink_logits(
     so α grows linearly while e^α < sqrt(C·B·T), and then as log(lr·sqrt(C·B·T)·step), with the
     slope 1 against the logarithm of steps where gradient flow has 1/2.
     """
+    check_number("learning_rate", learning_rate, 1e-12)
+    check_whole_number("positions", positions, 1)
     scales = np.sqrt(model.growth_rates() * positions)
     path = np.linspace(start, start + 30, 20_000)
 
@@ -196,6 +201,7 @@ def adam_sink_logits(
     return np.array([np.interp(positive_times(steps), when(scale), path) for scale in scales]).T
 
 
+@check_arguments
 def settled_sink_value(
     model: ReducedModel, sink_logit: float, start: Float64[np.ndarray, " token"]
 ) -> Float64[np.ndarray, " token"]:
@@ -212,6 +218,7 @@ def settled_sink_value(
     return start.mean() + others.mean() - others
 
 
+@check_arguments
 def settling_rate(model: ReducedModel, sink_logit: float) -> float:
     """The rate at which β approaches β* in the end: the smallest eigenvalue of the Hessian there.
 
@@ -223,6 +230,7 @@ def settling_rate(model: ReducedModel, sink_logit: float) -> float:
     return float(attention**2 * np.linalg.eigvalsh(covariance)[1])
 
 
+@check_arguments
 def gradient_flow(
     model: ReducedModel,
     times: Float64[np.ndarray, " time"],
@@ -285,6 +293,7 @@ def gradient_flow(
     )
 
 
+@check_arguments
 def frequencies(
     transition: Float64[np.ndarray, "token token"],
     triggers: Sequence[int],
@@ -327,6 +336,7 @@ def frequencies(
     return total / length
 
 
+@check_arguments
 def token_shares(task: Task) -> Float64[np.ndarray, " token"]:
     """`frequencies` in the texts of a Bigram-Backcopy task, as shares of all positions."""
     transition, length = task.transition.numpy(), task.config.length - 1
@@ -334,6 +344,7 @@ def token_shares(task: Task) -> Float64[np.ndarray, " token"]:
     return share * length / task.config.length
 
 
+@check_arguments
 def rows_and_tokens(
     task: Task,
 ) -> tuple[Int64[np.ndarray, " row"], Int64[np.ndarray, " token"]]:
@@ -348,6 +359,7 @@ def rows_and_tokens(
     return np.flatnonzero(rows), np.flatnonzero(transition[rows].sum(axis=0))
 
 
+@check_arguments
 def reduced_model(
     task: Task,
     value: float | Float64[np.ndarray, " token"],

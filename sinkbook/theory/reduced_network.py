@@ -16,7 +16,14 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_token_ids
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import (
+    check_known,
+    check_number,
+    check_some,
+    check_token_ids,
+    check_whole_number,
+)
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_loss
@@ -33,6 +40,7 @@ class ReducedNetwork(nn.Module):
     `sink_value = wo @ sink_source`.
     """
 
+    @check_arguments
     def __init__(self, task: Task, hidden: int = 128):
         super().__init__()
         size = task.vocab_size
@@ -76,6 +84,7 @@ class ReducedNetwork(nn.Module):
         return torch.sigmoid(logits - count.log())
 
 
+@check_arguments
 def construction(task: Task, logit: float, value: float) -> ReducedNetwork:
     """Theorem 1's network at finite parameters: α = λ = `logit`, ξ = `value`, β = 0.
 
@@ -99,6 +108,7 @@ def construction(task: Task, logit: float, value: float) -> ReducedNetwork:
     return network
 
 
+@check_arguments
 def construction_excess(
     task: Task, tokens: Int[Tensor, "batch position"], logit: float, value: float
 ) -> tuple[float, float]:
@@ -109,6 +119,7 @@ def construction_excess(
     return risks.backcopy_excess.item(), risks.bigram_excess.item()
 
 
+@check_arguments
 def expected_excess(
     task: Task, tokens: Int[Tensor, "batch position"], logit: float, value: float
 ) -> tuple[float, float]:
@@ -127,6 +138,7 @@ def expected_excess(
     return (task.vocab_size - 1) * np.exp(-value), 0.5 * np.exp(-2 * logit) * spread
 
 
+@check_arguments
 def risks_beside_law(
     task: Task,
     tokens: Int[Tensor, "batch position"],
@@ -139,6 +151,8 @@ def risks_beside_law(
     `sink_logit` (α) and `length` (ξ, of the values) are broadcast against each other. Variables:
     `backcopy`, `bigram`, `backcopy_law` and `bigram_law`.
     """
+    for each in np.ravel(length).tolist():
+        check_number("length", each, 0)
     points = list(zip(*np.atleast_1d(*np.broadcast_arrays(sink_logit, length)), strict=True))
     measured = np.array([construction_excess(task, tokens, *map(float, p)) for p in points]).T
     law = np.array([expected_excess(task, tokens, *map(float, p)) for p in points]).T
@@ -173,6 +187,7 @@ def _train(
     )
 
 
+@check_arguments
 def train_reduced(
     task: Task, *, learning_rate: float, steps: int, batch_size: int, seed: int
 ) -> xr.Dataset:
@@ -182,6 +197,9 @@ def train_reduced(
     `sink_attention` (mean over tokens that are no triggers), `value_norm` (‖β‖), `sink_value` (β),
     `sink_logits` (α).
     """
+    check_number("learning_rate", learning_rate, 0)
+    check_whole_number("steps", steps, 1)
+    check_whole_number("batch_size", batch_size, 1)
     torch.manual_seed(seed)
     network = ReducedNetwork(task).to(device_of())
     optimizer = torch.optim.AdamW(
@@ -206,6 +224,7 @@ def train_reduced(
     return _train(network, optimizer, batches, steps, measure)
 
 
+@check_arguments
 def train_sink(
     task: Task,
     optimizer: str,
@@ -225,6 +244,12 @@ def train_sink(
     is "sgd" or "adam", both plain, without weight decay; `second_beta` is Adam's. The result has
     `sink_logits` over steps, and `sink_value`.
     """
+    check_known("optimizer", optimizer, ("sgd", "adam"))
+    check_number("learning_rate", learning_rate, 0)
+    check_number("second_beta", second_beta, 0, 0.9999)
+    check_whole_number("steps", steps, 1)
+    check_whole_number("batch_size", batch_size, 1)
+    check_some("moving", moving)
     torch.manual_seed(seed)
     network = construction(task, logit=12.0, value=value).requires_grad_(False).to(device_of())
     parameters = {"sink_logits": network.sink_logits, "sink_value": network.sink_source}
@@ -239,6 +264,7 @@ def train_sink(
     return _train(network, made, batches, steps, lambda: parameters)
 
 
+@check_arguments
 def over_seeds(
     config: TaskConfig,
     trainings: dict[str, Callable[..., xr.Dataset]],
@@ -257,6 +283,7 @@ def over_seeds(
     }
 
 
+@check_arguments
 def train_whole(
     *, length: int, learning_rate: float, steps: int, batch_size: int, seeds: Sequence[int]
 ) -> xr.Dataset:

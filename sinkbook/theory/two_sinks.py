@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.theory.alternatives import AveragingTask, train_averaging
 from sinkbook.toy.attention import scores_and_mask
 from sinkbook.toy.runs import EVALUATION_SEED
@@ -32,6 +33,7 @@ class SinkTask(AveragingTask):
     is the one behind it.
     """
 
+    @check_arguments
     def __init__(self, announcing: int, register: bool = False):
         super().__init__(LENGTH, SYMBOLS)
         self.announcing, self.first = announcing, int(register)
@@ -101,6 +103,7 @@ def stable_rank(states: Float[Tensor, "*batch state width"]) -> Float[Tensor, "*
     return squares.sum(-1) / squares[..., 0]
 
 
+@check_arguments
 def trained(asks: str, kind: str, *, steps: int, batch_size: int, seed: int) -> dict[str, float]:
     """The `facts` of a head: what is asked of it by a name in `ANNOUNCING`, its kind in `HEADS`.
 

@@ -12,7 +12,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_token_ids
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_number, check_some, check_token_ids, check_whole_number
 from sinkbook.models.interventions import zero
 from sinkbook.models.token_labels import token_label
 from sinkbook.probe.attention_maps import attention_logits, attention_weights
@@ -22,6 +23,7 @@ from sinkbook.toy.tasks import Risks, Task
 from sinkbook.toy.transformer import Transformer
 
 
+@check_arguments
 def measure_toy(model: Transformer, task: Task, tokens: Int[Tensor, "text position"]) -> xr.Dataset:
     """The three extreme-token phenomena and the two risks of a toy model, on given texts.
 
@@ -69,6 +71,7 @@ def measure_toy(model: Transformer, task: Task, tokens: Int[Tensor, "text positi
     )
 
 
+@check_arguments
 @torch.no_grad()
 def measure_writers(
     model: Transformer, task: Task, tokens: Int[Tensor, "text position"]
@@ -131,6 +134,7 @@ def _paper_sink_logit(
     return of_kinds[ordinary].nanmean().item()
 
 
+@check_arguments
 def excess_risks(
     runs: list[Run], *, without: str | None = None, layer: int = 0
 ) -> dict[str, Float[np.ndarray, " seed"]]:
@@ -139,6 +143,7 @@ def excess_risks(
     `without` is "attention" or "mlp", whose output in `layer` is set to zero (Figure 4a of
     arXiv 2410.13835).
     """
+    check_some("runs", runs)
     found = []
     for run in runs:
         cut = zero(run.model, without, layer=layer) if without else nullcontext()
@@ -150,6 +155,7 @@ def excess_risks(
     }
 
 
+@check_arguments
 def bigram_excess(
     toys: dict[str, list[Run]],
     changes: dict[str, Callable[[nn.Module], AbstractContextManager]],
@@ -170,6 +176,7 @@ def bigram_excess(
     return found
 
 
+@check_arguments
 def measure_with_sink_logit(
     model: Transformer, task: Task, tokens: Int[Tensor, "text position"]
 ) -> xr.Dataset:
@@ -182,6 +189,7 @@ def measure_with_sink_logit(
     return measured.assign(sink_logit=sink_logit)
 
 
+@check_arguments
 def measure_without(
     runs: list[Run], *parts: str, layer: int = 0, position: int | None = None
 ) -> xr.Dataset:
@@ -190,6 +198,7 @@ def measure_without(
     The `parts`, "attention" or "mlp", write zeros at one position or at all of them; without any
     part the models are measured as they are (Figure 7b of arXiv 2410.13835).
     """
+    check_some("runs", runs)
     found = []
     for run in runs:
         with ExitStack() as cuts:
@@ -199,6 +208,7 @@ def measure_without(
     return xr.concat(found, dim=_seeds(runs))
 
 
+@check_arguments
 def attention_by_key(runs: list[Run], *, layer: int | Int[np.ndarray, " seed"] = 0) -> xr.Dataset:
     """Where one layer's head looks from tokens that are not triggers, by the kind of key.
 
@@ -210,6 +220,7 @@ def attention_by_key(runs: list[Run], *, layer: int | Int[np.ndarray, " seed"] =
     - `attention_where_visible`: the same over the queries that see such a key, themselves included.
     - `value_norm`: mean norm of the kind's value states.
     """
+    check_some("runs", runs)
     found = []
     for run, layer_of_run in zip(runs, np.broadcast_to(layer, len(runs)).tolist(), strict=True):
         made, tokens = run.task, run.evaluation_tokens
@@ -239,6 +250,7 @@ def attention_by_key(runs: list[Run], *, layer: int | Int[np.ndarray, " seed"] =
     return xr.concat(found, dim=_seeds(runs))
 
 
+@check_arguments
 def attention_by_role(
     attention: Float[xr.DataArray, "seed key"], made: Task
 ) -> dict[str, Float[np.ndarray, " seed"]]:
@@ -266,14 +278,17 @@ class ExampleMap(NamedTuple):
     triggers: Bool[np.ndarray, " query"]
 
 
+@check_arguments
 def example_map(run: Run, *, text: int = 0, layer: int = 0, length: int = 14) -> ExampleMap:
     """How one layer's head attends on the first tokens of one evaluation text."""
+    check_whole_number("length", length, 1)
     tokens = run.evaluation_tokens[text : text + 1, :length]
     weights = attention_weights(run.model, tokens, layer=layer)[0, 0]
     triggers = run.task.at_triggers(tokens[0])
     return ExampleMap(weights.numpy(), run.task.labels(tokens[0]), triggers.numpy())
 
 
+@check_arguments
 def copying_layer(run: Run) -> int:
     """The layer in which triggers look most at the token before them, the one to be copied."""
     tokens = run.evaluation_tokens
@@ -285,6 +300,7 @@ def copying_layer(run: Run) -> int:
     return int(torch.stack(looks_back).argmax())
 
 
+@check_arguments
 @torch.no_grad()
 def dormant_characters(runs: list[Run], cutoff: float = 0.89) -> Float[np.ndarray, " seed"]:
     """The share of the characters that are not triggers on which the first head is dormant.
@@ -292,6 +308,8 @@ def dormant_characters(runs: list[Run], cutoff: float = 0.89) -> Float[np.ndarra
     Each is read at the end of `<s>` and all such characters in their order; the head is dormant if
     it gives `<s>` more than `cutoff` there. Test and cutoff are those of the paper's code.
     """
+    check_number("cutoff", cutoff, 0, 1)
+    check_some("runs", runs)
     shares = []
     for run in runs:
         made = run.task
@@ -304,6 +322,7 @@ def dormant_characters(runs: list[Run], cutoff: float = 0.89) -> Float[np.ndarra
     return np.array(shares)
 
 
+@check_arguments
 def sink_logit_spread(run: Run, *, layer: int = 0) -> float:
     """The standard deviation of logits towards the first token, over that towards other keys.
 

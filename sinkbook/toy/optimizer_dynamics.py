@@ -7,12 +7,15 @@ import torch
 import xarray as xr
 from jaxtyping import Float64, Num
 
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_known, check_layers
 from sinkbook.fits import log_slope
 from sinkbook.toy.runs import Run, TrainingConfig, together
 from sinkbook.toy.training import train
 from sinkbook.toy.transformer import Transformer
 
 
+@check_arguments
 def step_norms(config: TrainingConfig, measurements: int = 24, many: int = 256) -> xr.Dataset:
     """Every parameter's gradient and step, measured on a logarithmic schedule of a training.
 
@@ -25,6 +28,7 @@ def step_norms(config: TrainingConfig, measurements: int = 24, many: int = 256) 
     return norms_of_steps(train(detailed).measurements)
 
 
+@check_arguments
 def norms_of_steps(measurements: xr.Dataset) -> xr.Dataset:
     """The three norms of `step_norms` from a training with `details`, or from a record of some.
 
@@ -35,6 +39,7 @@ def norms_of_steps(measurements: xr.Dataset) -> xr.Dataset:
     return taken.assign_coords(step=taken.step + 1)
 
 
+@check_arguments
 def exponents(norms: xr.Dataset) -> xr.Dataset:
     """The powers of the number of steps as which norms of `step_norms` grow: negative if they fade.
 
@@ -47,20 +52,24 @@ def exponents(norms: xr.Dataset) -> xr.Dataset:
     )
 
 
+@check_arguments
 def distance_moved(run: Run, layer: int) -> float:
     """How far a layer's attention has moved in training: norm of its weights minus their start."""
+    check_layers("layer", (layer,), run.config.model.layers)
     torch.manual_seed(run.config.seed)
     start = Transformer(run.config.model).layers[layer].attention.state_dict()
     end = run.model.layers[layer].attention.state_dict()
     return sum((end[name] - start[name]).square().sum().item() for name in end) ** 0.5
 
 
+@check_arguments
 def at_loss(run: Run, variable: str, loss: float) -> Float64[np.ndarray, "*rest"]:
     """A measurement of a run at the moment when its excess risk first falls to `loss`, in nats.
 
     The excess risk is the mean over all positions; between measurements it is interpolated. NaN if
     the run never gets there.
     """
+    check_known("variable", variable, run.measurements)
     return _first_below(excess_risk(run), run.measurements[variable].values, loss)
 
 
@@ -75,6 +84,7 @@ def _first_below(
     return np.asarray(values[i - 1] + share * (values[i] - values[i - 1]))
 
 
+@check_arguments
 def excess_risk(run: Run) -> Float64[np.ndarray, " step"]:
     """The mean excess risk over all positions, in nats, at each measured step."""
     share = run.task.at_triggers(run.evaluation_tokens).float().mean().item()
@@ -93,6 +103,7 @@ MEASURED = [
 ]
 
 
+@check_arguments
 def optimizer_table(runs: dict[str, list[Run]]) -> xr.Dataset:
     """Trainings that differ in their optimizer, by its name, along `optimizer` and `seed`.
 

@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkbook import fits
-from sinkbook.arguments import check_token_ids
+from sinkbook.annotations import check_arguments
+from sinkbook.arguments import check_token_ids, check_whole_number
+from sinkbook.errors import SinkbookError
 from sinkbook.models.interventions import replace, zero
 from sinkbook.probe import measure
 from sinkbook.probe.attention_maps import attention_weights
@@ -40,6 +42,7 @@ MEASURED = (
 )
 
 
+@check_arguments
 def cuts(run: Run, *, texts: int = 16) -> xr.Dataset:
     """The phenomena of a run with a part of a layer cut, on some of its evaluation texts.
 
@@ -47,6 +50,7 @@ def cuts(run: Run, *, texts: int = 16) -> xr.Dataset:
     and `place` ("at the first token", "everywhere"), under names that begin with `cut_`; those that
     begin with `whole_` are of the model as it is. NaN where the layer has no such part.
     """
+    check_whole_number("texts", texts, 1)
     tokens, layers = run.evaluation_tokens[:texts], range(len(run.model.layers))
     whole = _phenomena(run, tokens)
     found = []
@@ -76,6 +80,7 @@ def _phenomena(run: Run, tokens: Int[Tensor, "text position"]) -> xr.Dataset:
     return measured[list(MEASURED)].squeeze("head", drop=True)
 
 
+@check_arguments
 @torch.no_grad()
 def transplants(
     run: Run, *, directions: int = 20, position: int = 8, texts: int = 16
@@ -90,6 +95,8 @@ def transplants(
     where the model as it is has its strongest sink. `writer_layer` and `writer_is_attention` say
     who the writer is.
     """
+    check_whole_number("directions", directions, 1)
+    check_whole_number("texts", texts, 1)
     tokens = run.evaluation_tokens[:texts]
     layer, part, vector = _writer(run.model, tokens)
     noise = torch.randn(
@@ -124,6 +131,7 @@ def transplants(
     )
 
 
+@check_arguments
 @torch.no_grad()
 def with_and_without_the_peak(
     run: Run,
@@ -167,6 +175,10 @@ def _writer(
                     )
                     hooks.callback(hook.remove)
         model(tokens[:1])
+    if not written:
+        raise SinkbookError(
+            "nothing is written before the last attention of `run`. Give one of two layers or more."
+        )
     (layer, part), vector = max(written.items(), key=lambda item: item[1].norm())
     return layer, part, vector
 
@@ -182,6 +194,7 @@ def _received(
     return weights[later].mean().item()
 
 
+@check_arguments
 def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
     """Where each seed of a record has its peak, who writes it, how it grows, what hangs on it.
 
@@ -233,6 +246,7 @@ def at_the_peak(record: xr.Dataset, *, growing_from: int = 1_000) -> xr.Dataset:
     return xr.Dataset(plain, {"seed": record.seed.values})
 
 
+@check_arguments
 def heights_without(record: xr.Dataset) -> dict[str, Float[xr.DataArray, " seed"]]:
     """Height of each seed's peak with a part of its layer cut at the first token, by what is cut.
 
@@ -247,6 +261,7 @@ def heights_without(record: xr.Dataset) -> dict[str, Float[xr.DataArray, " seed"
     return {"whole": whole} | {name: at_peak.sel(part=part) for name, part in names.items()}
 
 
+@check_arguments
 def writers_by_size(
     record: xr.Dataset,
 ) -> Float[xr.DataArray, "seed width length rate batch"]:
@@ -283,6 +298,7 @@ def _peak_layer(end: xr.Dataset) -> Int[xr.DataArray, "*training"]:
     return inner.argmax("residual_layer").drop_vars("residual_layer", errors="ignore")
 
 
+@check_arguments
 def heights_by_method(
     sizes: dict[str, dict[str, Float[xr.DataArray, "seed residual_layer"]]],
 ) -> pd.DataFrame:

@@ -14,8 +14,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinkbook import store
+from sinkbook.annotations import check_arguments, check_fields
 from sinkbook.arguments import (
-    check_kind,
+    check_has,
     check_numbers,
     check_seed,
     check_whole_number,
@@ -57,8 +58,7 @@ class TrainingConfig:
     details: bool = False  # also measure who writes at `<s>`, gradients and steps
 
     def __post_init__(self):
-        check_kind("task", self.task, TaskConfig)
-        check_kind("model", self.model, TransformerConfig)
+        check_fields(self)
         check_whole_numbers(self, steps=1, batch_size=1, measurements=1, evaluation_size=1)
         check_numbers(self, learning_rate=0, weight_decay=0)
         check_seed(self.seed)
@@ -141,12 +141,15 @@ class Run:
         return self.facts["seconds"]
 
 
+@check_arguments
 def seeds_of(config: Config, count: int) -> list[Config]:
     """The config under `count` seeds, its own first."""
     check_whole_number("count", count)
+    check_has("config", config, "seed")
     return [replace(config, seed=config.seed + i) for i in range(count)]
 
 
+@check_arguments
 def in_groups(
     train: Callable[[list[Config]], list[Trained]], groups: dict[Name, list[Config]]
 ) -> dict[Name, list[Trained]]:
@@ -155,6 +158,7 @@ def in_groups(
     return {name: [next(runs) for _ in configs] for name, configs in groups.items()}
 
 
+@check_arguments
 def together(runs: list[Run]) -> xr.Dataset:
     """The measurements of several runs as one dataset, along a first dimension `seed`."""
     seeds = xr.Variable("seed", [run.config.seed for run in runs])

@@ -16,13 +16,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sinkbook.annotations import check_arguments, check_fields
 from sinkbook.arguments import (
     check_kind,
     check_numbers,
+    check_tokens,
     check_whole_number,
     check_whole_numbers,
 )
 from sinkbook.data.shakespeare import CharacterStatistics, characters
+from sinkbook.devices import check_device
 from sinkbook.errors import SinkbookError
 from sinkbook.models.token_labels import token_label
 
@@ -45,6 +48,7 @@ class TaskConfig:
     copy_probability: float = 1.0  # of copying at a trigger; else the bigram rule
 
     def __post_init__(self):
+        check_fields(self)
         check_whole_numbers(self, characters=0, triggers=0, length=0, starts=0)
         check_numbers(self, delimiter_probability=0, copy_probability=0)
         limits = {
@@ -95,6 +99,7 @@ class Task:
             triggers, so that a trigger always has a character to copy.
     """
 
+    @check_arguments
     def __init__(
         self, config: TaskConfig = TaskConfig(), statistics: CharacterStatistics | None = None
     ):
@@ -128,6 +133,7 @@ class Task:
         self.unigram = torch.from_numpy(unigram)
         self.transition = torch.from_numpy(transition)
 
+    @check_arguments
     def batch(
         self, size: int, generator: torch.Generator | None = None
     ) -> Int[Tensor, "batch position"]:
@@ -138,10 +144,12 @@ class Task:
         """
         return self._draw(size, [generator])
 
+    @check_arguments
     def batch_at(
         self, size: int, seed: int, step: int, device: torch.device | str = "cpu"
     ) -> Int[Tensor, "batch position"]:
         """The batch of a training step: a function of (seed, step) alone, on every device."""
+        check_device(device)
         return self.batches_at(size, seed, range(step, step + 1), device)[0]
 
     def batches_at(
@@ -206,6 +214,7 @@ class Task:
             texts = [random_first, *texts[:-1]]
         return torch.stack(texts, dim=1)
 
+    @check_arguments
     def oracle(
         self, tokens: Int[Tensor, "batch position"]
     ) -> Float[Tensor, "batch position vocab"]:
@@ -214,6 +223,7 @@ class Task:
         At position 0 it is the distribution of a first character, which the official code takes
         for the plain unigram (0.0106 nats of spurious excess risk at the paper's length).
         """
+        check_tokens("tokens", tokens, self.vocab_size)
         config = self.config
         oracle = self.transition.to(tokens.device, torch.float32)[tokens]
         if config.starts == 2 or config.random_first:
@@ -249,6 +259,7 @@ class Task:
             ruled = torch.where(again.unsqueeze(-1), known, ruled)
         return ruled
 
+    @check_arguments
     def risks(
         self,
         logits: Float[Tensor, "*model batch position vocab"],
@@ -269,10 +280,13 @@ class Task:
         ]
         return Risks(*means)
 
+    @check_arguments
     def at_triggers(self, tokens: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
         """Where the tokens are triggers."""
+        check_tokens("tokens", tokens, self.vocab_size)
         return self.is_trigger.to(tokens.device)[tokens]
 
+    @check_arguments
     def encode(self, text: str) -> Int[Tensor, "1 position"]:
         """Token ids of a text in the task's characters, the start tokens in front.
 
@@ -288,8 +302,10 @@ class Task:
             )
         return torch.tensor([[self.symbols.index(symbol) for symbol in [*starts, *text]]])
 
+    @check_arguments
     def labels(self, tokens: Int[Tensor, " position"]) -> list[str]:
         """The symbol of each token, blanks made visible: space as `␣`, line break as `⏎`."""
+        check_tokens("tokens", tokens, self.vocab_size)
         return [token_label(self.symbols[token]) for token in tokens.tolist()]
 
     @cache  # noqa: B019 - a task lives as long as the program
@@ -348,6 +364,7 @@ def generator_at(seed: int, step: int, device: torch.device | str = "cpu") -> to
 
 
 @cache
+@check_arguments
 def task(config: TaskConfig) -> Task:
     """The task of a config, with the statistics of Shakespeare, made once per process."""
     return Task(config)

@@ -19,6 +19,7 @@ import xarray as xr
 from torch import Tensor
 
 from sinkbook import store
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_all, check_known, check_number
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
@@ -32,6 +33,7 @@ __all__ = ["Run", "TrainingConfig", "seeds_of", "together", "train", "train_all"
 RUNS_ON_A_GPU = 12  # at once, each in a process of its own
 
 
+@check_arguments
 def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: float = 30.0) -> Run:
     """The run of a config: read from the store, or else trained, resumed, and kept there.
 
@@ -47,6 +49,7 @@ class TimeIsUpError(SinkbookError):
     """Trainings are unfinished; the same call goes on with them."""
 
 
+@check_arguments
 def train_all(
     configs: list[TrainingConfig],
     *,

@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sinkbook.annotations import check_arguments
 from sinkbook.arguments import check_number, check_whole_number
 from sinkbook.progress import progress
 
@@ -18,6 +19,7 @@ Batch = TypeVar("Batch")
 SHOWN_EVERY = 0.1  # seconds between two movements of the progress bar
 
 
+@check_arguments
 def schedule(
     steps: int, count: int, *, first: float = 1.0, every: int | None = None
 ) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sinkbook.arguments import check_layers, check_numbers, check_whole_numbers
+from sinkbook.annotations import check_arguments, check_fields
+from sinkbook.arguments import check_layers, check_numbers, check_token_ids, check_whole_numbers
 from sinkbook.errors import SinkbookError
 from sinkbook.toy.attention import KERNELS, PARAMETERS
 from sinkbook.toy.norms import NORMS
@@ -45,6 +46,7 @@ class TransformerConfig:
     linear_mlp: tuple[int, ...] = ()  # layers whose MLP is one linear map
 
     def __post_init__(self):
+        check_fields(self)
         check_whole_numbers(self, vocab_size=1, length=1, width=1, layers=0, heads=1)
         check_numbers(self, null_slot_speed=0)
         check_layers("without_attention", self.without_attention, self.layers)
@@ -209,6 +211,7 @@ class Transformer(nn.Module):
     torch.Size([2, 16, 9])
     """
 
+    @check_arguments
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
@@ -221,6 +224,7 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "batch position"]
     ) -> Float[Tensor, "batch position vocab"]:
+        check_token_ids("tokens", tokens, self.config.vocab_size)
         length = tokens.shape[1]
         if length > self.config.length:
             raise SinkbookError(

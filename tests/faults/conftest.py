@@ -1,4 +1,4 @@
-"""What became of every malformed input: all are tried in one process, once."""
+"""What became of every malformed input: those of a test are tried in one process, once."""
 
 import json
 import os
@@ -14,11 +14,12 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def outcomes(tmp_path_factory) -> Callable[[dict[str, list[str]]], dict[str, dict[str, dict]]]:
-    """What each input of each table ended with, given all tables: `trying.py` imports once."""
-    known: dict[str, dict[str, dict]] = {}
+    """What each input of each table ended with, given all its tables: `trying.py` imports once."""
+    known: dict[str, dict[str, dict[str, dict]]] = {}
 
     def tried(tables: dict[str, list[str]]) -> dict[str, dict[str, dict]]:
-        if not known:
+        asked = json.dumps(tables)
+        if asked not in known:
             folder = tmp_path_factory.mktemp("faults")
             environment = os.environ | {
                 "HF_HUB_OFFLINE": "1",
@@ -28,7 +29,7 @@ def outcomes(tmp_path_factory) -> Callable[[dict[str, list[str]]], dict[str, dic
             }
             done = subprocess.run(
                 [sys.executable, HERE / "trying.py", folder / "outcomes.json"],
-                input=json.dumps(tables),
+                input=asked,
                 capture_output=True,
                 text=True,
                 env=environment,
@@ -36,8 +37,10 @@ def outcomes(tmp_path_factory) -> Callable[[dict[str, list[str]]], dict[str, dic
             )
             assert done.returncode == 0, done.stderr
             found = json.loads((folder / "outcomes.json").read_text())
-            for table, inputs in tables.items():
-                known[table] = dict(zip(inputs, found[table], strict=True))
-        return known
+            known[asked] = {
+                table: dict(zip(inputs, found[table], strict=True))
+                for table, inputs in tables.items()
+            }
+        return known[asked]
 
     return tried

@@ -1,13 +1,17 @@
 """What hypothesis makes up as an argument is taken as it is, or refused with its name."""
 
+import json
 import math
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import Float
 
+from sinkbook.annotations import check_arguments, check_fields
 from sinkbook.arguments import (
     SEEDS,
     check_all,
@@ -178,3 +182,117 @@ def test_whatever_ids_masks_and_sinks_are_given_they_are_measured_or_refused(
 ):
     said = refused(lambda: measure(llama, ids, ("loss",), attention_mask=mask, sink=sink))
     assert said is None or said.endswith((".", "?"))
+
+
+@check_arguments
+def taking(
+    *,
+    whole: int = 0,
+    number: float = 0.0,
+    until: float = math.inf,
+    flag: bool = False,
+    word: str | None = None,
+    words: list[str] = (),
+    row: Float[np.ndarray, " column"] = (),
+    table: Float[np.ndarray, "row column"] = (),
+):
+    """What a function sees of its arguments."""
+    return whole, number, until, flag, word, words, row, table
+
+
+def is_whole(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_real(value) -> bool:
+    return is_whole(value) or isinstance(value, float | np.floating)
+
+
+FITTING = {
+    "whole": lambda value: (
+        torch.is_tensor(value) and not value.ndim or (is_whole(value) and 0 <= value < 2**63)
+    ),
+    "number": lambda value: is_real(value) and math.isfinite(value),
+    "until": lambda value: is_real(value) and not math.isnan(value),
+    "flag": lambda value: isinstance(value, bool),
+    "word": lambda value: value is None or isinstance(value, str),
+    "words": lambda value: (
+        isinstance(value, list | dict)
+        and all(isinstance(each, str) for each in value)
+        and not isinstance(value, dict)
+    ),
+}
+
+
+@given(ANYTHING, st.sampled_from(sorted(FITTING)))
+def test_an_argument_is_what_its_annotation_says_or_is_refused_by_its_name(value, name):
+    said = refused(lambda: taking(**{name: value}))
+    assert (said is None) == bool(FITTING[name](value))
+    assert said is None or f"`{name}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "seen"),
+    [
+        ("whole", np.int64(3), 3),
+        ("whole", torch.tensor(3), 3),
+        ("number", np.float32(0.5), 0.5),
+        ("number", 3, 3.0),
+        ("flag", np.True_, True),
+    ],
+)
+def test_numbers_of_others_arrive_as_those_of_python(name, value, seen):
+    place = list(FITTING).index(name)
+    found = taking(**{name: value})[place]
+    assert found == seen and type(found) is type(seen)
+
+
+def test_lists_and_whole_numbers_arrive_as_an_array_of_floats():
+    *_, row, table = taking(row=[1, 2], table=np.array([[1, 2], [3, 4]]))
+    assert row.dtype == table.dtype == float and row.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "table", "named"),
+    [
+        (np.ones((2, 2)), np.ones((2, 2)), "`row=float64 of shape (2, 2)`"),
+        (["a", "b"], np.ones((2, 2)), "`row=['a', 'b']`"),
+        ([[1.0], [1.0, 2.0]], np.ones((2, 2)), "`row=[[1.0], [1.0, 2.0]]`"),
+    ],
+)
+def test_arrays_have_the_shapes_that_are_said(row, table, named):
+    assert named in refused(lambda: taking(row=row, table=table))
+
+
+def test_what_python_says_of_a_call_it_says():
+    with pytest.raises(TypeError, match="nonsense"):
+        taking(nonsense=1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A config, as those of trainings are."""
+
+    layers: int = 1
+    rate: float = 0.1
+    cut: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@given(ANYTHING | st.tuples(ANYTHING), st.sampled_from(["layers", "rate", "cut"]))
+def test_a_config_is_what_is_read_again_from_its_json(value, name):
+    made = []
+    said = refused(lambda: made.append(Sizes(**{name: value})))
+    if said is None:
+        again = json.loads(json.dumps(asdict(made[0])))
+        assert Sizes(**again | {"cut": tuple(again["cut"])}) == made[0]
+    else:
+        assert said.startswith(f"`{name}=")
+
+
+def test_a_config_takes_no_number_that_json_does_not():
+    assert "Give 2." in refused(lambda: Sizes(layers=np.int64(2)))
+    assert "Give 2." in refused(lambda: Sizes(cut=(1, np.int64(2))))
+    assert "Give 0.5." in refused(lambda: Sizes(rate=np.float32(0.5)))
