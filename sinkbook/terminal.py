@@ -29,7 +29,8 @@ def words() -> list[str]:
     """
     given = sys.argv[1:]
     for number, word in enumerate(given):
-        option = word.removesuffix("=") if word.startswith("--") and word.endswith("=") else ""
+        name, equals, value = word.partition("=")
+        option = name if word.startswith("--") and equals and not value.strip() else ""
         if not word.strip() or option:
             before = option or next(iter(given[number - 1 : number]), "")
             after = f" after {before}" if before else ""

@@ -158,12 +158,11 @@ def _check_call(model: nn.Module, arguments: tuple, keywords: dict) -> None:
 def _checked(window: int, kept: int | Sequence[int]) -> tuple[int, list[int]]:
     """The window, and the positions that are kept: those given, or as many first ones."""
     window = whole_number("window", window, 1)
-    if np.iterable(kept) and not isinstance(kept, str):
+    if np.iterable(kept) and not isinstance(kept, str | bytes):
         return window, sorted({whole_number("kept", position) for position in kept})
     return window, list(range(whole_number("kept", kept)))
 
 
-@check_arguments
 @contextmanager
 def streaming(model: AnyModel, *, window: int, kept: int | Sequence[int] = 4) -> Iterator[None]:
     """Have every query see the last `window` tokens, itself included, and those kept for good.
@@ -343,13 +342,14 @@ def streaming_losses(
     """
     check_token_ids("input_ids", input_ids)
     model, (window, _) = unwrapped(model), _checked(window, sinks)
-    check_whole_number("stride", stride, 1, window)
+    check_whole_number("stride", stride, 1)
     length, most = input_ids.shape[1], max(sinks, default=0)
     if window - most < random or length <= window + most:
         raise SinkbookError(
             f"a window of {window}, texts of {length} tokens, {most} kept, {random} drawn. "
             "Give texts longer than window and kept tokens, and a window with room for the draw."
         )
+    check_whole_number("stride", stride, 1, window)
     generator = torch.Generator().manual_seed(seed)
     drawn = [
         (most + torch.randperm(window - most, generator=generator)[:random]).tolist()

@@ -69,7 +69,7 @@ def at_loss(run: Run, variable: str, loss: float) -> Float64[np.ndarray, "*rest"
     The excess risk is the mean over all positions; between measurements it is interpolated. NaN if
     the run never gets there.
     """
-    check_known("variable", variable, run.measurements)
+    check_known("variable", variable, run.measurements.variables)
     return _first_below(excess_risk(run), run.measurements[variable].values, loss)
 
 
