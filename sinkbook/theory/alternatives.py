@@ -166,7 +166,6 @@ def train_averaging(
 
     `changes` are other fields of its `TransformerConfig`.
     """
-    check_whole_number("steps", steps, 1)
     check_whole_number("batch_size", batch_size, 1)
     torch.manual_seed(seed)
     sizes = {"width": task.vocab_size, "length": task.length} | changes

@@ -228,7 +228,7 @@ CALLS = {
         "length=size, symbols=size, kinds=size, announce=flag"
     ),
     "train_averaging(AveragingTask(8), 'softmax', steps=1, batch_size=2, seed=0)": (
-        "steps=size, batch_size=size, seed=count"
+        "steps=count, batch_size=size, seed=count"
     ),
     "attention_on(small_toy, task, tokens, (0,))": "",
     "line(points, points, seed=0)": "seed=count",
