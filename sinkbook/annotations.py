@@ -167,8 +167,8 @@ def _several(name: str, value: object, origin: type, inner: tuple) -> object:
         if not isinstance(value, Mapping):
             raise SinkbookError(f"`{name}={_seen(value)}` is no dict. Give one.")
         for key, each in value.items():
-            _fitting(name, key, inner[0])
-            _fitting(name, each, inner[1])
+            _alone(name, key, inner[0])
+            _alone(name, each, inner[1])
         return value
     items = None if isinstance(value, str | bytes | Mapping) else value
     if not isinstance(items, Iterable) or (hasattr(value, "ndim") and not value.ndim):
@@ -187,8 +187,14 @@ def _several(name: str, value: object, origin: type, inner: tuple) -> object:
         kinds = inner
     else:
         kinds = (inner[0],) * len(items)
-    fitting = [_fitting(name, each, kind) for each, kind in zip(items, kinds, strict=True)]
+    fitting = [_alone(name, each, kind) for each, kind in zip(items, kinds, strict=True)]
     return type(value)(fitting) if type(value) in (list, tuple) else value
+
+
+def _alone(name: str, value: object, kind: object) -> object:
+    """One of several: arrays in a list need not be as long as each other."""
+    with _shapes_in_common():
+        return _fitting(name, value, kind)
 
 
 def _array(name: str, value: object, kind: type) -> object:
