@@ -170,15 +170,12 @@ def _several(name: str, value: object, origin: type, inner: tuple) -> object:
             _alone(name, key, inner[0])
             _alone(name, each, inner[1])
         return value
-    items = None if isinstance(value, str | bytes | Mapping) else value
+    if isinstance(value, str):
+        raise SinkbookError(f"{name} is one string, {value[:30]!r}. Give a list: [{name}].")
+    items = None if isinstance(value, bytes | Mapping) else value
     if not isinstance(items, Iterable) or (hasattr(value, "ndim") and not value.ndim):
-        given = (
-            f"` is one string, {shown(value)}, and"
-            if isinstance(value, str)
-            else f"={_seen(value)}` is"
-        )
         wanted = " or ".join(f"{_in_words(kind)}s" for kind in inner if kind is not ...)
-        raise SinkbookError(f"`{name}{given} no list of {wanted}. Give one.")
+        raise SinkbookError(f"`{name}={_seen(value)}` is no list of {wanted}. Give one.")
     if not isinstance(items, Collection):
         return value
     if origin is tuple and inner[-1] is not ...:

@@ -123,7 +123,6 @@ class Writer(NamedTuple):
     length: float  # of that write
 
 
-@check_arguments
 def find_writer(
     model: nn.Module, tokens: Int[Tensor, "text position"], *, share: float = 0.99
 ) -> Writer:
@@ -133,7 +132,7 @@ def find_writer(
     peak. What a unit carries is its component along the MLP's write; mean over texts.
     """
     check_token_ids("tokens", tokens)
-    check_number("share", share, 0, 1)
+    check_number("share", share, 0, infinite=True)
     along = components.writes(model, tokens).along.sel(part="mlp").mean("batch")
     layer = int(along.argmax("layer"))
     units = unit_writes(model, tokens, layer=layer).mean("batch")
@@ -144,7 +143,6 @@ def find_writer(
     return Writer(layer, tuple(chosen.tolist()), float(carried), float(units.along.sum("unit")))
 
 
-@check_arguments
 def cut_writer(
     model: nn.Module, tokens: Int[Tensor, "text position"], *, share: float = 0.99
 ) -> Writer:
