@@ -187,7 +187,7 @@ CALLS = {
     "excess_risks([run], without='mlp', layer=0)": "without=?, layer=place",
     "measure_without([run], 'mlp', layer=0, position=0)": "layer=place, position=count?",
     "attention_by_key([run], layer=0)": "layer=place",
-    "attention_by_role([run])": "",
+    "attention_by_role(attention_by_key([run]).attention, task)": "",
     "example_map(run, text=0, layer=0, length=8)": "text=count, layer=place, length=size",
     "copying_layer(run)": "",
     "dormant_characters([long_run], cutoff=0.89)": "cutoff=share",
