@@ -140,6 +140,8 @@ def symptom_panels(whole: xr.Dataset, cut: xr.Dataset) -> list[Axes]:
     for ax, (name, (ylabel, colour, log, place)) in zip(axes, panels.items(), strict=True):
         series = {"whole": (whole[name], colour), "cut": (cut[name], "black")}
         by_layer(series, ax, ylabel=ylabel, log=log)
+        if "residual_layer" in whole[name].dims:
+            ax.set_xlabel("residual layer")
         if log:
             ax.axhline(1, color=OTHER, lw=0.8, zorder=0)
         ax.legend(loc=place)
