@@ -41,7 +41,7 @@ from transformers.trainer_callback import (
 from transformers.training_args import TrainingArguments
 
 from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_whole_number, whole_number
+from sinkbook.arguments import check_kind, check_whole_number, whole_number
 from sinkbook.errors import NotFiniteError, SinkbookError
 from sinkbook.models.partial_forward import alone_with
 from sinkbook.models.pretrained import prefix_of
@@ -99,7 +99,6 @@ class SinkCallback(TrainerCallback):
     Raises `SinkbookError` for `every` below 1, texts without a tokenizer, inputs of another kind.
     """
 
-    @check_arguments
     def __init__(
         self,
         inputs: Inputs,
@@ -109,6 +108,8 @@ class SinkCallback(TrainerCallback):
         attention_mask: Int[Tensor, "batch position"] | None = None,
         length: int = 512,
     ):
+        check_kind("tokenizer", tokenizer, PreTrainedTokenizerBase | None)
+        check_kind("attention_mask", attention_mask, Int[Tensor, "batch position"] | None)
         self.every = whole_number("every", every, 1)
         self._inputs = (inputs, attention_mask, length)
         self._batch: Batch | None = None  # texts that wait for the trainer's tokenizer have none

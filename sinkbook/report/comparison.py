@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_known, check_some
+from sinkbook.arguments import check_known
 from sinkbook.errors import SinkbookError
 from sinkbook.mitigations.quantization import RANGES, quantized
 from sinkbook.models.losses import token_losses
@@ -203,7 +203,6 @@ def bootstrap_interval(
     >>> bootstrap_interval(np.zeros(8)), bootstrap_interval(np.ones(1))
     ((0.0, 0.0), (nan, nan))
     """
-    check_some("differences", differences)
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan"), float("nan")

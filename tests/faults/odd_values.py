@@ -238,7 +238,7 @@ CALLS = {
     "log_then_plateau(points, points, seed=0)": "seed=count",
     "halfway(series)": "",
     "first_step(series > 2)": "",
-    "bootstrap_interval([1.0, 2.0])": "",
+    "bootstrap_interval([1.0, 2.0])": "differences=list",
     "corrected([0.1, 0.2])": "p=list",
     "texts('numbers', 2, minimum_characters=600)": "count=size?, minimum_characters=count",
     "fetch('shakespeare', accept_license=False)": "accept_license=flag",
