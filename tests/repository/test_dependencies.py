@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = {"sinkbook", "benchmarks", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+OURS = {"sinkbook", "benchmarks", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
 
