@@ -19,8 +19,7 @@ import xarray as xr
 from torch import Tensor
 
 from sinkbook import store
-from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_all, check_known, check_number
+from sinkbook.arguments import check_all, check_kind, check_known, check_number
 from sinkbook.devices import device_of
 from sinkbook.errors import SinkbookError
 from sinkbook.parallel import asked_for, in_processes, on_executor
@@ -33,7 +32,6 @@ __all__ = ["Run", "TrainingConfig", "seeds_of", "together", "train", "train_all"
 RUNS_ON_A_GPU = 12  # at once, each in a process of its own
 
 
-@check_arguments
 def train(config: TrainingConfig, *, device: str = "auto", checkpoint_seconds: float = 30.0) -> Run:
     """The run of a config: read from the store, or else trained, resumed, and kept there.
 
@@ -49,7 +47,6 @@ class TimeIsUpError(SinkbookError):
     """Trainings are unfinished; the same call goes on with them."""
 
 
-@check_arguments
 def train_all(
     configs: list[TrainingConfig],
     *,
@@ -76,6 +73,7 @@ def train_all(
     check_known("way", way, ("auto", "batched", "processes", "sequence"))
     check_number("checkpoint_seconds", checkpoint_seconds, 0, infinite=True)
     check_number("until", until, infinite=True)
+    check_kind("executor", executor, Executor | None)
     runs = {config: stored(config) for config in configs}
     missing = [config for config, run in runs.items() if run is None]
     with ExitStack() as stack:

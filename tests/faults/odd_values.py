@@ -168,9 +168,9 @@ CALLS = {
     "measure_windows(reader, ids % 8)": "",
     "measure_one(reader, ids % 8, int8=None)": "int8=?",
     "train_all([training()], way='auto', device='cpu', checkpoint_seconds=30.0, executor=None, until=inf)": (
-        "configs=list, checkpoint_seconds=rate, executor=?, until=time"
+        "configs=list, checkpoint_seconds=amount, executor=?, until=time"
     ),
-    "train(training(), device='cpu', checkpoint_seconds=30.0)": "checkpoint_seconds=rate",
+    "train(training(), device='cpu', checkpoint_seconds=30.0)": "checkpoint_seconds=amount",
     "seeds_of(training(), 2)": "count=count",
     "schedule(10, 4, first=1.0, every=2)": "steps=size, count=count, first=positive, every=size?",
     "Task(task.config)": "",
