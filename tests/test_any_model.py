@@ -318,7 +318,9 @@ def test_linear_maps_that_layers_do_not_call_are_exact_or_refused():
 
 def test_latent_attention_is_rounded_text_by_text():
     model, tokens = tiny_with("deepseek_v3").double().requires_grad_(False), TEXTS
+    exact = logits_of(model, tokens)
     for ranges in ("tensor", "token"):
         with quantized(model, ranges):
             found = logits_of(model, tokens)
         same(found, in_eight_bits(model, tokens, ranges), 1e-3)
+        assert not torch.equal(found, exact)

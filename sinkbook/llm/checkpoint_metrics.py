@@ -49,7 +49,6 @@ def measure_checkpoint(
     Raises `SinkbookError` as the probe does, and for texts that are not longer than `prefix`.
     """
     check_token_ids("tokens", tokens)
-    check_whole_number("random_queries", random_queries)
     probed = measure(
         model,
         tokens,

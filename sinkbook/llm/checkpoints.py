@@ -27,7 +27,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from sinkbook import store
 from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_all, check_kind, check_whole_number, texts_of
+from sinkbook.arguments import check_all, check_whole_number, texts_of
 from sinkbook.data import corpora
 from sinkbook.dependencies import code_hash
 from sinkbook.errors import SinkbookError
@@ -114,10 +114,7 @@ def measure_checkpoints(
     anything is measured, and at the end for revisions without weights or otherwise unreadable.
     """
     texts = texts_of(texts)
-    check_kind("model_id", model_id, str)
     check_whole_number("length", length, 2)
-    check_whole_number("random_queries", random_queries)
-    check_whole_number("seed", seed)
     if revisions is not None:
         check_all("revisions", revisions, str, int)
     jobs = [

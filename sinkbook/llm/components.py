@@ -304,7 +304,6 @@ def in_its_place(
     there, and "mean" and "shuffled" change nothing. Raises `SinkbookError` for other words.
     """
     check_token_ids("input_ids", input_ids)
-    check_whole_number("layer", layer, 0)
     check_whole_number("position", position, 0, input_ids.shape[1] - 1)
     ways = names_of("way", ways, IN_ITS_PLACE)
     with kept(model) as outputs, reading(model, part, layer=layer) as runs:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_kind, check_number, check_token_ids, check_whole_number
+from sinkbook.arguments import check_number, check_token_ids, check_whole_number
 from sinkbook.models.interventions import reading
 from sinkbook.models.layout import layers
 from sinkbook.models.pretrained import LanguageModel
@@ -172,7 +172,6 @@ def effective_rank(states: Float[Tensor, "*batch state width"]) -> Float[Tensor,
 @check_arguments
 def is_delimiter(language_model: LanguageModel, tokens: Tokens) -> Bool[Tensor, "text position"]:
     """Which tokens hold no letter and no digit: punctuation, spaces and line breaks."""
-    check_kind("language_model", language_model, LanguageModel)
     check_token_ids("tokens", tokens)
     check_ids(language_model, tokens)
     tokens = tokens.cpu()

@@ -18,7 +18,6 @@ from sinkbook.arguments import (
     check_all,
     check_seed,
     check_token_ids,
-    check_whole_number,
     whole_number,
 )
 from sinkbook.errors import SinkbookError
@@ -84,7 +83,6 @@ def cut_units(
     """
     check_all("counts", counts, int, np.integer)
     counts = [whole_number("counts", count, 1) for count in counts]
-    check_whole_number("draws", draws)
     check_seed(seed)
     share = unit_writes(model, input_ids, layer=layer).share.mean("batch").values
     order = np.argsort(-share, kind="stable")
@@ -132,7 +130,6 @@ def _without_units(units: Tensor, _projection, inputs: tuple) -> tuple:
 def down_projection(model: nn.Module, input_ids: Tokens, layer: int) -> nn.Module:
     """The linear map that an MLP runs last, if it is as wide as what the MLP writes."""
     check_token_ids("input_ids", input_ids)
-    check_whole_number("layer", layer)
     found = layers(model)
     mlp = found[layer].mlp if 0 <= layer < len(found) else None
     modules = [] if mlp is None else list(mlp.modules())

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_token_ids, check_whole_number, whole_number
+from sinkbook.arguments import check_token_ids, whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.losses import next_token_losses
 from sinkbook.models.wrappers import AnyModel, computing_device, evaluating, unwrapped
@@ -55,7 +55,6 @@ def eviction_losses(
     - "random": keys drawn at random, for each head anew.
     """
     check_token_ids("input_ids", input_ids)
-    check_whole_number("seed", seed)
     prompt, sinks, budgets = _checked(input_ids.shape[1], prompt, sinks, budgets)
     model = _of_transformers(model)
     input_ids = input_ids.to(computing_device(model))

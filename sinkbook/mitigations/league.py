@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinkbook import probe
 from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_kind, check_token_ids
+from sinkbook.arguments import check_token_ids
 from sinkbook.mitigations.quantization import int8_error
 from sinkbook.mitigations.registry import FAMILIES, MITIGATIONS
 from sinkbook.models.layout import blocks
@@ -144,7 +144,6 @@ def value_norms_before_gate(
 
     Without a value gate they are the probe's `value_norm`.
     """
-    check_kind("model", model, Transformer)
     check_token_ids("tokens", tokens)
     norms = []
 

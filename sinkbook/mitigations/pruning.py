@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from sinkbook.annotations import check_arguments
 from sinkbook.arguments import (
     check_all,
-    check_kind,
     check_number,
     check_some,
     check_token_ids,
@@ -98,7 +97,6 @@ def pruning_losses(
     for share in shares:
         check_number("shares", share, 0, 1)
     check_whole_number("draws", draws, 1)
-    check_whole_number("seed", seed)
     generator, (there, per_layer) = np.random.default_rng(seed), _all_heads(model)
     count = len(there)
     drawn = {f"draw {number}": there[generator.permutation(count)] for number in range(draws)}
@@ -167,7 +165,6 @@ def without_early_or_late(
     - `first_norm`: the residual norm of the first token;
     - `other_peaks`: the share of other tokens whose norm exceeds ten times their median.
     """
-    check_kind("heads", heads, np.ndarray)
     _, per_layer = _all_heads(model)
     early = heads < below * per_layer
     cuts = {"none": heads[:0], "all": heads, "early": heads[early], "late": heads[~early]}

@@ -22,7 +22,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.layout import Layer, layers
 from sinkbook.models.partial_forward import alone_with, state_of
@@ -193,7 +192,6 @@ def stand_in(
     each position.
     """
     check_ways([way])
-    check_whole_number("seed", seed)
     if way == "zero":
         return torch.zeros_like(written)
     count = len(written)

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sinkbook.annotations import check_arguments
-from sinkbook.arguments import check_kind, check_whole_number
+from sinkbook.arguments import check_whole_number
 from sinkbook.errors import SinkbookError
 from sinkbook.models.pretrained import LanguageModel
 
@@ -49,7 +49,6 @@ def of_document(language_model: LanguageModel, text: str, *, count: int, length:
     Each begins with the model's first token, if its convention has one. What is left over at the
     end of the document is not used. Raises SinkbookError if it does not fill one window.
     """
-    check_kind("text", text, str)
     check_whole_number("count", count, 1)
     check_whole_number("length", length, 1)
     prefix = language_model.prefix

@@ -19,7 +19,6 @@ from sinkbook.arguments import (
     check_has,
     check_numbers,
     check_seed,
-    check_whole_number,
     check_whole_numbers,
 )
 from sinkbook.data.shakespeare import characters
@@ -144,7 +143,6 @@ class Run:
 @check_arguments
 def seeds_of(config: Config, count: int) -> list[Config]:
     """The config under `count` seeds, its own first."""
-    check_whole_number("count", count)
     check_has("config", config, "seed")
     return [replace(config, seed=config.seed + i) for i in range(count)]
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sinkbook.annotations import check_arguments, check_fields
 from sinkbook.arguments import (
-    check_kind,
     check_numbers,
     check_tokens,
     check_whole_number,
@@ -292,7 +291,6 @@ class Task:
 
         Raises `SinkbookError` for a character that the task does not have.
         """
-        check_kind("text", text, str)
         starts = [s for s in self.symbols if s in (START, "<s2>")]
         unknown = sorted(set(text) - set(self.symbols))
         if unknown:

@@ -32,7 +32,6 @@ def schedule(
     ((0, 1, 10, 100, 1000), (0, 1, 400, 800, 1000))
     """
     check_whole_number("steps", steps, 1)
-    check_whole_number("count", count)
     check_whole_number("every", 1 if every is None else every, 1)
     check_number("first", first, 1e-9)
     evenly = np.geomspace(first, steps, count).round().astype(int).tolist()

@@ -128,6 +128,8 @@ def test_a_mouse_shows_a_head_while_it_is_over_it_and_keeps_it_by_a_click(visit,
     tile(tab, 4, 2).click()
     tab.mouse.move(5, 5)
     expect(title(tab)).to_have_text("Layer 4, head 2")
+    assert tile(tab, 4, 2).get_attribute("aria-selected") == "true"
+    assert tab.locator('[role="gridcell"][aria-selected="true"]').count() == 1
 
 
 def test_a_finger_chooses_a_head_and_a_token(visit):
@@ -137,8 +139,10 @@ def test_a_finger_chooses_a_head_and_a_token(visit):
     token(tab, 4).tap()
     expect(token(tab, 4)).to_have_attribute("aria-pressed", "true")
     expect(says(tab)).to_contain_text("this head looks most at")
+    assert tab.locator('[aria-pressed="true"]').count() == 1
     token(tab, 4).tap()
     expect(token(tab, 4)).to_have_attribute("aria-pressed", "false")
+    assert tab.locator('[aria-pressed="true"]').count() == 0
 
 
 def test_arrow_keys_walk_through_the_heads_and_one_tile_is_in_the_tab_order(visit):
@@ -177,6 +181,7 @@ def test_another_text_has_its_own_tokens_and_keeps_the_head(visit, opened):
     tab.keyboard.press("ArrowRight")
     expect(tab.get_by_role("toolbar").get_by_role("button")).to_have_text(["<s>", "not", "be"])
     expect(title(tab)).to_have_text("Layer {}, head {}".format(*opened))
+    assert not tab.get_by_role("radio", name="said twice").is_checked()
 
 
 def test_tiles_and_map_are_repainted_for_the_dark(visit):

@@ -154,4 +154,5 @@ def test_by_finger_on_a_phone(asking):
 
 def test_without_a_script_there_is_no_line_that_would_not_answer(asking):
     tab = asking(formula("t").html("one"), java_script_enabled=False)
+    assert tab.locator(".sinkbook-formula").count() == 1  # what is not there is hidden as well
     expect(tab.locator(".sinkbook-formula")).to_be_hidden()
